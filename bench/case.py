@@ -1,0 +1,197 @@
+"""One case: several methods on one parameter list, gated, timed together and written as data."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gate, probe, shapes
+from .baselines import HYPER, METHODS, Built, NotAvailableError
+from .ceilings import adamw_stream
+from .timing import Rounds, Sampler, Spread, device_sampler, interleave, repeats_for, wall_sampler
+
+ANCHOR = "torch_fused"
+STREAM = "stream_4r3w"
+REFERENCES = (ANCHOR, "eager_gc_fused", "compiled_gc", "own_plain", STREAM)
+
+# Bytes that AdamW must move for each parameter: p, m and v both ways and g once.
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype, int]] = {
+    "fp32": (torch.float32, torch.float32, 28),
+    "bf16": (torch.bfloat16, torch.bfloat16, 14),
+    "bf16+fp32-state": (torch.bfloat16, torch.float32, 22),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to measure."""
+
+    list: str
+    methods: tuple[str, ...]
+    dtypes: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds at most, seconds at most for each kind of clock."""
+
+    rounds: int = 30
+    seconds: float = 8.0
+    warmup: int = 10
+
+
+def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
+    """Measure a case. A method that cannot run, or fails the gate, gets a reason and no numbers."""
+    spec = shapes.get(case.list)
+    dtype, state_dtype, width = DTYPES[case.dtypes]
+    flush = device.type == "cuda" and spec.params * width < 400e6
+    built, reasons = _build(case, spec, device, dtype, state_dtype)
+    gated = {name: (METHODS[name].gc, params, b.step) for name, (params, b) in built.items()}
+    verdicts = gate.check(spec, gated, HYPER) if built else {}
+    for name, verdict in verdicts.items():
+        if not verdict.passed:
+            reasons[name] = verdict.reason or (
+                f"wrong result: {verdict.of_bound:.3g} times the bound away from float64"
+            )
+            del built[name]
+    methods = {name: b for name, (_, b) in built.items()}
+    rows = _time(spec, width, methods, device, effort, flush) if methods else {}
+    for name, verdict in verdicts.items():
+        if name in rows:
+            rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
+    del built, gated, methods
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "list": spec.name,
+        "tensors": spec.tensors,
+        "params": spec.params,
+        "dtypes": case.dtypes,
+        "bytes_per_param": width,
+        "flush": "write" if flush else "none",
+        "clock": "device" if device.type == "cuda" else "wall",
+        "methods": [
+            empty_row(name) | rows.get(name, {}) | {"reason": reasons.get(name)}
+            for name in (*case.methods, STREAM)
+            if name in METHODS or name in rows
+        ],
+    }
+
+
+def empty_row(name: str) -> dict[str, Any]:
+    """A method's row before anything is known: every number is None, never 0."""
+    numbers = ("device_ms_median", "device_ms_p10", "device_ms_p90", "wall_ms", "host_us")
+    counts = ("launches", "peak_extra_bytes", "pct_stream", "max_err_vs_fp64", "kept", "dropped")
+    title = METHODS[name].title if name in METHODS else "memory stream"
+    return {
+        "name": name,
+        "title": title,
+        "options": {"gc": METHODS[name].gc if name in METHODS else False},
+        **dict.fromkeys((*numbers, *counts)),
+        "ratio_to": {},
+        "wall_ratio_to": {},
+        "note": "",
+        "reason": None,
+    }
+
+
+def _build(
+    case: Case,
+    spec: shapes.ParamList,
+    device: torch.device,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> tuple[dict[str, tuple[list[Tensor], Built]], dict[str, str]]:
+    """Each method on its own copy of the list, and why the others are not there."""
+    built: dict[str, tuple[list[Tensor], Built]] = {}
+    reasons: dict[str, str] = {}
+    source: list[Tensor] | None = None
+    for name in case.methods:
+        params = shapes.build(spec, device, dtype, source)
+        try:
+            made = METHODS[name].make(spec, params)
+            if state_dtype != dtype:
+                _widen_state(made, params, state_dtype)
+        except NotAvailableError as error:
+            reasons[name] = str(error)
+        except Exception as error:  # of another library: it costs that method only
+            reasons[name] = f"{type(error).__name__}: {error}"
+        else:
+            built[name] = (params, made)
+            source = params
+    return built, reasons
+
+
+def _widen_state(made: Built, params: list[Tensor], dtype: torch.dtype) -> None:
+    """Put fp32 averages under bf16 parameters, before the first step."""
+    if made.optimizer is None or not hasattr(made.optimizer, "backend"):
+        raise NotAvailableError("takes no state of another type than the parameter's")
+    for param in params:
+        for key in ("exp_avg", "exp_avg_sq"):
+            made.optimizer.state[param][key] = torch.zeros_like(param, dtype=dtype)
+
+
+def _time(
+    spec: shapes.ParamList,
+    width: int,
+    methods: dict[str, Built],
+    device: torch.device,
+    effort: Effort,
+    flush: bool,
+) -> dict[str, dict[str, Any]]:
+    """All numbers of the methods that passed, by name."""
+    gpu = device.type == "cuda"
+    steps = {name: built.step for name, built in methods.items()}
+    if width == 28 and spec.params >= 2**20:
+        with suppress(ImportError):  # no ceiling then; `ceil.how` says why
+            steps[STREAM] = adamw_stream(device, spec.params)
+    for step in steps.values():
+        for _ in range(effort.warmup):
+            step()
+    probes = {name: probe.measure(step, device) for name, step in steps.items()} if gpu else {}
+    first = next(iter(steps))
+    repeat = 1 if gpu else repeats_for(wall_sampler(steps[first], device, 3)())
+    anchor = ANCHOR if ANCHOR in steps and not gpu else None
+    limits = {"rounds": effort.rounds, "seconds": effort.seconds}
+    wall = interleave(
+        {name: wall_sampler(step, device, repeat) for name, step in steps.items()},
+        anchor=anchor,
+        **limits,
+    )
+    queued: dict[str, Sampler] = {}
+    for name, step in steps.items():
+        fit = probe.queue(probes[name], flush) if gpu else None
+        if fit is not None:
+            queued[name] = device_sampler(step, device, flush=flush, **fit)
+    on_device = interleave(queued, **limits) if queued else Rounds()
+    return {name: _row(name, wall, on_device, probes.get(name), gpu) for name in steps}
+
+
+def _row(
+    name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe | None, gpu: bool
+) -> dict[str, Any]:
+    main = on_device if gpu else wall
+    device_time, wall_time = on_device.time(name), wall.time(name)
+    to_stream = main.ratio(STREAM, name)
+    row: dict[str, Any] = {
+        "wall_ms": 1e3 * wall_time.median if wall_time else None,
+        "ratio_to": _ratios(main, name),
+        "wall_ratio_to": _ratios(wall, name),
+        "pct_stream": 100 * to_stream.median if to_stream else None,
+        "kept": len(main.kept(name)),
+        "dropped": main.dropped.get(name, 0),
+    }
+    for key in ("median", "p10", "p90"):
+        row[f"device_ms_{key}"] = 1e3 * getattr(device_time, key) if device_time else None
+    return row | (asdict(probed) if probed else {})
+
+
+def _ratios(rounds: Rounds, name: str) -> dict[str, Any]:
+    spreads: dict[str, Spread | None] = {to: rounds.ratio(name, to) for to in REFERENCES}
+    return {to: asdict(spread) for to, spread in spreads.items() if spread and to != name}

@@ -1,0 +1,119 @@
+"""What was measured on: device, versions, commit, date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The GPU if there is one, unless another device is asked for."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The head of every results file."""
+    commit, dirty = _commit()
+    return {
+        "schema": 1,
+        "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit,
+        "dirty": dirty,
+        "device": _gpu(device),
+        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "numba": _version("numba"),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def short_name(head: dict[str, Any]) -> str:
+    """The device in a few words, as titles use it."""
+    if head["device"] is not None:
+        return str(head["device"]["name"])
+    return f"{head['cpu']['name']}, {head['cpu']['threads']} threads"
+
+
+def slug(head: dict[str, Any]) -> str:
+    """The device as part of a file name."""
+    name = head["device"]["name"] if head["device"] else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def sensors() -> dict[str, float] | None:
+    """Clock in MHz and power in W of the first GPU now; None where nothing tells them."""
+    values = _nvidia("clocks.sm", "power.draw")
+    try:
+        return {"mhz": float(values[0]), "watt": float(values[1])} if values else None
+    except ValueError:  # "[N/A]"
+        return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    driver = _nvidia("driver_version")
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "sm": f"{major}.{minor}",
+        "driver": driver[0] if driver else None,
+        "clock_mhz_min_max": None,  # filled in by the suite, from samples during the run
+        "power_w": None,
+    }
+
+
+def _nvidia(*fields: str) -> list[str] | None:
+    query = f"--query-gpu={','.join(fields)}"
+    lines = _output("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
+    return [value.strip() for value in lines[0].split(",")] if lines else None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit these files are of, and whether they were changed since; None outside of git."""
+    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD").strip()
+    if not commit:
+        return None, None
+    return commit, bool(_output("git", "-C", str(HERE), "status", "--porcelain").strip())
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,66 @@
+"""What a step costs besides time on a GPU: host time, kernel launches, memory at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .timing import QUEUE_LIMIT, Step, host_seconds
+
+LONGEST_SLEEP = 0.5  # seconds; a method with more host work is timed by the wall clock only
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Numbers of one step of a method."""
+
+    host_us: float
+    launches: int | None
+    peak_extra_bytes: int
+
+
+def measure(step: Step, device: torch.device) -> Probe:
+    """Probe a warm step on a GPU."""
+    return Probe(
+        host_us=1e6 * host_seconds(device, step, repeats=20),
+        launches=launches(step, device),
+        peak_extra_bytes=_peak(step, device),
+    )
+
+
+def queue(probed: Probe, flush: bool) -> dict[str, Any] | None:
+    """How many steps to queue, and the sleep that hides their host time; None if they do not fit.
+
+    A queue that is full makes the host wait for the device: the gaps of the host would be counted.
+    """
+    each = (probed.launches or 1) + 4 * flush + 1  # a flush, and the events, are entries too
+    repeat = min(5, QUEUE_LIMIT // each)
+    sleep = 1.5e-6 * probed.host_us * repeat + 1e-3
+    if repeat == 0 or sleep > LONGEST_SLEEP:
+        return None
+    return {"repeat": repeat, "sleep_seconds": sleep}
+
+
+def launches(step: Step, device: torch.device) -> int | None:
+    """Kernels and copies of one step on the device; None if the profiler sees none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize(device)
+    events = profiler.events() or []
+    # torch marks the span of `Optimizer.step` on the device too: that is no kernel.
+    names = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Optimizer.", "ProfilerStep")) for name in names) or None
+
+
+def _peak(step: Step, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,182 @@
+"""Fair timing: methods take turns in rotated rounds, and only ratios within a round are compared.
+
+A machine's speed drifts (clocks, neighbours), so a millisecond of one minute is not a millisecond
+of the next. On a CPU every sample stands between two samples of an anchor method; where these two
+disagree the machine was disturbed, and the sample is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+Step = Callable[[], object]
+Sampler = Callable[[], float]  # runs a method's step once or a few times, returns seconds a step
+
+BRACKET_TOLERANCE = 0.10
+FLUSH_BYTES = 256 * 2**20  # well over any GPU's L2 cache
+QUEUE_LIMIT = 900  # launches that fit behind a sleeping kernel; CUDA's queue holds about 1024
+
+
+@dataclass
+class Spread:
+    """A median with the 10th and 90th percentile of `n` values."""
+
+    median: float
+    p10: float
+    p90: float
+    n: int
+
+    @staticmethod
+    def of(values: list[float]) -> Spread | None:
+        """None where nothing was measured: a missing number is never a zero."""
+        if not values:
+            return None
+        low, middle, high = np.percentile(values, [10, 50, 90])
+        return Spread(float(middle), float(low), float(high), len(values))
+
+
+@dataclass
+class Rounds:
+    """What each method took in each round: seconds, and seconds in units of its brackets."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    relative: dict[str, list[float]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, seconds: float, unit: float, kept: bool) -> None:
+        self.seconds.setdefault(name, []).append(seconds if kept else math.nan)
+        self.relative.setdefault(name, []).append(seconds / unit if kept else math.nan)
+        self.dropped[name] = self.dropped.get(name, 0) + (not kept)
+
+    def kept(self, name: str) -> list[float]:
+        return [value for value in self.seconds.get(name, []) if not math.isnan(value)]
+
+    def time(self, name: str) -> Spread | None:
+        return Spread.of(self.kept(name))
+
+    def ratio(self, name: str, to: str) -> Spread | None:
+        """The ratio of two methods, round by round, over the rounds in which both were kept."""
+        pairs = zip(self.relative.get(name, []), self.relative.get(to, []), strict=False)
+        ratios = [a / b for a, b in pairs]
+        return Spread.of([ratio for ratio in ratios if not math.isnan(ratio)])
+
+
+def interleave(
+    samplers: dict[str, Sampler],
+    *,
+    rounds: int,
+    seconds: float,
+    anchor: str | None = None,
+) -> Rounds:
+    """Run every method once a round, in rotated order, for `rounds` rounds or `seconds` at most.
+
+    With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor.
+    At least one round is always run.
+    """
+    out = Rounds()
+    names = [name for name in samplers if name != anchor]
+    deadline = time.monotonic() + seconds
+    for turn in range(rounds):
+        if turn and time.monotonic() > deadline:
+            break
+        shift = turn % max(len(names), 1)
+        order = names[shift:] + names[:shift]
+        if anchor is None:
+            for name in order:
+                out.add(name, samplers[name](), 1.0, kept=True)
+            continue
+        anchors = [samplers[anchor]()]
+        for name in order:
+            taken = samplers[name]()
+            anchors.append(samplers[anchor]())
+            before, after = anchors[-2:]
+            steady = abs(after - before) <= BRACKET_TOLERANCE * min(before, after)
+            out.add(name, taken, (before + after) / 2, kept=steady)
+        middle = float(np.median(anchors))
+        out.add(anchor, middle, middle, kept=True)
+    return out
+
+
+def wall_sampler(step: Step, device: torch.device, repeat: int = 1) -> Sampler:
+    """Host and device together: what a user waits for."""
+
+    def sample() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeat):
+            step()
+        synchronize(device)
+        return (time.perf_counter() - start) / repeat
+
+    return sample
+
+
+def device_sampler(
+    step: Step, device: torch.device, *, sleep_seconds: float, repeat: int, flush: bool
+) -> Sampler:
+    """Time on the GPU alone: steps are queued behind a sleeping kernel, between CUDA events.
+
+    The sleep must outlast the host's work, or gaps of the host are counted as the device's. With
+    `flush`, a buffer larger than the L2 cache is overwritten before each step.
+    """
+    buffer = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.uint8, device=device)
+    spans = [1] * repeat if flush else [repeat]  # steps between two events
+    cycles = int(sleep_seconds * clock_hertz(device))
+
+    def sample() -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in spans]
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(cycles)
+        for (start, stop), span in zip(events, spans, strict=True):
+            if flush:
+                buffer.zero_()
+            start.record()
+            for _ in range(span):
+                step()
+            stop.record()
+        torch.cuda.synchronize(device)
+        milliseconds = sum(float(start.elapsed_time(stop)) for start, stop in events)
+        return milliseconds * 1e-3 / repeat
+
+    return sample
+
+
+def host_seconds(device: torch.device, step: Step, repeats: int = 50) -> float:
+    """Median time until `step` returns, the device kept busy so that it never waits for the host.
+
+    Without a GPU this is the whole step, arithmetic included.
+    """
+    gpu = device.type == "cuda"
+    cycles = int(0.02 * clock_hertz(device)) if gpu else 0
+    taken = []
+    for _ in range(repeats):
+        synchronize(device)
+        if gpu:
+            torch.cuda._sleep(cycles)
+        start = time.perf_counter_ns()
+        step()
+        taken.append(time.perf_counter_ns() - start)
+    synchronize(device)
+    return float(np.median(taken)) * 1e-9
+
+
+def clock_hertz(device: torch.device) -> float:
+    """The highest clock of the GPU, an upper bound of what `_sleep` counts in."""
+    kilohertz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0)
+    return 1e3 * float(kilohertz or 2_000_000)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def repeats_for(step_seconds: float, at_least: float = 0.005) -> int:
+    """How many steps make a sample long enough for the clock and for the scheduler's noise."""
+    return max(1, math.ceil(at_least / max(step_seconds, 1e-7)))

@@ -1,0 +1,94 @@
+"""What cannot be stepped, said before anything is written: what, where, and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import overlaps_itself
+from .recipe import Recipe
+
+CENTRALIZE = (False, True, "gradient", "update")
+PARAMETERS = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_group(group: Mapping[str, Any], name: str) -> None:
+    """Options of a param group that torch.optim does not know or that are not supported."""
+    centralize, min_ndim = group["centralize"], group["centralize_min_ndim"]
+    if centralize not in CENTRALIZE:
+        raise ValueError(f"Invalid centralize value: {centralize!r}, expected one of {CENTRALIZE}")
+    if type(min_ndim) is not int or min_ndim < 1:
+        raise ValueError(f"Invalid centralize_min_ndim value: {min_ndim!r}, expected an int >= 1")
+    for flag in ("capturable", "differentiable"):
+        if group.get(flag):
+            raise ValueError(
+                f"{name} does not support {flag}=True; use torch.optim.{name}({flag}=True)"
+            )
+
+
+def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
+    """How an error names a parameter."""
+    names = groups[group].get("param_names")
+    label = f" ({names[index]})" if names else ""
+    return f"{name}: parameter {index}{label} of group {group}"
+
+
+def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any]) -> None:
+    """Raises where the parameter, its gradient or its state cannot be stepped as they are."""
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse or param.is_sparse:
+        raise RuntimeError(
+            f"{owner} has a sparse gradient, which is not supported; make it dense "
+            "(embeddings: sparse=False) or use torch.optim.SparseAdam or torch.optim.SGD"
+        )
+    for what, t in (("parameter", param), ("gradient", grad)):
+        if hasattr(t, "to_local"):
+            raise RuntimeError(
+                f"{owner} is a DTensor ({what}), which is not supported; use torch.optim for it"
+            )
+        if t.layout != torch.strided or (t.numel() and t.data_ptr() == 0):
+            raise RuntimeError(f"{owner}: its {what} is not a dense tensor with memory of its own")
+    if param.dtype not in PARAMETERS:
+        raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
+    if recipe.centralize != "none" and param.is_complex():
+        raise ValueError(f"{owner} is complex, which cannot be centred; set centralize=False")
+    if overlaps_itself(param):
+        raise RuntimeError(
+            f"{owner} overlaps itself in memory (an expanded tensor); clone() it before optimizing it"
+        )
+    _check_like(f"{owner}: its gradient", grad, param)
+    for name in recipe.states:
+        if isinstance(state.get(name), Tensor):
+            _check_like(f"{owner}: its state {name!r}", state[name], param)
+            if overlaps_itself(state[name]):
+                raise RuntimeError(f"{owner}: its state {name!r} overlaps itself in memory")
+
+
+def _check_like(what: str, t: Tensor, param: Tensor) -> None:
+    if t.shape != param.shape or t.device != param.device:
+        raise RuntimeError(
+            f"{what} is {tuple(t.shape)} on {t.device}, "
+            f"but the parameter is {tuple(param.shape)} on {param.device}"
+        )
+    if t.is_complex() != param.is_complex() or t.dtype not in PARAMETERS:
+        raise RuntimeError(f"{what} has dtype {t.dtype}, but the parameter has {param.dtype}")
+
+
+def check_slots(name: str, params: Sequence[Tensor]) -> None:
+    """Raises where two parameters share memory: they would be stepped at once."""
+    seen = [p.data_ptr() for p in params if p.numel()]
+    if len(seen) != len(set(seen)):
+        raise RuntimeError(
+            f"{name}: two parameters share memory (a parameter is listed twice?); list it once"
+        )

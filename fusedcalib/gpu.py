@@ -1,0 +1,89 @@
+"""The Triton executor: keeps the tables on the device and calls the launches of `kernels/launch.py`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernels import launch
+from .kernels.table import GEOMETRY
+from .layout import Layout
+from .plan import Array, Bucket, Shape
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    return type(launch.step_kernel).__name__ == "InterpretedFunction"
+
+
+class TritonExecutor:
+    """Runs a bucket in one launch, in two where rows are centred that no tile can hold."""
+
+    name = "triton"
+
+    def shape(self, layout: Layout, centred: bool) -> Shape:
+        """The tile of the row class; also where strides, not centring, make rows matter."""
+        tile = launch.tile_for(layout.columns, centred or layout.rows > 1)
+        tile = tile._replace(pieces=centred and layout.columns > tile.columns)
+        return Shape(tile.rows, tile.columns, tile)
+
+    def run(self, bucket: Bucket) -> int:
+        """Steps every slot of the bucket on the current stream of its device."""
+        device, cache = bucket.key.device, bucket.cache
+        if "spec" not in cache:
+            cache["spec"] = spec_of(bucket)
+            cache["tiles"] = _on(device, bucket.tiles)
+            pieces = len(bucket.tiles) if cache["spec"].tile.pieces else 1
+            cache["sums"] = torch.empty(pieces, dtype=bucket.compute, device=device)
+        if cache.get("version") != bucket.table_version:
+            cache["table"] = _on(device, bucket.table)
+            cache["version"] = bucket.table_version
+        scalars = _on(device, bucket.scalars)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return launch.launch_step(
+                cache["table"], cache["tiles"], scalars, cache["sums"], cache["spec"]
+            )
+
+
+def spec_of(bucket: Bucket) -> Any:
+    """What is compiled for a bucket."""
+    key = bucket.key
+    vector = 16 // min(dtype.itemsize for dtype in key.dtypes)
+    return launch.Spec(
+        rule=key.recipe.rule.update,
+        variant=key.recipe.variant,
+        maximize=key.recipe.maximize,
+        decay=key.recipe.decay,
+        centralize=key.recipe.centralize,
+        dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
+        compute=launch.dtype_of(_name(bucket.compute)),
+        fields=fields_of(len(key.dtypes), key.inner),
+        count=bucket.scalars.shape[1],
+        inner=key.inner,
+        vector=vector if key.aligned else 1,
+        tile=key.row_class,
+    )
+
+
+def fields_of(tensors: int, inner: int) -> int:
+    """Columns of the table for a slot of this many tensors and inner dimensions."""
+    return tensors + GEOMETRY + (inner + tensors * (1 + inner) if inner else 0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _on(device: torch.device, values: Array) -> Tensor:
+    """A copy on the device, queued behind the work of the current stream: the host does not wait."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+EXECUTOR = TritonExecutor()

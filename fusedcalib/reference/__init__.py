@@ -1,0 +1,54 @@
+"""The oracles: every rule and stage again, from the papers, in plain PyTorch.
+
+Pure functions on tensors of any floating dtype, computed in the dtype they are given (use float64
+to judge another implementation). Nothing is modified in place, nothing else of the package is
+imported: a reference that shared a line with what it judges could not find a fault in it.
+
+`ORACLES` maps the name of an optimizer class to the function that takes one step of it. A new rule
+is one new file here that declares its own ``ORACLES``; it is found by itself.
+
+>>> import torch
+>>> from fusedcalib.reference import ORACLES
+>>> w, g = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
+>>> w, state = ORACLES["SGD"](w, g, {}, lr=0.5, centralize=True)
+>>> w
+tensor([[ 0.5000, -0.5000]])
+"""
+
+import importlib
+import pkgutil
+
+from .adam import adam, adamw
+from .momentum import ema_momentum, heavy_ball, nesterov, velocity_momentum
+from .sgd import sgd
+from .stages import Oracle, State, centralize, coupled_decay, decoupled_decay
+
+__all__ = [
+    "ORACLES",
+    "Oracle",
+    "State",
+    "adam",
+    "adamw",
+    "centralize",
+    "coupled_decay",
+    "decoupled_decay",
+    "ema_momentum",
+    "heavy_ball",
+    "nesterov",
+    "sgd",
+    "velocity_momentum",
+]
+
+
+def _discover() -> dict[str, Oracle]:
+    """Merge the ``ORACLES`` of every file of this package; two files may not claim one name."""
+    found: dict[str, Oracle] = {}
+    for info in pkgutil.iter_modules(__path__):
+        declared = getattr(importlib.import_module(f"{__name__}.{info.name}"), "ORACLES", {})
+        if clash := found.keys() & declared.keys():
+            raise RuntimeError(f"{info.name}.py declares oracles that exist: {sorted(clash)}")
+        found |= declared
+    return found
+
+
+ORACLES: dict[str, Oracle] = _discover()

@@ -1,0 +1,109 @@
+"""The stages around a rule: centring and weight decay. Sources are named per function."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+State: TypeAlias = dict[str, Any]
+"""What a rule remembers between steps, under torch.optim's keys; ``{}`` before the first step."""
+
+Oracle: TypeAlias = Callable[..., tuple[Tensor, State]]
+"""One step of an optimizer: ``oracle(param, grad, state, *, lr=..., ...) -> (param, state)``."""
+
+Centralize: TypeAlias = bool | Literal["gradient", "update"]
+"""Where centring happens: nowhere (False), on the gradient (True, "gradient"), on the update."""
+
+
+def centralize(x: Tensor, min_ndim: int = 2) -> Tensor:
+    r"""Remove from each row its mean (Gradient Centralization).
+
+    .. math:: P x = x - \mathrm{mean}(x, 1..n-1), \qquad P = I - e e^T, \; e = 1/\sqrt M
+
+    A row is one index of dimension 0, in PyTorch's layout the weight vector of one output unit;
+    the paper writes the same matrix transposed and speaks of columns. Tensors whose rows have
+    fewer than two elements (scalars, vectors, ``[n, 1]``) are returned unchanged: P would be 0
+    there and freeze the weight.
+
+    Args:
+        x: gradient or update, ``[rows, ...]``, any shape.
+        min_ndim: tensors of fewer dimensions are returned unchanged (default 2; 4 centres
+            convolutions only, as the authors' ``gc_conv_only``).
+
+    Source: Yong et al., Gradient Centralization, ECCV 2020, section 3.3, eq. 1-2.
+
+    >>> import torch
+    >>> centralize(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    tensor([[-1.,  1.],
+            [ 0.,  0.]])
+    """
+    if x.ndim < min_ndim or math.prod(x.shape[1:]) < 2:
+        return x
+    return x - x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def centralize_at(
+    stage: Literal["gradient", "update"], x: Tensor, setting: Centralize, min_ndim: int
+) -> Tensor:
+    """Centre `x`, the tensor at `stage`, if `setting` asks for centring there.
+
+    Args:
+        stage: where in the step `x` was taken.
+        x: gradient or update, ``[rows, ...]``.
+        setting: the user's choice; True means "gradient", the paper's form.
+        min_ndim: see `centralize`.
+
+    Raises:
+        ValueError: `setting` is none of False, True, "gradient", "update".
+
+    Source: gradient: Yong et al. 2020, algorithms 1 and 2. update: the authors' code (``gc_loc``).
+    """
+    known = isinstance(setting, bool) or (
+        isinstance(setting, str) and setting in ("gradient", "update")
+    )
+    if not known:
+        raise ValueError(f'centralize must be False, True, "gradient" or "update", not {setting!r}')
+    chosen = "gradient" if setting is True else setting
+    return centralize(x, min_ndim) if chosen == stage else x
+
+
+def coupled_decay(grad: Tensor, param: Tensor, weight_decay: float) -> Tensor:
+    r"""Add the gradient of an L2 penalty to the gradient.
+
+    .. math:: g + \lambda w
+
+    Comes before centring, which gives the paper's :math:`P(g + \lambda w)`.
+
+    Args:
+        grad: gradient, any shape.
+        param: weights, the gradient's shape.
+        weight_decay: :math:`\lambda`, per step; 0 returns `grad` unchanged.
+
+    Source: Yong et al. 2020, section 3.4; torch.optim.SGD.
+
+    >>> import torch
+    >>> coupled_decay(torch.tensor([1.0]), torch.tensor([2.0]), 0.5)
+    tensor([2.])
+    """
+    return grad + weight_decay * param if weight_decay != 0 else grad
+
+
+def decoupled_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
+    r"""Shrink the weights themselves, outside the gradient.
+
+    .. math:: (1 - \eta \lambda) w
+
+    Args:
+        param: weights before the step, any shape.
+        lr: learning rate :math:`\eta`.
+        weight_decay: :math:`\lambda`, per unit of learning rate; 0 returns `param` unchanged.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, algorithm 2;
+    the learning rate multiplies the decay as in torch.optim.AdamW.
+
+    >>> import torch
+    >>> decoupled_decay(torch.tensor([2.0]), lr=0.5, weight_decay=0.5)
+    tensor([1.5000])
+    """
+    return param * (1 - lr * weight_decay) if weight_decay != 0 else param

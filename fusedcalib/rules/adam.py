@@ -1,0 +1,185 @@
+"""Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019), with AMSGrad (Reddi et al. 2018)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..kernels.language import jit, tl
+from ..kernels.ops import divide, maximum, sqrt
+from ..optimizer import FusedOptimizer, ParamsT
+from ..recipe import Group, Rule
+
+
+@jit
+def adam(p, g, state, h, VARIANT: tl.constexpr):  # type: ignore[no-untyped-def]
+    beta1_rest, beta2, beta2_rest, correction, eps = h
+    m = state[0] + beta1_rest * (g - state[0])
+    v = beta2 * state[1] + beta2_rest * (g * g)
+    if VARIANT == "amsgrad":
+        largest = maximum(state[2], v)
+        return divide(m, sqrt(largest) * correction + eps), (m, v, largest)
+    else:
+        return divide(m, sqrt(v) * correction + eps), (m, v)
+
+
+def _variant(group: Group) -> str:
+    return "amsgrad" if group["amsgrad"] else "plain"
+
+
+def _scalars(group: Group, step: float) -> tuple[float, ...]:
+    beta1, beta2 = group["betas"]
+    step_size = group["lr"] / (1 - beta1**step)
+    correction = 1 / math.sqrt(1 - beta2**step)
+    return step_size, 1 - beta1, beta2, 1 - beta2, correction, group["eps"]
+
+
+class Adam(FusedOptimizer, torch.optim.Adam):
+    r"""Adam, as `torch.optim.Adam`; weight decay is added to the gradient.
+
+    .. math::
+        g_t &= P(\nabla f(\theta_{t-1}) + \lambda \theta_{t-1}) \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \theta_t &= \theta_{t-1} - \gamma
+            \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    :math:`P` removes the row mean where `centralize` is set, and is the identity elsewhere. With
+    `amsgrad` the largest :math:`v` so far takes the place of :math:`v_t` in the denominator.
+
+    Args:
+        params: parameters, named parameters or param groups, as torch.optim takes them.
+        lr: learning rate :math:`\gamma`, a number or 0-dim tensor. Default 1e-3.
+        betas: decay rates :math:`(\beta_1, \beta_2)`. Default (0.9, 0.999).
+        eps: :math:`\epsilon`, in units of the gradient. Default 1e-8.
+        weight_decay: :math:`\lambda`. Default 0.
+        amsgrad: keep the largest second moment. Default False.
+        maximize: ascend instead of descend. Default False.
+        foreach, fused: accepted for compatibility; the step is always one fused pass.
+        capturable, differentiable: must be False.
+        decoupled_weight_decay: decay the parameter, not the gradient (this is AdamW). Default False.
+        centralize: remove the mean of each row (dim 0) from the gradient ("gradient" or True) or from
+            the update ("update"). Default False.
+        centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
+            only. Default 2.
+        backend: "auto", "triton", "numba" or "eager".
+
+    State: `step` (0-dim), `exp_avg`, `exp_avg_sq` like the parameter; `max_exp_avg_sq` with amsgrad.
+
+    Raises:
+        ValueError: an argument out of range, as torch.optim.Adam.
+
+    Source: Kingma and Ba, "Adam", ICLR 2015, Algorithm 1; Reddi et al., "On the Convergence of Adam and
+    Beyond", ICLR 2018; centring: Yong et al., "Gradient Centralization", ECCV 2020, Algorithm 2.
+
+    >>> import torch, fusedcalib
+    >>> w = torch.nn.Parameter(torch.zeros(3))
+    >>> opt = fusedcalib.Adam([w], lr=0.1)
+    >>> (w * torch.tensor([1.0, -2.0, 4.0])).sum().backward()
+    >>> opt.step()  # the first step is lr times the sign of the gradient
+    >>> [round(x, 4) for x in w.tolist()]
+    [-0.1, 0.1, -0.1]
+    """
+
+    rule = Rule(
+        update=adam,
+        states={
+            "plain": ("exp_avg", "exp_avg_sq"),
+            "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        },
+        variant=_variant,
+        scalars=_scalars,
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **extras: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            **extras,
+        )
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    r"""AdamW, as `torch.optim.AdamW`: Adam with weight decay taken off the parameter first.
+
+    .. math::
+        \theta_t = (1 - \gamma \lambda) \theta_{t-1} - \gamma
+            \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    with :math:`m, v` of the gradient alone: decay is neither averaged nor centred.
+
+    Args:
+        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
+            centralize, centralize_min_ndim, backend: as `Adam`.
+        weight_decay: :math:`\lambda`. Default 1e-2.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
+
+    >>> import torch, fusedcalib
+    >>> w = torch.nn.Parameter(torch.ones(2, 2))
+    >>> w.grad = torch.zeros(2, 2)
+    >>> opt = fusedcalib.AdamW([w], lr=0.5, weight_decay=0.5, centralize=True)
+    >>> opt.step()
+    >>> w.tolist()
+    [[0.75, 0.75], [0.75, 0.75]]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **extras: Any,
+    ) -> None:
+        FusedOptimizer.__init__(
+            self,
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            **extras,
+        )

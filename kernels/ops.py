@@ -1,0 +1,40 @@
+"""The arithmetic a rule may use besides + - * and comparisons.
+
+Every operation here is correctly rounded (IEEE 754), on every executor: with fused multiply-add off,
+this is why the GPU, the CPU loop and plain torch agree to the last bit. A rule uses these names and no
+others; whoever runs its source elsewhere only has to supply the same names.
+
+Shapes: elementwise, operands broadcast.
+"""
+
+from .language import jit, tl
+
+
+@jit
+def divide(x, y):
+    """x / y. Triton's own `/` is approximate in fp32."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@jit
+def sqrt(x):
+    """Square root. Triton's own `sqrt` is approximate in fp32."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@jit
+def maximum(x, y):
+    """The larger operand; NaN if either is NaN, as torch.maximum."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def where(condition, x, y):
+    """x where the condition holds, else y."""
+    return tl.where(condition, x, y)

@@ -1,0 +1,83 @@
+"""The multi-tensor table, device side: from a tile of the list to pointers, offsets and masks.
+
+Row of the table (int64), K tensors per slot (parameter, gradient, state...), D inner dimensions:
+
+    [0, K)             addresses in bytes
+    K, K + 1           rows, columns of the slot
+    K + 2              its row in the table of scalars
+    K + 3, K + 4       rows, columns of its tiles (the CPU loop reads them; a GPU tile is a constant)
+    K + 5 ...          only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+
+A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
+row * columns + column in each. Otherwise a column is an index over the inner dimensions.
+A tile is int32 (slot, row block, column block).
+"""
+
+from .language import jit, tl
+
+GEOMETRY = 5
+_GEOMETRY = tl.constexpr(GEOMETRY)
+
+
+@jit
+def tile_of(tiles):
+    """Slot, row block and column block of this program. Offsets are 64-bit: tensors pass 2^31 elements."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    slot = tl.load(tile).to(tl.int64)
+    return slot, tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+
+
+@jit
+def scalars_of(row, scalars, K: tl.constexpr, COUNT: tl.constexpr):
+    """The slot's scalars, a tuple of COUNT values."""
+    base = scalars + tl.load(row + K + 2) * COUNT
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (tl.load(base + i),)
+    return values
+
+
+@jit
+def offsets_of(row, i: tl.constexpr, r, c, columns, K: tl.constexpr, D: tl.constexpr):
+    """Element offsets [R, C] of rows r [R] and columns c [C] in tensor i of the slot."""
+    if D == 0:
+        return r[:, None] * columns + c[None, :]
+    else:
+        strides = row + K + _GEOMETRY + D
+        inner = c * 0
+        rest = c
+        for d in tl.static_range(D - 1, -1, -1):
+            size = tl.load(row + K + _GEOMETRY + d)
+            inner = inner + (rest % size) * tl.load(strides + (d + 1) * K + i)
+            rest = rest // size
+        return r[:, None] * tl.load(strides + i) + inner[None, :]
+
+
+@jit
+def pointer_of(row, i: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Address of tensor i. An address out of memory has no known alignment: said here, or loads stay scalar."""
+    pointer = tl.load(row + i).to(tl.pointer_type(DTYPE))
+    if VECTOR > 1:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@jit
+def load_tile(row, r, c, mask, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
+    """The slot's tensors at rows r and columns c: a tuple of K blocks [R, C] in COMPUTE, 0 where masked."""
+    values = ()
+    for i in tl.static_range(len(DTYPES)):
+        offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
+        pointer = pointer_of(row, i, DTYPES[i], VECTOR)
+        values = values + (tl.load(pointer + offsets, mask, other=0).to(COMPUTE),)
+    return values
+
+
+@jit
+def store_tile(row, r, c, mask, columns, values, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
+    """Writes K blocks [R, C] back, rounded to nearest; the gradient (tensor 1) is never written."""
+    for i in tl.static_range(len(DTYPES)):
+        if i != 1:
+            offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
+            pointer = pointer_of(row, i, DTYPES[i], VECTOR)
+            tl.store(pointer + offsets, values[i].to(DTYPES[i]), mask)

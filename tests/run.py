@@ -1,0 +1,123 @@
+"""Do all set-up, then pass the tests: python3 tests/run.py [arguments of pytest].
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so one process has one mode: where there
+is no GPU, the tests marked "interpreted" run in a process of their own. That is done with -m, which
+the arguments can therefore not use. Paths in them start at the root of the repository.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import bootstrap
+
+OPTIONAL = ("numba", "scikit-learn", "hypothesis", "pytest-timeout", "pytest-benchmark")
+SELECTED = {"plain": "not interpreted", "interpreted": "interpreted"}
+NONE_COLLECTED = 5  # pytest's exit code
+
+
+def work(arguments: list[str]) -> int:
+    python, variables = bootstrap.prepare("pytest")
+    lacking = bootstrap.missing(*OPTIONAL) if python == sys.executable else []
+    if lacking:
+        print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
+    color = ["--color=yes"] if sys.stdout.isatty() else []
+    command = [python, "-m", "pytest", *color, *plugin_options(lacking), *arguments]
+    modes = list(SELECTED)
+    if sys.platform != "linux" or bootstrap.gpu():
+        print("no interpreted run: on a GPU the kernels run compiled, and only Linux has Triton")
+        modes.remove("interpreted")
+    with tempfile.TemporaryDirectory() as folder:
+        codes = run(modes, command, variables, Path(folder))
+        outcomes = [outcome for mode in modes for outcome in read(Path(folder, f"{mode}.xml"))]
+    code, line = verdict(codes, outcomes)
+    print(line, flush=True)
+    return code
+
+
+def plugin_options(lacking: list[str]) -> list[str]:
+    """Without pytest-benchmark, pytest refuses its option among addopts in pyproject.toml."""
+    text = (bootstrap.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    addopts = re.search(r'^addopts = "(.*)"$', text, re.MULTILINE)
+    if "pytest-benchmark" not in lacking or not addopts:
+        return []
+    return ["-o", "addopts=" + addopts[1].replace("--benchmark-disable", "")]
+
+
+def run(modes: list[str], command: list[str], variables: dict[str, str], folder: Path) -> list[int]:
+    """The exit codes of pytest in each mode; both modes at the same time if there are two cores."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    together = 1 < len(modes) <= cores
+    processes = {}
+    try:
+        for mode in modes:
+            # The interpreter is NumPy and Python, and has no use for more than one thread.
+            threads = 1 if mode == "interpreted" else cores - together
+            processes[mode] = start(mode, command, threaded(variables, threads), folder)
+            if not together:
+                show(mode, processes[mode], folder)
+        for mode in modes if together else []:
+            show(mode, processes[mode], folder)
+        return [process.wait() for process in processes.values()]
+    finally:
+        for process in processes.values():
+            process.terminate()  # does nothing to one that has ended
+
+
+def threaded(variables: dict[str, str], threads: int) -> dict[str, str]:
+    """Processes that run at the same time must share the cores; who sets these knows better."""
+    return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)} | variables
+
+
+def start(
+    mode: str, command: list[str], variables: dict[str, str], folder: Path
+) -> subprocess.Popen[bytes]:
+    """pytest in one mode, which writes what it has to say into a file until its turn comes."""
+    command = [*command, "-m", SELECTED[mode], f"--junitxml={folder / mode}.xml"]
+    variables = variables | ({"TRITON_INTERPRET": "1"} if mode == "interpreted" else {})
+    with Path(folder, f"{mode}.txt").open("wb") as output:
+        return subprocess.Popen(
+            command, cwd=bootstrap.ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def show(mode: str, process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Print what the process wrote and goes on writing, until it has ended."""
+    print(f"\n{mode} run:", flush=True)
+    with Path(folder, f"{mode}.txt").open(encoding="utf-8", errors="replace") as output:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None  # before reading, or the last words could be missed
+            print(output.read(), end="", flush=True)
+            time.sleep(0 if ended else 0.1)
+
+
+def read(report: Path) -> list[str]:
+    """The outcome of each test in a JUnit report: "passed", "failed" or "skipped"."""
+    from xml.etree import ElementTree
+
+    outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+    cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
+    tags = ([child.tag for child in case if child.tag in outcome] for case in cases)
+    return [outcome[found[0]] if found else "passed" for found in tags]
+
+
+def verdict(codes: list[int], outcomes: list[str]) -> tuple[int, str]:
+    """The exit code and the last line. It is fine if one mode of two had no test to run."""
+    bad = [code for code in codes if code not in (0, NONE_COLLECTED)]
+    code = bad[0] if bad else min(codes)
+    count = Counter(outcomes)
+    if bad and not count["failed"]:
+        count["failed"] = 1  # a process that ended before it could report
+    return code, ", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped"))
+
+
+if __name__ == "__main__":
+    bootstrap.main(work)

@@ -1,0 +1,458 @@
+"""The set-up behind bench/run.py and tests/run.py, with the machine around it replaced."""
+
+import ast
+import ctypes
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+import venv
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_TORCH = "torch==2.13.0+cpu"
+
+
+def load_runner():
+    """tests/run.py as a module; it reaches into sys.path, which the other tests must not see."""
+    spec = importlib.util.spec_from_file_location("tests_run", ROOT / "tests" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+runner = load_runner()
+bootstrap = runner.bootstrap
+
+
+def sentence(function, *arguments) -> str:
+    """What `function` gives up with: one line, for Python to print before it exits with 1."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert isinstance(stop.value.code, str)
+    assert re.fullmatch(r"fusedcalib: [^\n]+", stop.value.code)
+    return stop.value.code
+
+
+# What an interpreter must have
+
+
+@pytest.mark.parametrize(
+    ("installed", "missing"),
+    [
+        ({"torch": "2.11.0+cu130", "triton": "3.6.0"}, []),
+        ({"torch": "2.13.0.dev20261120+cpu", "triton": "3.10.1"}, []),
+        ({"torch": "3.0", "triton-rocm": "3.6.0+rocm7.2"}, []),
+        ({"torch": "2.9.1", "triton": "3.6.0"}, ["torch"]),
+        ({"torch": "2.11.0", "triton": "3.5.1"}, ["triton"]),
+        ({"torch": "2.11.0"}, ["triton"]),
+        ({}, ["torch", "triton"]),
+    ],
+)
+def test_lowest_versions(monkeypatch, installed, missing):
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setitem(bootstrap.CORE, "triton", (3, 6))
+    assert bootstrap.missing("torch", "triton") == missing
+    assert bootstrap.missing("pytest") == ["pytest"]
+
+
+def test_requirements_are_those_of_the_package():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["cpu"] + extras["bench"] + extras["test"]
+    name = re.compile(r"[\w-]+")
+    ours = {name.match(wanted)[0] for wanted in bootstrap.requirements("")}
+    assert ours | {"triton"} == {name.match(wanted)[0] for wanted in declared}
+    lowest = dict(re.findall(r"(\w+)>=([\d.]+)", " ".join(project["dependencies"])))
+    for known, version in lowest.items():
+        if known in bootstrap.CORE:
+            assert ".".join(map(str, bootstrap.CORE[known])) == version
+
+
+@pytest.mark.parametrize(
+    ("present", "libcuda", "kind"),
+    [
+        ((), False, ""),
+        (("/proc/driver/nvidia/version",), True, "nvidia"),
+        (("/dev/dxg",), True, "nvidia"),
+        (("/proc/driver/nvidia/version",), False, ""),  # a container without the GPU of its host
+        ((), True, ""),  # an image for GPUs on a machine without one
+        (("/dev/kfd",), False, "amd"),
+        (("/dev/kfd", "/dev/nvidiactl"), True, "nvidia"),
+    ],
+)
+def test_gpu_is_what_the_drivers_tell(monkeypatch, present, libcuda, kind):
+    def load(library):
+        if not libcuda:
+            raise OSError(library)
+        return object()
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os.path, "exists", lambda path: path in present)
+    monkeypatch.setattr(os, "access", lambda path, mode: path in present)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert bootstrap.gpu() == kind
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert bootstrap.gpu() == ""
+
+
+# Which torch
+
+
+def test_the_pin_for_the_cpu_admits_no_other_build(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    wanted, sources = bootstrap.torch_source("")
+    admitted = SpecifierSet(wanted.removeprefix("torch"), prereleases=True)
+    assert admitted.contains("2.13.0+cpu")
+    for build in ("2.13.0", "2.13.0+cu130", "2.13.0+rocm7.2", "2.14.0", "2.14.0+cpu"):
+        assert not admitted.contains(build)
+    assert sources == [[], ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]]
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "triton"),
+    [
+        ("linux", "", True),
+        ("linux", "nvidia", False),
+        ("linux", "amd", False),
+        ("darwin", "", False),
+    ],
+)
+def test_triton_is_asked_for_where_torch_does_not_bring_it(monkeypatch, platform, kind, triton):
+    monkeypatch.setattr(sys, "platform", platform)
+    wanted = bootstrap.requirements(kind)
+    assert any(name.startswith("triton") for name in wanted) == triton
+    assert wanted[0] == (CPU_TORCH if triton else "torch>=2.11")
+    if kind == "amd":
+        assert bootstrap.torch_source(kind)[1] == [["--index-url", bootstrap.ROCM_INDEX]]
+
+
+# Making an environment
+
+
+class Machine:
+    """A bare Linux machine: `fails` says which commands fail, `ran` is what was run."""
+
+    def __init__(self, root: Path):
+        self.root, self.ran, self.kind = root, [], ""
+        self.fails = lambda command: False
+
+    def run(self, *command: str):
+        self.ran.append(" ".join(command))
+        error = "noise\nERROR: No matching distribution found\n"
+        return subprocess.CompletedProcess(command, int(self.fails(self.ran[-1])), "", error)
+
+    def create(self, folder, **_):
+        python = bootstrap.python_in(Path(folder))
+        python.parent.mkdir()
+        python.touch()
+
+    def installs(self) -> list[str]:
+        return [command for command in self.ran if "--only-binary" in command]
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    machine = Machine(tmp_path / "repository")
+    machine.root.mkdir()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(bootstrap, "ROOT", machine.root)
+    monkeypatch.setattr(bootstrap, "missing", lambda *names: ["torch"])
+    monkeypatch.setattr(bootstrap, "gpu", lambda: machine.kind)
+    monkeypatch.setattr(bootstrap, "run", machine.run)
+    monkeypatch.setattr(venv, "create", machine.create)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return machine
+
+
+def made(machine: Machine) -> Path:
+    """Set up; the folder that the Python is in."""
+    python, variables = bootstrap.prepare("pytest")
+    assert variables["PYTHONPATH"] == str(machine.root)
+    return Path(python).parents[1]
+
+
+def test_a_python_that_has_everything_is_used_as_it_is(machine, monkeypatch):
+    monkeypatch.setattr(bootstrap, "missing", lambda *names: [])
+    monkeypatch.setenv("PYTHONPATH", "theirs")
+    python, variables = bootstrap.prepare("pytest")
+    assert python == sys.executable
+    assert variables["PYTHONPATH"] == os.pathsep.join([str(machine.root), "theirs"])
+    assert not machine.ran
+    assert not (machine.root / ".venv").exists()
+
+
+def test_the_second_time_nothing_is_run_or_written(machine, monkeypatch):
+    assert made(machine) == machine.root / ".venv"
+    first = list(machine.ran)
+    assert first
+    monkeypatch.delattr(bootstrap, "writable_folder")
+    assert made(machine) == machine.root / ".venv"
+    assert machine.ran == first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_one_of_two_set_ups_at_the_same_time_waits(machine, monkeypatch):
+    create = machine.create
+    monkeypatch.setattr(venv, "create", lambda *a, **k: (time.sleep(0.2), create(*a, **k)))
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(made, [machine, machine]))
+    assert folders == [machine.root / ".venv"] * 2
+    assert len(machine.installs()) == 2
+
+
+def test_torch_comes_first_and_stays(machine):
+    made(machine)
+    torch, rest = machine.installs()
+    assert torch.endswith(CPU_TORCH)
+    assert f" {CPU_TORCH} " in rest  # without the pin pip may put another torch in its place
+    assert "triton==3.7.1" in rest
+    assert "numba" in rest
+
+
+@pytest.mark.parametrize("change", ["requirements", "version", "interpreter", "no python"])
+def test_an_environment_that_no_longer_fits_is_made_again(machine, monkeypatch, change):
+    folder = made(machine)
+    (folder / "old").touch()
+    if change == "requirements":
+        machine.kind = "nvidia"
+    elif change == "version":
+        monkeypatch.setattr(sys, "version_info", (3, 99, 0))
+    elif change == "interpreter":
+        monkeypatch.setattr(sys, "_base_executable", "/another/python", raising=False)
+    else:
+        bootstrap.python_in(folder).unlink()
+    machine.ran.clear()
+    assert made(machine) == folder
+    assert machine.installs()
+    assert not (folder / "old").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["", "run by its own Python"])
+@pytest.mark.parametrize("asked", ["", "nvidia"], ids=["as before", "as cut short"])
+def test_a_set_up_that_was_cut_short_is_not_believed(machine, monkeypatch, asked, inside):
+    def interrupt(command):
+        if "pytest" in command:
+            raise KeyboardInterrupt
+        return False
+
+    made(machine)  # a whole one, which then has to be made again
+    machine.kind, machine.fails = "nvidia", interrupt
+    with pytest.raises(KeyboardInterrupt):
+        made(machine)
+    if inside:  # what it has may look like enough
+        monkeypatch.setattr(bootstrap, "missing", lambda *names: [])
+        monkeypatch.setattr(sys, "prefix", str(machine.root / ".venv"))
+    machine.ran.clear()
+    machine.kind, machine.fails = asked, lambda command: False
+    assert made(machine) == machine.root / ".venv"
+    assert len(machine.installs()) == 2
+
+
+@pytest.mark.parametrize("obstacle", ["not writable", "somebody else's"])
+def test_the_cache_folder_serves_where_the_repository_cannot(machine, tmp_path, obstacle):
+    place = machine.root / ".venv"
+    if obstacle == "not writable":
+        place.touch()
+    else:
+        place.mkdir()
+        (place / "pyvenv.cfg").touch()
+    before = list(machine.root.rglob("*"))
+    assert tmp_path / "cache" in made(machine).parents
+    assert list(machine.root.rglob("*")) == before
+    machine.ran.clear()
+    made(machine)
+    assert not machine.ran
+
+
+def test_no_place_for_an_environment(machine, tmp_path):
+    (machine.root / ".venv").touch()
+    (tmp_path / "cache").touch()
+    assert "writable" in sentence(made, machine)
+
+
+def test_the_cpu_index_is_asked_only_after_what_pip_is_set_to(machine):
+    machine.fails = lambda command: CPU_TORCH in command and bootstrap.CPU_INDEX not in command
+    sentence(made, machine)  # the second install fails too; here only the first matters
+    assert [bootstrap.CPU_INDEX in command for command in machine.installs()] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_without_a_cpu_build_there_is_no_torch(machine):
+    machine.fails = lambda command: "--only-binary" in command
+    assert "No matching distribution found" in sentence(made, machine)
+    assert len(machine.installs()) == 2
+    assert all(command.endswith(CPU_TORCH) for command in machine.installs())
+
+
+# A Python in parts
+
+
+def test_pip_of_the_running_python_stands_in_for_ensurepip(machine):
+    machine.fails = lambda command: "ensurepip" in command
+    made(machine)
+    assert [f"--python {machine.root}" in command for command in machine.ran[:2]] == [False, True]
+    assert len(machine.ran) == 4
+
+
+CONTENT = b"a wheel"
+PAGE = f'<a href="../../files/{bootstrap.PIP}#sha256=0">'
+
+
+@pytest.mark.parametrize(
+    ("web", "problem"),
+    [
+        ({"i/pip/": PAGE, f"files/{bootstrap.PIP}": CONTENT}, None),
+        ({"i/pip/": PAGE, f"files/{bootstrap.PIP}": b"another"}, "not the file it should be"),
+        ({"i/pip/": "<a href='pip-1.0.whl'>"}, "no such page"),
+        ({}, "no such page"),
+    ],
+)
+def test_pip_is_downloaded_where_there_is_none(machine, monkeypatch, web, problem):
+    def urlopen(url, timeout):
+        found = web.get(url.removeprefix("https://mirror.test/"))
+        if found is None:
+            raise OSError("no such page")
+        return io.BytesIO(found.encode() if isinstance(found, str) else found)
+
+    machine.fails = lambda command: "ensurepip" in command or "--python" in command
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(bootstrap, "PIP_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.test/i/")
+    if problem:
+        assert problem in sentence(made, machine)
+        return
+    wheel = made(machine) / bootstrap.PIP
+    assert wheel.read_bytes() == CONTENT
+    assert f"{wheel}/pip install --no-index {wheel}" in machine.ran[2]
+
+
+def test_no_venv_module(machine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "venv", None)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    said = sentence(bootstrap.main, lambda arguments: made(machine))
+    assert "'venv'" in said
+    assert "apt install python3-venv" in said
+
+
+def test_an_old_python_is_told():
+    code = "import runpy, sys; sys.version_info = (3, 9, 0); runpy.run_path(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(ROOT / "tests" / "run.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"fusedcalib: .* is too old: use Python 3.10 or newer\n", done.stderr)
+
+
+@pytest.mark.parametrize("path", ["bench/bootstrap.py", "bench/run.py", "tests/run.py"])
+def test_an_old_python_can_read_that_far(path):
+    ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 6))
+
+
+# tests/run.py
+
+
+REPORT = """<testsuites><testsuite tests="6">
+<testcase/><testcase><properties/><system-out/></testcase>
+<testcase><failure/></testcase><testcase><error/></testcase>
+<testcase><skipped/></testcase><testcase><skipped/></testcase><testcase><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_report_is_read(tmp_path):
+    report = tmp_path / "report.xml"
+    assert runner.read(report) == []
+    report.write_text(REPORT)
+    assert runner.verdict([1], runner.read(report)) == (1, "2 passed, 2 failed, 3 skipped")
+
+
+@pytest.mark.parametrize(
+    ("codes", "outcomes", "code", "line"),
+    [
+        ([0, 0], ["passed", "skipped"], 0, "1 passed, 0 failed, 1 skipped"),
+        ([0, 5], ["passed"], 0, "1 passed, 0 failed, 0 skipped"),
+        ([5, 0], ["passed"], 0, "1 passed, 0 failed, 0 skipped"),
+        ([5, 5], [], 5, "0 passed, 0 failed, 0 skipped"),
+        ([0, 1], ["passed", "failed"], 1, "1 passed, 1 failed, 0 skipped"),
+        ([5, -11], [], -11, "0 passed, 1 failed, 0 skipped"),
+        ([0, 2], ["passed"], 2, "1 passed, 1 failed, 0 skipped"),
+    ],
+)
+def test_the_verdict_on_both_processes(codes, outcomes, code, line):
+    assert runner.verdict(codes, outcomes) == (code, line)
+
+
+def test_who_sets_the_number_of_threads_knows_better():
+    expected = {"OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": "2"}
+    assert runner.threaded({"OMP_NUM_THREADS": "7"}, 2) == expected
+
+
+TESTS = """
+import os, pytest
+def test_plain(): assert "TRITON_INTERPRET" not in os.environ
+@pytest.mark.interpreted
+def test_interpreted():
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+@pytest.mark.skip
+def test_skipped(): pass
+@pytest.mark.skipif("BREAK" not in os.environ, reason="on demand")
+def test_failing(): raise ValueError("seen " + "it")
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arguments", "line"),
+    [
+        ("", [], "2 passed, 0 failed, 2 skipped"),
+        ("nvidia", [], "1 passed, 0 failed, 2 skipped"),
+        ("", ["-k", "test_interpreted"], "1 passed, 0 failed, 0 skipped"),
+        ("", ["tests/test_it.py", "-k", "test_failing"], "0 passed, 1 failed, 0 skipped"),
+    ],
+)
+def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, arguments, line):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(TESTS)
+    settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["interpreted"]\n'
+    options = 'addopts = "--strict-markers --benchmark-disable -p no:cacheprovider"\n'
+    (tmp_path / "pyproject.toml").write_text(settings + options)
+    # As in a Python that lacks every plugin, to which addopts has an option that it does not know.
+    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS"):
+        variables.pop(name, None)
+    fails = "test_failing" in arguments
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap, "gpu", lambda: gpu)
+    monkeypatch.setattr(bootstrap, "missing", lambda *names: ["pytest-benchmark"])
+    monkeypatch.setattr(
+        bootstrap,
+        "prepare",
+        lambda *needed: (sys.executable, variables | ({"BREAK": "1"} if fails else {})),
+    )
+    assert runner.work(arguments) == int(fails)
+    output = capfd.readouterr().out
+    assert output.splitlines()[-1] == line
+    assert ("ValueError: seen it" in output) == fails
+    assert ("no interpreted run" in output) == bool(gpu)
+    assert ("\ninterpreted run:" in output) == (not gpu)

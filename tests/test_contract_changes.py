@@ -1,0 +1,215 @@
+"""The drop-in contract: whatever a user changes between two steps is what the next step uses.
+
+Every change is done to the run here and to torch.optim's; both must go on alike.
+"""
+
+import pytest
+import torch
+from cases import RULES, SHAPES, assert_identical, parameters
+
+COUNTED = [name for name, rule in RULES.items() if rule.counted]
+
+
+def regroup(**values):
+    """Set hyperparameters in the first group."""
+    return lambda optimizer, params: optimizer.param_groups[0].update(values)
+
+
+# Contract C3: hyperparameters are read from the group at each step.
+HYPERPARAMETERS = {
+    "lr": (regroup(lr=0.5), RULES),
+    "lr, a tensor": (regroup(lr=torch.tensor(0.5)), RULES),
+    "decay goes": (regroup(weight_decay=0), RULES),
+    "maximize": (regroup(maximize=True), RULES),
+    "momentum": (regroup(momentum=0.5), ["SGD"]),
+    "momentum goes": (regroup(momentum=0), ["SGD"]),
+    "dampening": (regroup(dampening=0.25), ["SGD"]),
+    "nesterov": (regroup(nesterov=True), ["SGD"]),
+    "betas": (regroup(betas=(0.5, 0.6)), COUNTED),
+    "eps": (regroup(eps=0.1), COUNTED),
+    "decay decouples": (regroup(decoupled_weight_decay=True), COUNTED),
+    "decay couples": (regroup(decoupled_weight_decay=False), COUNTED),
+}
+
+
+def each(table):
+    """(rule, change) for every change and every rule that it is for."""
+    return [
+        pytest.param(RULES[name], change, id=f"{name}-{label}")
+        for label, (change, names) in table.items()
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(("rule", "change"), each(HYPERPARAMETERS))
+def test_c03_hyperparameters(rule, change, twin):
+    built = twin().step(2)
+    built.both(change)
+    built.step(2).check()
+
+
+@pytest.mark.parametrize(
+    ("rule", "start", "change"),
+    [
+        (RULES["SGD"], {"momentum": 0}, {"momentum": 0.9}),
+        (RULES["SGD"], {"momentum": 0, "weight_decay": 0}, {"momentum": 0.9, "weight_decay": 0.1}),
+        (RULES["Adam"], {"weight_decay": 0}, {"weight_decay": 0.1}),
+        (RULES["AdamW"], {"weight_decay": 0}, {"weight_decay": 0.1}),
+        (RULES["Adam"], {"amsgrad": True}, {"amsgrad": False}),
+        (RULES["AdamW"], {"amsgrad": True}, {"amsgrad": False}),
+    ],
+)
+def test_c03_options_come_and_go(rule, start, change, twin):
+    built = twin(**start).step(2)
+    built.both(regroup(**change))
+    built.step(2).check()
+
+
+@pytest.mark.parametrize("rule", [RULES[n] for n in COUNTED], ids=COUNTED)
+def test_c03_amsgrad_cannot_come_late(rule, twin):
+    """torch has no maximum to go on from and says KeyError; making one up would be a guess."""
+    built = twin().step()
+    built.both(regroup(amsgrad=True))
+    for optimizer, _ in built.sides:
+        with pytest.raises(KeyError, match="max_exp_avg_sq"):
+            optimizer.step()
+
+
+def set_step(value):
+    return lambda optimizer, params: optimizer.state[params[1]].update(step=torch.tensor(value))
+
+
+def on_moment(change):
+    """Replace the first stored moment of the first parameter by what `change` makes of it."""
+
+    def edit(optimizer, params):
+        state = optimizer.state[params[0]]
+        key = next(k for k in state if k != "step")
+        state[key] = change(state[key])
+
+    return edit
+
+
+def in_other_memory(tensor):
+    tensor.data = tensor.data / 2
+    return tensor
+
+
+# State is the user's to edit: what stands in `optimizer.state` is what the next step goes on from.
+STATE_EDITS = {
+    "counter replaced": (set_step(40.0), COUNTED),
+    "counter filled": (lambda o, params: o.state[params[1]]["step"].fill_(7), COUNTED),
+    "moment replaced": (on_moment(lambda m: torch.full_like(m, 0.25)), RULES),
+    "moment transposed": (on_moment(lambda m: m.t().contiguous().t()), RULES),
+    "moment edited": (on_moment(lambda m: m.mul_(0.5)), RULES),
+    "one entry popped": (lambda o, params: o.state.pop(params[0]), RULES),
+    "state cleared": (lambda o, params: o.state.clear(), RULES),
+    "parameter edited": (lambda o, params: params[0].mul_(0.5), RULES),
+    "moment's memory replaced": (on_moment(lambda m: in_other_memory(m)), RULES),
+    "own checkpoint": (lambda o, params: o.load_state_dict(o.state_dict()), RULES),
+}
+
+
+@pytest.mark.parametrize(("rule", "change"), each(STATE_EDITS))
+def test_state_edits_are_honoured(rule, change, twin):
+    built = twin().step(3)
+    built.both(change)
+    built.step(2).check()
+
+
+def add_group(optimizer, params):
+    torch.manual_seed(0)
+    params += parameters(((6, 2), (0,)))
+    optimizer.add_param_group({"params": params[-2:], "lr": 0.3})
+
+
+def append(optimizer, params):
+    torch.manual_seed(0)
+    params += parameters(((6, 2),))
+    optimizer.param_groups[0]["params"].append(params[-1])
+
+
+def drop(optimizer, params):
+    optimizer.state.pop(optimizer.param_groups[0]["params"].pop(0), None)
+    params.pop(0)
+
+
+def empty_group(optimizer, params):
+    optimizer.add_param_group({"params": []})
+
+
+def new_data(make):
+    """Give the first parameter other memory: same values, or a changed size (state starts anew)."""
+
+    def swap(optimizer, params):
+        params[0].data = make(params[0].data)
+        state = optimizer.state.get(params[0], {})
+        if any(m.shape != params[0].shape for m in state.values() if m.dim()):
+            optimizer.state.pop(params[0])
+
+    return swap
+
+
+# Contract C15: no list, address, stride or size is remembered wrongly.
+SWAPS = {
+    "new data": new_data(torch.clone),
+    "other strides": new_data(lambda d: d.t().contiguous().t()),
+    "an offset view": new_data(lambda d: torch.cat([d, d])[len(d) :]),
+    "every second column": new_data(lambda d: d.repeat_interleave(2, 1)[:, ::2]),
+    "transposed in place": new_data(torch.t),
+    "smaller": new_data(lambda d: d[1:].clone()),
+    "smaller in place": new_data(lambda d: d[:4, :3]),
+    "fewer rows in place": new_data(lambda d: d[:4]),
+    "larger": new_data(lambda d: torch.cat([d, d])),
+    "empty": new_data(lambda d: d[:0].clone()),
+    "group added": add_group,
+    "parameter appended": append,
+    "parameter dropped": drop,
+    "empty group": empty_group,
+}
+
+
+RUNS = [(rule, {}) for rule in RULES.values()] + [(RULES["SGD"], {"momentum": 0})]
+
+
+@pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
+@pytest.mark.parametrize(("rule", "options"), RUNS, ids=[*RULES, "SGD without state"])
+def test_c15_tensors_change_between_steps(rule, options, twin, swap):
+    built = twin(parameters(((6, 6), *SHAPES[1:])), **options).step(2)
+    old = built.params[0].data
+    built.both(swap)
+    kept = old.clone()
+    built.step(2).check()
+    if built.params[0].data_ptr() != old.data_ptr():
+        assert_identical(old, kept)
+
+
+def test_c15_empty_groups_from_the_start(twin):
+    twin(
+        arrange=lambda params: [{"params": []}, {"params": params}, {"params": []}],
+    ).step(2).check()
+
+
+@pytest.mark.parametrize("turn", [lambda g: g.t(), lambda g: g.t_()], ids=["a view", "in place"])
+def test_c15_gradient_of_other_strides_at_the_same_address(twin, turn):
+    built = twin(parameters(((6, 6),)))
+    built.gradients()
+    for _ in range(3):
+        built.ours.step()
+        built.theirs.step()
+        built.steps += 1
+        for p in built.params + built.expected:
+            p.grad = turn(p.grad)
+    built.check()
+
+
+def test_c15_gradient_in_other_memory(twin):
+    """`p.grad` is the same object, what it holds is not where it was."""
+    built = twin().step()
+    for p, q in zip(built.params, built.expected, strict=True):
+        p.grad.data = torch.randn_like(p)
+        q.grad.data = p.grad.data.clone()
+    built.ours.step()
+    built.theirs.step()
+    built.steps += 1
+    built.check()

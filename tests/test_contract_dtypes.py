@@ -1,0 +1,115 @@
+"""The drop-in contract: dtypes of parameters and of stored state, the same or not.
+
+Narrow numbers are judged by torch.optim in float64 from the same values and gradients.
+"""
+
+import pytest
+import torch
+from cases import documentation, parameters, tolerance
+
+# Steps large enough to be seen; an epsilon that keeps tiny second moments, which float16 rounds to
+# nothing, out of the quotient: torch's own float16 inputs have the same.
+VISIBLE = {"lr": 0.5}
+SAFE = {"eps": 0.1}
+STEPS = 3
+
+
+def doubles(params):
+    return [torch.nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in params]
+
+
+def rounding(dtype):
+    """What storing values of magnitude below 8 adds up to over the steps: half a unit each time."""
+    return STEPS * 8 / 2 * torch.finfo(dtype).eps
+
+
+def judged(rule, twin, dtype):
+    params = parameters(dtype=dtype)
+    return twin(params, expected=doubles(params), **VISIBLE, **(SAFE if rule.counted else {}))
+
+
+def check(built, param_dtype, state_dtype):
+    """Two moments are stored, decay feeds on the weights, the step is lr times a quotient."""
+    decay = STEPS * built.rule.options["weight_decay"]
+    state = 2 * rounding(state_dtype) + decay * rounding(param_dtype)
+    state += tolerance(torch.float32, STEPS)
+    built.check(rounding(param_dtype) + VISIBLE["lr"] * state, state)
+
+
+def stored_dtypes(built):
+    return {built.ours.state[p][key].dtype for p in built.params for key in built.rule.moments}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_narrow_parameters(rule, twin, dtype):
+    built = judged(rule, twin, dtype).step(STEPS)
+    check(built, dtype, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_state_dtype_of_narrow_parameters_is_documented(rule, twin, dtype):
+    """AReaL #1292: the moments of narrow parameters have the dtype that the docstring tells."""
+    built = judged(rule, twin, dtype).step()
+    (stored,) = stored_dtypes(built)
+    words = {torch.float32: "float32", dtype: "like the parameter"}
+    assert words[stored] in documentation(rule.ours)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_c11_prefilled_state_of_another_dtype(rule, twin, stored, dtype):
+    """State made by the user, or by a step hook as torchtitan's, keeps its dtype."""
+    built = judged(rule, twin, dtype)
+
+    def fill(optimizer, args, kwargs):
+        for p in built.params:
+            if p not in optimizer.state:
+                state = {key: torch.zeros_like(p, dtype=stored) for key in rule.moments}
+                optimizer.state[p] = {"step": torch.tensor(0.0), **state} if rule.counted else state
+
+    built.ours.register_step_pre_hook(fill)
+    built.step(STEPS)
+    assert stored_dtypes(built) == {stored}
+    check(built, dtype, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_c15_dtype_changes_between_steps(rule, twin, dtype):
+    """`module.half()` in mid-training, which torch's Adam refuses: the state stays as it is."""
+    built = judged(rule, twin, torch.float32).step()
+    for p, q in zip(built.params, built.expected, strict=True):
+        p.grad = q.grad = None
+        p.data = p.data.to(dtype)
+        q.data = p.data.to(torch.float64, copy=True)
+    built.step(STEPS - 1)
+    assert stored_dtypes(built) == {torch.float32}
+    check(built, dtype, torch.float32)
+
+
+def test_c15_mixed_dtypes_in_one_group(rule, twin):
+    params = [
+        p for d in (torch.float32, torch.bfloat16, torch.float64) for p in parameters(dtype=d)
+    ]
+    built = twin(params, expected=doubles(params), **VISIBLE, **(SAFE if rule.counted else {}))
+    built.step(STEPS)
+    check(built, torch.bfloat16, torch.bfloat16)
+
+
+def test_c33_float64_is_computed_in_float64(twin):
+    """Bias corrections too: in float32 they would be off by 1e-8."""
+    twin(dtype=torch.float64).step(5).check()
+
+
+def test_c33_float64_late_in_training(twin):
+    def skip(optimizer, params):
+        for p in params:
+            optimizer.state[p].get("step", torch.tensor(0)).fill_(9999)
+
+    built = twin(dtype=torch.float64).step()
+    built.both(skip)
+    built.step(2).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_c33_complex(twin, dtype):
+    twin(dtype=dtype).step(4).check()

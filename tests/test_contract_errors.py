@@ -1,0 +1,94 @@
+"""The drop-in contract: a step that raises has written nothing, and says what to do instead."""
+
+import pytest
+import torch
+from cases import RULES, assert_identical, parameters, snapshot
+
+
+def sparse(optimizer, params):
+    params[-1].grad = params[-1].grad.to_sparse()
+
+
+def expanded(optimizer, params):
+    """Every element of the last parameter lies in the same memory."""
+    p = params[-1]
+    optimizer.state.pop(p, None)
+    p.data = torch.ones((), device=p.device).expand(p.shape)
+    p.grad = torch.ones_like(p)
+
+
+def complex_centred(optimizer, params):
+    p = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.complex64, device=params[0].device))
+    p.grad = torch.ones_like(p)
+    optimizer.add_param_group({"params": [p], "centralize": True})
+
+
+def group_option(**values):
+    """A last group of its own, with options that only the step can find fault with."""
+
+    def spoil(optimizer, params):
+        (p,) = parameters(((4, 3),))
+        p.grad = torch.ones_like(p)
+        optimizer.add_param_group({"params": [p]})
+        optimizer.param_groups[-1].update(values)
+
+    return spoil
+
+
+def stored(change):
+    """State as a checkpoint of something else would leave it: the last parameter's first moment."""
+
+    def spoil(optimizer, params):
+        rule, p = RULES[type(optimizer).__name__], params[-1]
+        state = {key: torch.zeros_like(p) for key in rule.moments}
+        state[rule.moments[0]] = change(state[rule.moments[0]])
+        optimizer.state[p] = {"step": torch.tensor(0.0), **state} if rule.counted else state
+
+    return spoil
+
+
+# What is wrong with the last parameter or group -> what the message must name.
+FAULTS = {
+    "sparse gradient": (sparse, r"(?is)sparse.*(SparseAdam|torch\.optim\.SGD)"),
+    "self-overlapping parameter": (expanded, r"(?is)(overlap|expand).*(clone|contiguous)"),
+    "complex and centralized": (complex_centred, r"(?is)complex.*centralize|centralize.*complex"),
+    "unknown centralize": (group_option(centralize="rows"), r"(?s)centralize.*rows"),
+    "differentiable": (group_option(differentiable=True), r"(?s)differentiable.*torch\.optim"),
+    "capturable": (group_option(capturable=True), r"(?s)capturable.*torch\.optim"),
+    "state of another size": (stored(lambda m: m[1:].clone()), r"(?i)(momentum_buffer|exp_avg)"),
+    "state elsewhere": (stored(lambda m: m.to("meta")), r"(?i)(momentum_buffer|exp_avg)"),
+    "state of integers": (stored(lambda m: m.long()), r"(?i)(momentum_buffer|exp_avg)"),
+}
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["first step", "later"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_raises_wrote_nothing(ours, fault, started):
+    params = parameters()
+    optimizer = ours(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    if started:
+        optimizer.step()
+    spoil, message = FAULTS[fault]
+    with torch.no_grad():
+        spoil(optimizer, params)
+    before = snapshot(optimizer)
+    with pytest.raises(Exception, match=message):
+        optimizer.step()
+    assert_identical(snapshot(optimizer), before)
+
+
+def test_a_good_step_after_a_failed_one(rule, twin):
+    """What was refused is not remembered: mend it, and training goes on as if nothing had been."""
+    built = twin().step(2)
+    built.gradients()
+    good = built.params[-1].grad
+    sparse(built.ours, built.params)
+    with pytest.raises(RuntimeError, match="sparse"):
+        built.ours.step()
+    built.params[-1].grad = good
+    built.ours.step()
+    built.theirs.step()
+    built.steps += 1
+    built.check()

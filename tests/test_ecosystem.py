@@ -1,0 +1,226 @@
+"""The package as a whole: what it imports, what it installs, and who inside it may know whom."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from cases import RULES
+
+import fusedcalib
+from fusedcalib.reference import ORACLES
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fusedcalib"
+PUBLIC = [getattr(fusedcalib, name) for name in fusedcalib.__all__]
+RULE_FILES = [p for p in (PACKAGE / "rules").glob("*.py") if p.stem != "__init__"]
+CLASSES = [thing for thing in PUBLIC if isinstance(thing, type)]
+
+
+def python(code, *args, cwd=ROOT):
+    """What a fresh interpreter prints."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+HEAVY = {"triton", "numba", "matplotlib", "sklearn", "scipy"}
+
+
+def test_import_is_light(tmp_path):
+    """Nothing heavy is loaded, and beyond torch it takes no time a user would notice."""
+    code = """
+import sys, time, torch
+before, start = set(sys.modules), time.process_time()
+import fusedcalib
+print(time.process_time() - start, *sorted({m.split(".")[0] for m in set(sys.modules) - before}))
+"""
+    seconds, *loaded = python(code, cwd=tmp_path).split()
+    assert not HEAVY & set(loaded)
+    assert float(seconds) < 0.25
+
+
+BLOCKED = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in sys.argv[1].split("+"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+import torch, fusedcalib
+p = torch.nn.Parameter(torch.ones(2, 3))
+p.grad = torch.ones(2, 3)
+optimizer = fusedcalib.AdamW([p], lr=0.5, weight_decay=0)
+optimizer.step()
+assert torch.allclose(p.detach(), torch.full((2, 3), 0.5)), p
+print(optimizer.backend, optimizer.backend in repr(optimizer))
+try:
+    fusedcalib.AdamW([p], backend=sys.argv[1].split("+")[-1]).step()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("missing", ["triton", "numba", "triton+numba"])
+def test_works_without(missing, tmp_path):
+    """What is not installed is not needed, unless asked for by name; the path taken is told."""
+    path, refusal = python(BLOCKED, missing, cwd=tmp_path).split("\n", 1)
+    expected = "eager" if "numba" in missing or not has("numba") else "numba"
+    assert path == f"{expected} True"
+    assert re.search(rf"\b{missing.split('+')[-1]}\b", refusal)
+
+
+def has(module):
+    return bool(python(f"import importlib.util as u; print(u.find_spec({module!r}) or '')"))
+
+
+def test_links_lead_to_the_sources():
+    for name in ("kernels", "bench"):
+        link = PACKAGE / name
+        assert link.is_symlink(), f"{link} is a copy"
+        assert os.readlink(link) == f"../{name}"
+        assert link.resolve() == ROOT / name
+
+
+def test_kernels_shadows_nobody():
+    """A regular package of that name at the root would hide the Hugging Face package."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
+    assert python(code) == "None"
+
+
+def imports(path):
+    """(name, line) of every absolute module that a file of the package imports, at any depth."""
+    inside = ("fusedcalib", *path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(inside[: len(inside) - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((name, node.lineno) for name in names)
+
+
+SOURCES = sorted(p for folder in ("", "*/") for p in PACKAGE.glob(f"{folder}*.py"))
+
+
+# Who may import whom: each floor those below it, none beside it. A new file gets its place here.
+FLOORS = (
+    {"__main__"},
+    {"bench"},
+    {"__init__"},
+    {"nn"},
+    {"rules"},
+    {"optimizer"},
+    {"checks", "executors"},
+    {"cpu", "gpu"},
+    {"eager"},
+    {"plan"},
+    {"recipe", "layout", "watch", "rebind", "kernels", "cpu_memory", "distributed", "noise"},
+)
+FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+USERS = {"__main__", "bench", "__init__"}  # the public names are theirs, and the oracles too
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_layers(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    allowed = {own} | {name for name in FLOOR if FLOOR[name] > FLOOR.get(own, len(FLOORS))}
+    if own in USERS:
+        allowed |= {"reference", *fusedcalib.__all__}
+    assert own in FLOOR or own == "reference"
+    names = [(n.split("."), line) for n, line in imports(path) if n.split(".")[0] == "fusedcalib"]
+    assert {".".join(name): line for name, line in names if name[1] not in allowed} == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("**/*.py")), ids=lambda p: p.name)
+def test_kernels_stand_alone(path):
+    """Relative imports within the folder and third-party modules: publishable as it stands."""
+    tree = ast.parse(path.read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert all(node.level <= 1 for node in froms)
+    absolute = [node.module for node in froms if not node.level]
+    absolute += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    own = {"fusedcalib", "kernels", "bench", "tests"}
+    assert not own & {name.split(".")[0] for name in absolute}
+
+
+def test_every_rule_has_an_oracle():
+    """A rule that only its own kernel defines cannot be found wrong."""
+    assert {c.__name__ for c in CLASSES} == set(RULES) <= set(ORACLES)
+    modules = [importlib.import_module(f"fusedcalib.rules.{p.stem}") for p in RULE_FILES]
+    rules = {c for m in modules for c in vars(m).values() if isinstance(c, type)}
+    assert set(CLASSES) == {c for c in rules if c.__module__.startswith("fusedcalib.rules.")}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_signature_begins_with_torchs(cls):
+    def shape(signature):
+        return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+    theirs = shape(inspect.signature(getattr(torch.optim, cls.__name__)))
+    mine = shape(inspect.signature(cls))
+    assert mine[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize("thing", [fusedcalib, *CLASSES], ids=lambda t: t.__name__)
+def test_docstring_examples(thing):
+    (test,) = doctest.DocTestFinder(recurse=False).find(thing)
+    assert test.examples, "what is public shows how it is used"
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.DocTestRunner(optionflags=flags).run(test).failed == 0
+
+
+def test_readme_examples(tmp_path, monkeypatch):
+    """Every ```python block runs, in the order they stand, in one namespace."""
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md")
+    text = readme.read_text()
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    assert blocks
+    for block in blocks:
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(readme), "exec"), namespace)
+
+
+def test_wheel_contents(tmp_path):
+    """One top-level name; every module, the kernels and the type marker inside it."""
+    pytest.importorskip("setuptools", "77")
+    source = tmp_path / "source"
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skipped)
+    (source / "README.md").touch()
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fusedcalib"}
+    wanted = {str(path.relative_to(ROOT)) for path in SOURCES} | {"fusedcalib/py.typed"}
+    assert wanted <= names
+
+
+def test_packages_are_all_listed():
+    """A new folder of the package that pyproject.toml does not name would not be installed."""
+    tomllib = pytest.importorskip("tomllib")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+    assert set(listed) >= found

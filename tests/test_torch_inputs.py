@@ -1,0 +1,95 @@
+"""PyTorch's own optimizer inputs, from its test suite: same results, same errors.
+
+They are read in another process, because the module that holds them changes the session it is
+imported into: warning filters, the environment, Hypothesis's profile and torch's backend flags.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from cases import DEVICE, RULES, Twin, parameters
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+
+READ = """
+import pickle, sys, torch
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+found = {}
+for info in optim_db:
+    name = info.optim_cls.__name__
+    if name in sys.argv[2:]:
+        inputs = [(i.desc, i.kwargs) for i in info.optim_inputs_func(device="cuda")]
+        errors = [
+            (i.optimizer_error_input.desc, i.optimizer_error_input.params,
+             i.optimizer_error_input.kwargs, i.error_on is OptimizerErrorEnum.STEP_ERROR,
+             i.error_type, i.error_regex)
+            for device in {"cpu", sys.argv[1]}
+            for i in info.optim_error_inputs_func(device=device, dtype=torch.float32)
+        ]
+        found[name] = inputs, errors
+pickle.dump(found, sys.stdout.buffer)
+"""
+FOUND = pickle.loads(
+    subprocess.run(
+        [sys.executable, "-c", READ, DEVICE, *RULES], check=True, stdout=subprocess.PIPE
+    ).stdout
+)
+
+INPUTS = [
+    pytest.param(RULES[name], kwargs, id=f"{name}-{i}-{desc}")
+    for name, (inputs, _) in FOUND.items()
+    for i, (desc, kwargs) in enumerate(inputs)
+    if not kwargs.get("capturable")
+]
+REFUSED = [
+    pytest.param(RULES[name], kwargs, id=f"{name}-{i}-{desc}")
+    for name, (inputs, _) in FOUND.items()
+    for i, (desc, kwargs) in enumerate(inputs)
+    if kwargs.get("capturable")
+]
+ERRORS = [
+    pytest.param(RULES[name], *error, id=f"{name}-{i}-{error[0]}")
+    for name, (_, errors) in FOUND.items()
+    for i, error in enumerate(errors)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128], ids=str)
+@pytest.mark.parametrize(("rule", "kwargs"), INPUTS)
+def test_inputs(rule, backend, kwargs, dtype):
+    """Five steps on several tensors, some without a gradient at times."""
+    built = Twin(rule, backend, parameters(dtype=dtype), **kwargs)
+    built.step().step(2, missing=(1, 4)).step(2)
+    built.check()
+
+
+@pytest.mark.parametrize(("rule", "kwargs"), REFUSED)
+def test_refused_inputs(rule, backend, kwargs):
+    with pytest.raises(Exception, match=rf"(?s)capturable.*torch\.optim\.{rule.name}"):
+        rule.ours(parameters(), backend=backend, **kwargs)
+
+
+@pytest.mark.parametrize(("rule", "desc", "params", "kwargs", "on_step", "kind", "text"), ERRORS)
+def test_error_inputs(rule, backend, desc, params, kwargs, on_step, kind, text):
+    """The same exception and the same words as torch's class of that name."""
+    params = [torch.nn.Parameter(torch.randn(2, 3))] if params is None else params
+
+    def error_of(build):
+        def run():
+            optimizer = build(copy.deepcopy(params), **kwargs)
+            if on_step:
+                optimizer.step()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            with pytest.raises(kind, match=text) as caught:
+                run()
+        return str(caught.value)
+
+    mine = error_of(lambda p, **options: rule.ours(p, backend=backend, **options))
+    assert mine == error_of(rule.theirs)
