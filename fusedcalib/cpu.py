@@ -7,18 +7,17 @@ values. Without fast-math NaN and infinity keep their meaning and every element 
 
 from __future__ import annotations
 
-from functools import cache
-from threading import Lock
+from functools import cache, partial
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from llvmlite import binding
-from numba import njit, prange
-from numba.np.unsafe.ndarray import to_fixed_tuple
+from numba import njit
 
-from .cpu_memory import accessors, shift_of
+from .cpu_memory import Memory, geometry_at, tile_at
+from .cpu_threads import spread_over_threads
 from .eager import OPS
 from .kernels import ops, stages
 from .layout import Layout
@@ -52,7 +51,6 @@ def _where(condition, x, y):  # type: ignore[no-untyped-def]
 
 NAMES = {"divide": _divide, "sqrt": _sqrt, "maximum": _maximum, "where": _where}
 assert NAMES.keys() == {op.__name__ for op in OPS}
-_LOCK = Lock()  # numba's simplest threading layer must not be entered twice at once
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -86,14 +84,18 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
 def kernel_for(
     recipe: Recipe, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
 ) -> Function:
-    """`run(table, tiles, scalars)` for a recipe: one compiled loop, whatever the hyperparameters."""
+    """The compiled loop of a recipe, whatever the hyperparameters.
+
+    `run(table, fields, tiles, scalars, first, last)` steps tiles first to last - 1; the tables are
+    addresses, laid out as kernels/table.py says.
+    """
     measured, stepped = _stages(recipe)
-    load, store = accessors(dtypes, compute, dense=inner == 0)
-    shift = shift_of(dtypes)
+    memory = Memory(dtypes, compute, count, inner)
+    load, store, shift = memory.load, memory.store, memory.shift
+    integers, scalars_at, spread = memory.integers, memory.scalars_at, memory.spread
     real = numba.float64 if compute == torch.float64 else numba.float32
-    tensors = len(dtypes)
+    geometry, strides_at = 8 * len(dtypes), 8 * (len(dtypes) + GEOMETRY + inner)
     centred = recipe.centralize != "none"
-    start_of_strides = tensors + GEOMETRY + inner
 
     @njit(error_model="numpy", fastmath=_ADD_FREELY)  # type: ignore[untyped-decorator]
     def run_sum(addresses, strides, length, h):  # type: ignore[no-untyped-def]
@@ -111,59 +113,45 @@ def kernel_for(
             store(addresses, strides, i, p, state)
 
     @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def strides_along(row, dimension):  # type: ignore[no-untyped-def]
-        first = start_of_strides + dimension * tensors
-        return to_fixed_tuple(row[first : first + tensors], tensors)
-
-    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def dense_row(row, addresses, length, h):  # type: ignore[no-untyped-def]
-        mean = real(0.0)
-        if centred:
-            mean = real(run_sum(addresses, addresses, length, h) / length)
-        run_step(addresses, addresses, length, h, mean)
-
-    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
     def start_of_run(row, addresses, run):  # type: ignore[no-untyped-def]
+        """Where a run of constant stride begins: `run` counts over all inner dimensions but the last."""
         for back in range(inner - 1):
             dimension = inner - 2 - back
-            size = row[tensors + GEOMETRY + dimension]
-            addresses = shift(addresses, strides_along(row, dimension + 1), run % size)
+            size = integers(row + geometry + 8 * (GEOMETRY + dimension))[0]
+            along = integers(row + strides_at + (dimension + 1) * geometry)
+            addresses = shift(addresses, along, run % size)
             run //= size
         return addresses
 
     @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def strided_row(row, addresses, columns, h):  # type: ignore[no-untyped-def]
-        length = row[tensors + GEOMETRY + inner - 1]
-        strides = strides_along(row, inner)
+    def step_row(row, addresses, strides, runs, length, h):  # type: ignore[no-untyped-def]
         mean = real(0.0)
         if centred:
             total = 0.0
-            for run in range(columns // length):
+            for run in range(runs):
                 total += run_sum(start_of_run(row, addresses, run), strides, length, h)
-            mean = real(total / columns)
-        for run in range(columns // length):
+            mean = real(total / (runs * length))
+        for run in range(runs):
             run_step(start_of_run(row, addresses, run), strides, length, h, mean)
 
-    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def step_tile(row, row_block, column_block, h):  # type: ignore[no-untyped-def]
-        addresses = to_fixed_tuple(row[:tensors], tensors)
-        rows, columns = row[tensors], row[tensors + 1]
-        tall, wide = row[tensors + 3], row[tensors + 4]
-        ones = to_fixed_tuple(np.ones(tensors, np.int64), tensors)
-        for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
-            if inner == 0:
-                first = column_block * wide
-                length = min(wide, columns - first)
-                dense_row(row, shift(addresses, ones, r * columns + first), length, h)
-            else:
-                strided_row(row, shift(addresses, strides_along(row, 0), r), columns, h)
-
-    @njit(error_model="numpy", parallel=True, nogil=True)  # type: ignore[untyped-decorator]
-    def run(table, tiles, scalars):  # type: ignore[no-untyped-def]
-        for t in prange(tiles.shape[0]):
-            row = table[tiles[t, 0]]
-            h = to_fixed_tuple(scalars[row[tensors + 2]], count)
-            step_tile(row, tiles[t, 1], tiles[t, 2], h)
+    @njit(error_model="numpy", nogil=True)  # type: ignore[untyped-decorator]
+    def run(table, fields, tiles, scalars, first, last):  # type: ignore[no-untyped-def]
+        for t in range(first, last):
+            slot, row_block, column_block = tile_at(tiles, t)
+            row = table + 8 * slot * fields
+            addresses = integers(row)
+            rows, columns, scalar_row, tall, wide = geometry_at(row + geometry)
+            h = scalars_at(scalars, scalar_row)
+            strides, along = spread(1), spread(columns)
+            runs, length = 1, min(wide, columns - column_block * wide)
+            if inner > 0:
+                length = integers(row + geometry + 8 * (GEOMETRY + inner - 1))[0]
+                runs = columns // length
+                along = integers(row + strides_at)
+                strides = integers(row + strides_at + inner * geometry)
+            addresses = shift(addresses, strides, column_block * wide)
+            for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
+                step_row(row, shift(addresses, along, r), strides, runs, length, h)
 
     return run  # type: ignore[no-any-return]
 
@@ -181,14 +169,14 @@ class NumbaExecutor:
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket."""
-        if "kernel" not in bucket.cache:
-            key = bucket.key
-            bucket.cache["kernel"] = kernel_for(
-                key.recipe, key.dtypes, bucket.compute, bucket.scalars.shape[1], key.inner
-            )
-        with _LOCK:
-            numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-            bucket.cache["kernel"](bucket.table, bucket.tiles, bucket.scalars)
+        key, cache = bucket.key, bucket.cache
+        if "kernel" not in cache:
+            count = bucket.scalars.shape[1]
+            cache["kernel"] = kernel_for(key.recipe, key.dtypes, bucket.compute, count, key.inner)
+            cache["elements"] = sum(slot.param.numel() for slot in bucket.slots)
+        kernel, table, scalars = cache["kernel"], bucket.table, bucket.scalars
+        tables = (table.ctypes.data, table.shape[1], bucket.tiles.ctypes.data, scalars.ctypes.data)
+        spread_over_threads(partial(kernel, *tables), len(bucket.tiles), cache["elements"])
         return 1
 
 

@@ -13,7 +13,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
+from .plan import GEOMETRY
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _STORED = {
     torch.float32: _F32,
@@ -53,62 +55,109 @@ def _cast(builder: Any, value: Any, target: Any) -> Any:
     return value
 
 
-def _pointer(builder: Any, stored: Any, addresses: Any, strides: Any, k: int, i: Any, dense: bool) -> Any:
-    base = builder.inttoptr(builder.extract_value(addresses, k), stored.as_pointer())
-    index = i if dense else builder.mul(i, builder.extract_value(strides, k))
-    return builder.gep(base, [index])
+def _element(builder: Any, stored: Any, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
 
 
-def accessors(dtypes: tuple[torch.dtype, ...], compute: torch.dtype, dense: bool) -> tuple[Any, Any]:
-    """`load(addresses, strides, i) -> values` and `store(addresses, strides, i, p, state)`.
+@intrinsic  # type: ignore[untyped-decorator]
+def tile_at(typing, tiles, t):  # type: ignore[no-untyped-def]
+    """(slot, row block, column block) of tile t."""
+    return _reader(types.int64, 3, _I32, lambda b, v: b.sext(v, _I64), indexed=True)
 
-    Element i of tensor k is at `addresses[k] + i * strides[k]` elements; dense: stride 1, known when
-    compiled. The gradient (tensor 1) is never written.
+
+@intrinsic  # type: ignore[untyped-decorator]
+def geometry_at(typing, address):  # type: ignore[no-untyped-def]
+    """Rows, columns, row of scalars, rows and columns of a tile."""
+    return _reader(types.int64, GEOMETRY, _I64)
+
+
+def _reader(real: Any, count: int, stored: Any, decode: Any = None, indexed: bool = False) -> Any:
+    """An intrinsic's signature and code: a tuple of `count` neighbours from an address, or from entry i of a list."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = builder.mul(args[1], _I64(count)) if indexed else _I64(0)
+        values = []
+        for k in range(count):
+            value = builder.load(_element(builder, stored, args[0], builder.add(first, _I64(k))))
+            values.append(decode(builder, value) if decode else value)
+        return context.make_tuple(builder, signature.return_type, values)
+
+    arguments = (types.int64, types.int64) if indexed else (types.int64,)
+    return types.UniTuple(real, count)(*arguments), codegen
+
+
+class Memory:
+    """How the loops of one kernel read and write: K tensors of given dtypes, arithmetic in one type.
+
+    Element i of tensor k is at `addresses[k] + i * strides[k]` elements; where there are no inner
+    dimensions the stride is 1 and known when compiled. The gradient (tensor 1) is never written.
     """
-    stored = [_STORED[dtype] for dtype in dtypes]
-    real = types.float64 if compute == torch.float64 else types.float32
-    llvm_real = _F64 if compute == torch.float64 else _F32
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load(typing, addresses, strides, i):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            values = [
-                _widened(builder, builder.load(_pointer(builder, t, args[0], args[1], k, args[2], dense)), llvm_real)
-                for k, t in enumerate(stored)
-            ]
-            return context.make_tuple(builder, signature.return_type, values)
+    def __init__(
+        self, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
+    ) -> None:
+        stored = [_STORED[dtype] for dtype in dtypes]
+        sizes = [dtype.itemsize for dtype in dtypes]
+        tensors = len(dtypes)
+        real = types.float64 if compute == torch.float64 else types.float32
+        llvm_real = _F64 if compute == torch.float64 else _F32
 
-        return types.UniTuple(real, len(stored))(addresses, strides, types.int64), codegen
+        def pointer(builder: Any, args: Any, k: int) -> Any:
+            addresses, strides, i = args[:3]
+            index = i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
+            return _element(builder, stored[k], builder.extract_value(addresses, k), index)
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store(typing, addresses, strides, i, p, state):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            states = cgutils.unpack_tuple(builder, args[4]) if len(stored) > 2 else []
-            written = [(0, args[3]), *enumerate(states, start=2)]
-            for k, value in written:
-                pointer = _pointer(builder, stored[k], args[0], args[1], k, args[2], dense)
-                builder.store(_narrowed(builder, value, stored[k]), pointer)
-            return context.get_dummy_value()
+        @intrinsic  # type: ignore[untyped-decorator]
+        def load(typing, addresses, strides, i):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
+                values = [_widened(builder, value, llvm_real) for value in loaded]
+                return context.make_tuple(builder, signature.return_type, values)
 
-        return types.void(addresses, strides, types.int64, real, state), codegen
+            return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
 
-    return load, store
+        @intrinsic  # type: ignore[untyped-decorator]
+        def store(typing, addresses, strides, i, p, state):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                states = cgutils.unpack_tuple(builder, args[4]) if tensors > 2 else []
+                for k, value in [(0, args[3]), *enumerate(states, start=2)]:
+                    builder.store(_narrowed(builder, value, stored[k]), pointer(builder, args, k))
+                return context.get_dummy_value()
 
+            return types.void(addresses, strides, types.int64, real, state), codegen
 
-def shift_of(dtypes: tuple[torch.dtype, ...]) -> Any:
-    """`shift(addresses, strides, n) -> addresses`: each moved on by n times its stride, in elements."""
-    sizes = [dtype.itemsize for dtype in dtypes]
+        @intrinsic  # type: ignore[untyped-decorator]
+        def shift(typing, addresses, strides, n):  # type: ignore[no-untyped-def]
+            """Addresses moved on by n strides each."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def shift(typing, addresses, strides, n):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            moved = []
-            for k, size in enumerate(sizes):
-                stride = builder.extract_value(args[1], k)
-                offset = builder.mul(builder.mul(stride, args[2]), ir.IntType(64)(size))
-                moved.append(builder.add(builder.extract_value(args[0], k), offset))
-            return context.make_tuple(builder, signature.return_type, moved)
+            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                moved = []
+                for k, size in enumerate(sizes):
+                    elements = builder.mul(builder.extract_value(args[1], k), args[2])
+                    offset = builder.mul(elements, _I64(size))
+                    moved.append(builder.add(builder.extract_value(args[0], k), offset))
+                return context.make_tuple(builder, signature.return_type, moved)
 
-        return addresses(addresses, strides, types.int64), codegen
+            return addresses(addresses, strides, types.int64), codegen
 
-    return shift
+        @intrinsic  # type: ignore[untyped-decorator]
+        def spread(typing, value):  # type: ignore[no-untyped-def]
+            """The same stride for every tensor."""
+
+            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                return context.make_tuple(builder, signature.return_type, [args[0]] * tensors)
+
+            return types.UniTuple(types.int64, tensors)(types.int64), codegen
+
+        @intrinsic  # type: ignore[untyped-decorator]
+        def integers(typing, address):  # type: ignore[no-untyped-def]
+            """K integers of the table: addresses, or strides along one dimension."""
+            return _reader(types.int64, tensors, _I64)
+
+        @intrinsic  # type: ignore[untyped-decorator]
+        def scalars_at(typing, scalars, row):  # type: ignore[no-untyped-def]
+            """The scalars of a slot."""
+            return _reader(real, count, llvm_real, indexed=True)
+
+        self.load, self.store, self.shift = load, store, shift
+        self.spread, self.integers, self.scalars_at = spread, integers, scalars_at
