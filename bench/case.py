@@ -184,8 +184,8 @@ def _row(
         "ratio_to": _ratios(main, name),
         "wall_ratio_to": _ratios(wall, name),
         "pct_stream": 100 * to_stream.median if to_stream else None,
-        "kept": len(main.kept(name)),
-        "dropped": main.dropped.get(name, 0),
+        "kept": main.kept(name),
+        "dropped": main.dropped(name),
     }
     for key in ("median", "p10", "p90"):
         row[f"device_ms_{key}"] = 1e3 * getattr(device_time, key) if device_time else None

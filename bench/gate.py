@@ -29,7 +29,7 @@ STEPS = 3
 ROUNDINGS = 8.0  # operations between load and store, each of half a unit in the last place
 SHIFT = 16.0  # the same for the mean (a tree of sums) and the difference
 LARGEST_UPDATE = 2.0  # of lr: a changed sign
-BATCH = 2**22  # elements that are judged at once
+BATCH = {"cpu": 2**18, "cuda": 2**24}  # elements that are judged at once: few enough for a cache
 
 Oracle = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -70,18 +70,18 @@ def check(
     able = {name: row for name, row in methods.items() if verdicts[name].reason is None}
     if able:
         some = next(iter(able.values()))[1][0]
-        for batch in _batches(spec):
-            _judge(spec, batch, able, hyper, verdicts, some.device, some.dtype)
+        for batch in _batches(spec, BATCH[some.device.type]):
+            _judge(spec, batch, able, hyper, verdicts, some)
     return verdicts
 
 
-def _batches(spec: ParamList) -> Iterator[list[int]]:
-    """Tensors with rows of the same shape, in batches: stacked rows step as the tensors do alone."""
+def _batches(spec: ParamList, size: int) -> Iterator[list[int]]:
+    """Tensors with rows of one shape, in batches: rows that are stacked step as they do alone."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, shape in enumerate(spec.shapes):
         rows = alike.setdefault((len(shape), *shape[1:]), [])
         rows.append(index)
-        if sum(math.prod(spec.shapes[i]) for i in rows) > BATCH:
+        if sum(math.prod(spec.shapes[i]) for i in rows) > size:
             yield alike.pop((len(shape), *shape[1:]))
     yield from alike.values()
 
@@ -93,24 +93,28 @@ def _judge(
     methods: dict[str, tuple[bool, list[Tensor], Callable[[], object]]],
     hyper: dict[str, Any],
     verdicts: dict[str, Verdict],
-    device: torch.device,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> None:
-    """Hold one batch of tensors of every method against the reference."""
-    start = torch.cat([shapes.initial(spec.shapes[i], i, device, dtype) for i in batch])
+    """Hold one batch of tensors of every method against the reference, some rows at a time."""
+    where = (like.device, like.dtype)
+    start = torch.cat([shapes.initial(spec.shapes[i], i, *where) for i in batch])
     grads = [
-        torch.cat([shapes.gradient(spec.shapes[i], i, step, device, dtype) for i in batch])
+        torch.cat([shapes.gradient(spec.shapes[i], i, step, *where) for i in batch])
         for step in range(STEPS)
     ]
-    for gc in {gc for gc, _, _ in methods.values()}:
-        wanted, bound = _expected(start, grads, gc, hyper)
-        for name, (centred, params, _) in methods.items():
-            if centred != gc:
-                continue
-            error = torch.cat([params[i] for i in batch]).double().sub_(wanted).abs_()
-            verdict = verdicts[name]
-            verdict.max_err = _worse(verdict.max_err, float(error.amax()))
-            verdict.of_bound = _worse(verdict.of_bound, float(error.div_(bound).amax()))
+    results = {
+        name: torch.cat([params[i] for i in batch]) for name, (_, params, _) in methods.items()
+    }
+    rows = max(1, BATCH[like.device.type] // max(1, start[0].numel()))
+    for first in range(0, len(start), rows):
+        piece = slice(first, first + rows)
+        for gc in {gc for gc, _, _ in methods.values()}:
+            wanted, bound = _expected(start[piece], [grad[piece] for grad in grads], gc, hyper)
+            for name in (name for name, row in methods.items() if row[0] == gc):
+                error = results[name][piece].double().sub_(wanted).abs_()
+                verdict = verdicts[name]
+                verdict.max_err = _worse(verdict.max_err, float(error.amax()))
+                verdict.of_bound = _worse(verdict.of_bound, float(error.div_(bound).amax()))
 
 
 def _worse(a: float, b: float) -> float:

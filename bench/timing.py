@@ -19,6 +19,7 @@ Step = Callable[[], object]
 Sampler = Callable[[], float]  # runs a method's step once or a few times, returns seconds a step
 
 BRACKET_TOLERANCE = 0.10
+ENOUGH = 5  # quiet samples, below which the disturbed ones must serve too
 FLUSH_BYTES = 256 * 2**20  # well over any GPU's L2 cache
 QUEUE_LIMIT = 900  # launches that fit behind a sleeping kernel; CUDA's queue holds about 1024
 
@@ -31,40 +32,57 @@ class Spread:
     p10: float
     p90: float
     n: int
+    disturbed: bool = False  # too few quiet samples, so that all were taken
 
     @staticmethod
-    def of(values: list[float]) -> Spread | None:
+    def of(values: list[float], disturbed: bool = False) -> Spread | None:
         """None where nothing was measured: a missing number is never a zero."""
         if not values:
             return None
         low, middle, high = np.percentile(values, [10, 50, 90])
-        return Spread(float(middle), float(low), float(high), len(values))
+        return Spread(float(middle), float(low), float(high), len(values), disturbed)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a method: its time, the same in units of its brackets, whether it was quiet."""
+
+    seconds: float
+    relative: float
+    quiet: bool = True
 
 
 @dataclass
 class Rounds:
-    """What each method took in each round: seconds, and seconds in units of its brackets."""
+    """The samples of each method, one for each round."""
 
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    relative: dict[str, list[float]] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
 
-    def add(self, name: str, seconds: float, unit: float, kept: bool) -> None:
-        self.seconds.setdefault(name, []).append(seconds if kept else math.nan)
-        self.relative.setdefault(name, []).append(seconds / unit if kept else math.nan)
-        self.dropped[name] = self.dropped.get(name, 0) + (not kept)
+    def add(self, name: str, sample: Sample) -> None:
+        self.samples.setdefault(name, []).append(sample)
 
-    def kept(self, name: str) -> list[float]:
-        return [value for value in self.seconds.get(name, []) if not math.isnan(value)]
+    def kept(self, name: str) -> int:
+        return sum(sample.quiet for sample in self.samples.get(name, []))
+
+    def dropped(self, name: str) -> int:
+        return len(self.samples.get(name, [])) - self.kept(name)
 
     def time(self, name: str) -> Spread | None:
-        return Spread.of(self.kept(name))
+        """Seconds of a step."""
+        return _spread([(sample.seconds, sample.quiet) for sample in self.samples.get(name, [])])
 
     def ratio(self, name: str, to: str) -> Spread | None:
-        """The ratio of two methods, round by round, over the rounds in which both were kept."""
-        pairs = zip(self.relative.get(name, []), self.relative.get(to, []), strict=False)
-        ratios = [a / b for a, b in pairs]
-        return Spread.of([ratio for ratio in ratios if not math.isnan(ratio)])
+        """The ratio of two methods within a round, over the rounds in which both were quiet."""
+        pairs = zip(self.samples.get(name, []), self.samples.get(to, []), strict=False)
+        return _spread([(a.relative / b.relative, a.quiet and b.quiet) for a, b in pairs])
+
+
+def _spread(values: list[tuple[float, bool]]) -> Spread | None:
+    """Of the quiet values; of all, and marked so, where the machine was hardly ever quiet."""
+    quiet = [value for value, kept in values if kept]
+    if len(quiet) >= min(ENOUGH, len(values)):
+        return Spread.of(quiet)
+    return Spread.of([value for value, _ in values], disturbed=True)
 
 
 def interleave(
@@ -89,7 +107,7 @@ def interleave(
         order = names[shift:] + names[:shift]
         if anchor is None:
             for name in order:
-                out.add(name, samplers[name](), 1.0, kept=True)
+                out.add(name, Sample(seconds := samplers[name](), seconds))
             continue
         anchors = [samplers[anchor]()]
         for name in order:
@@ -97,9 +115,8 @@ def interleave(
             anchors.append(samplers[anchor]())
             before, after = anchors[-2:]
             steady = abs(after - before) <= BRACKET_TOLERANCE * min(before, after)
-            out.add(name, taken, (before + after) / 2, kept=steady)
-        middle = float(np.median(anchors))
-        out.add(anchor, middle, middle, kept=True)
+            out.add(name, Sample(taken, 2 * taken / (before + after), steady))
+        out.add(anchor, Sample(float(np.median(anchors)), 1.0))
     return out
 
 

@@ -26,10 +26,11 @@ class TritonExecutor:
     name = "triton"
 
     def shape(self, layout: Layout, centred: bool) -> Shape:
-        """The tile of the row class; also where strides, not centring, make rows matter."""
-        tile = launch.tile_for(layout.columns, centred or layout.rows > 1)
-        tile = tile._replace(pieces=centred and layout.columns > tile.columns)
-        return Shape(tile.rows, tile.columns, tile)
+        """The tile of the slot's row class."""
+        tile = launch.tile_for(layout.rows, layout.columns, centred)
+        # A looping program walks its whole row: one tile a row in the list.
+        columns = layout.columns if tile.mean == "loop" else tile.columns
+        return Shape(tile.rows, columns, tile)
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket on the current stream of its device."""
@@ -37,7 +38,7 @@ class TritonExecutor:
         if "spec" not in cache:
             cache["spec"] = spec_of(bucket)
             cache["tiles"] = _on(device, bucket.tiles)
-            pieces = len(bucket.tiles) if cache["spec"].tile.pieces else 1
+            pieces = len(bucket.tiles) if cache["spec"].tile.mean == "pieces" else 1
             cache["sums"] = torch.empty(pieces, dtype=bucket.compute, device=device)
         if cache.get("version") != bucket.table_version:
             cache["table"] = _on(device, bucket.table)

@@ -1,15 +1,45 @@
-"""Row sums for rows that a tile cannot hold.
+"""Row means for rows that a tile cannot hold.
 
-A first launch leaves the sum of every tile in a slot of its own, the step kernel adds the slots of its
-row in a fixed order: no atomics, so the result does not depend on which program ran first. Only what
-the mean is taken of is read twice: the gradient (with coupled decay the parameter too; with
-`centralize="update"` also the state).
+`mean_of_loop`: one program walks its row twice; the second walk finds the gradient in the L2 cache.
+`row_sums_kernel` and `mean_of_pieces`: rows too long, or too few, for that. A first launch leaves the sum
+of every tile in a place of its own, the step kernel adds those of its row in a fixed order.
+
+No atomics: a result never depends on which program ran first. Only what the mean is taken of is read
+twice: the gradient (with coupled decay the parameter too; with `centralize="update"` also the state).
+What `measured` does not use is never loaded: the compiler drops loads without a user.
 """
 
 from .language import jit, tl
 from .ops import divide
 from .stages import measured
 from .table import load_tile, scalars_of, tile_of
+
+
+@jit
+def mean_of_loop(
+    row,
+    r,
+    lane,
+    columns,
+    h,
+    RULE: tl.constexpr,
+    VARIANT: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    DECAY: tl.constexpr,
+    CENTRALIZE: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Mean of the measured quantity over row r [1], C columns (lane [C]) at a time: a scalar."""
+    totals = tl.zeros([1, C], COMPUTE)
+    for start in range(0, columns, C):
+        mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR)
+        x = measured(values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE)
+        totals += tl.where(mask, x, 0)
+    return divide(tl.sum(tl.sum(totals, axis=1), axis=0), columns.to(COMPUTE))
 
 
 @jit
@@ -23,6 +53,7 @@ def row_sums_kernel(
     MAXIMIZE: tl.constexpr,
     DECAY: tl.constexpr,
     CENTRALIZE: tl.constexpr,
+    MEAN: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -31,21 +62,17 @@ def row_sums_kernel(
     VECTOR: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    PIECES: tl.constexpr,
 ):
     """sums[program] = sum over its tile [1, C] of the measured quantity. Arguments as step_kernel's."""
     slot, row_block, column_block = tile_of(tiles)
     row = table + slot * FIELDS
-    K: tl.constexpr = len(DTYPES)
-    columns = tl.load(row + K + 1)
+    columns = tl.load(row + len(DTYPES) + 1)
     if VECTOR > 1:
         columns = tl.multiple_of(columns, VECTOR)
-    h = scalars_of(row, scalars, K, COUNT)
+    h = scalars_of(row, scalars, len(DTYPES), COUNT)
     r = row_block * R + tl.arange(0, R)
     c = column_block * C + tl.arange(0, C)
-    mask = (r < tl.load(row + K))[:, None] & (c < columns)[None, :]
-    # What `measured` does not use is never loaded: the compiler drops loads without a user.
-    values = load_tile(row, r, c, mask, columns, DTYPES, COMPUTE, D, VECTOR)
+    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
     x = measured(values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE)
     total = tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0)
     tl.store(sums + tl.program_id(0), total)

@@ -63,19 +63,21 @@ def pointer_of(row, i: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
-def load_tile(row, r, c, mask, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
-    """The slot's tensors at rows r and columns c: a tuple of K blocks [R, C] in COMPUTE, 0 where masked."""
+def load_tile(row, r, c, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
+    """Mask and values of the slot's tensors at rows r [R], columns c [C]: K blocks [R, C] in COMPUTE, 0 outside."""
+    mask = (r < tl.load(row + len(DTYPES)))[:, None] & (c < columns)[None, :]
     values = ()
     for i in tl.static_range(len(DTYPES)):
         offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
         pointer = pointer_of(row, i, DTYPES[i], VECTOR)
         values = values + (tl.load(pointer + offsets, mask, other=0).to(COMPUTE),)
-    return values
+    return mask, values
 
 
 @jit
-def store_tile(row, r, c, mask, columns, values, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
-    """Writes K blocks [R, C] back, rounded to nearest; the gradient (tensor 1) is never written."""
+def store_tile(row, r, c, mask, columns, p, state, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
+    """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) is never written."""
+    values = (p, p) + state
     for i in tl.static_range(len(DTYPES)):
         if i != 1:
             offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)

@@ -223,7 +223,7 @@ def test_c31_no_silent_fall_back(rule, backend):
     for dtype in dtypes:
         (p,) = params = parameters(((4, 3),), dtype)
         p.grad = torch.ones_like(p)
-        optimizer = rule.ours(params, backend=backend)
+        optimizer = rule.ours(params, backend=backend, **rule.options)
         try:
             optimizer.step()
         except RuntimeError as refused:

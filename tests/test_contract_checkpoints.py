@@ -109,7 +109,7 @@ def test_c18_checkpoints_without_our_group_keys(rule, ours, by):
     params = parameters()
     told = {"centralize": "update", "centralize_min_ndim": 4}
     optimizer = ours(params, **told)
-    theirs = rule.theirs(params)
+    theirs = rule.theirs(params, **rule.options)
     if by == "load_state_dict":
         optimizer.load_state_dict(theirs.state_dict())
     else:

@@ -55,9 +55,12 @@ def test_state_dtype_of_narrow_parameters_is_documented(rule, twin, dtype):
     assert words[stored] in documentation(rule.ours)
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_c11_prefilled_state_of_another_dtype(rule, twin, stored, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_c11_prefilled_state_of_another_dtype(rule, twin, dtype, stored):
     """State made by the user, or by a step hook as torchtitan's, keeps its dtype."""
     built = judged(rule, twin, dtype)
 
@@ -73,7 +76,7 @@ def test_c11_prefilled_state_of_another_dtype(rule, twin, stored, dtype):
     check(built, dtype, stored)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_c15_dtype_changes_between_steps(rule, twin, dtype):
     """`module.half()` in mid-training, which torch's Adam refuses: the state stays as it is."""
     built = judged(rule, twin, torch.float32).step()

@@ -5,6 +5,7 @@ imported into: warning filters, the environment, Hypothesis's profile and torch'
 """
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from cases import DEVICE, RULES, Twin, parameters
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("what runs here runs in the plain run too", allow_module_level=True)
 
 READ = """
 import pickle, sys, torch
