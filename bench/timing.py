@@ -2,15 +2,19 @@
 
 A machine's speed drifts (clocks, neighbours), so a millisecond of one minute is not a millisecond
 of the next. On a CPU every sample stands between two samples of an anchor method; where these two
-disagree the machine was disturbed, and the sample is dropped and counted.
+disagree, or other programs were at work in that round, the machine was disturbed: the sample is
+dropped and counted.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ Step = Callable[[], object]
 Sampler = Callable[[], float]  # runs a method's step once or a few times, returns seconds a step
 
 BRACKET_TOLERANCE = 0.10
+OTHERS_TOLERANCE = 0.08
 ENOUGH = 5  # quiet samples, below which the disturbed ones must serve too
 FLUSH_BYTES = 256 * 2**20  # well over any GPU's L2 cache
 QUEUE_LIMIT = 900  # launches that fit behind a sleeping kernel; CUDA's queue holds about 1024
@@ -98,6 +103,7 @@ def interleave(
     At least one round is always run.
     """
     out = Rounds()
+    load = Load()
     names = [name for name in samplers if name != anchor]
     deadline = time.monotonic() + seconds
     for turn in range(rounds):
@@ -109,21 +115,68 @@ def interleave(
             for name in order:
                 out.add(name, Sample(seconds := samplers[name](), seconds))
             continue
-        anchors = [samplers[anchor]()]
+        load.restart()
+        anchors, taken = [samplers[anchor]()], []
         for name in order:
-            taken = samplers[name]()
+            taken.append(samplers[name]())
             anchors.append(samplers[anchor]())
-            before, after = anchors[-2:]
+        quiet = load.of_others() <= OTHERS_TOLERANCE
+        for name, seconds_of, before, after in zip(
+            order, taken, anchors, anchors[1:], strict=False
+        ):
             steady = abs(after - before) <= BRACKET_TOLERANCE * min(before, after)
-            out.add(name, Sample(taken, 2 * taken / (before + after), steady))
-        out.add(anchor, Sample(float(np.median(anchors)), 1.0))
+            out.add(name, Sample(seconds_of, 2 * seconds_of / (before + after), quiet and steady))
+        out.add(anchor, Sample(float(np.median(anchors)), 1.0, quiet))
     return out
 
 
-def wall_sampler(step: Step, device: torch.device, repeat: int = 1) -> Sampler:
-    """Host and device together: what a user waits for."""
+class Load:
+    """How much of the machine other programs (and other virtual machines) take."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = self._read()
+
+    def of_others(self) -> float:
+        """Share of all cores since the last `restart`; 0 where the system does not tell."""
+        busy, own, total = (b - a for a, b in zip(self._start, self._read(), strict=True))
+        return max(0.0, busy - own) / total if total > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds of CPU time: used by anyone, used by this process, used or idle."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return 0.0, 0.0, 0.0
+        ticks = [float(value) / os.sysconf("SC_CLK_TCK") for value in fields]
+        return sum(ticks) - ticks[3] - ticks[4], time.process_time(), sum(ticks)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work of many small operations, which threads that wait for each other only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def wall_sampler(
+    step: Step, device: torch.device, repeat: int = 1, settle: bool = False
+) -> Sampler:
+    """Host and device together: what a user waits for.
+
+    With `settle` a step is taken first that is not counted: what ran before left other caches.
+    """
 
     def sample() -> float:
+        if settle:
+            step()
         synchronize(device)
         start = time.perf_counter()
         for _ in range(repeat):

@@ -69,6 +69,11 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
         )
     _check_like(f"{owner}: its gradient", grad, param)
     for name in recipe.states:
+        if recipe.rule.counts and name not in state and state.get("step", 0) > 0:
+            raise KeyError(
+                f"{owner} has been stepped without the state {name!r}: an option was switched on late "
+                "or another optimizer's checkpoint was loaded; clear its state to start anew"
+            )
         if isinstance(state.get(name), Tensor):
             _check_like(f"{owner}: its state {name!r}", state[name], param)
             if overlaps_itself(state[name]):

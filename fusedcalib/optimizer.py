@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
-from .plan import Plan, Slot
+from .plan import Plan, Slot, new_state
 from .recipe import Recipe, Rule, merged, recipe_of
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class FusedOptimizer(Optimizer):
         if recipe.rule.counts and "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
         for name in missing:
-            entry[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            entry[name] = new_state(param)
         return len(missing) == len(recipe.states)
 
     def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:

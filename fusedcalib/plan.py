@@ -193,7 +193,7 @@ class Plan:
         self._recipes = recipes
         self._groups = np.array([slot.group for slot in slots], dtype=np.int64)
         self._group_rows = np.unique(self._groups, return_inverse=True)
-        self._written = [t for slot in slots for t in (slot.param, *slot.states)]
+        self._written = _without_shared_versions(slots)
         self._counter = _Counter(slots, fresh, state)
         self._watch = Watch(groups, state)
 
@@ -232,6 +232,33 @@ class Plan:
         # Kernels write through addresses: tell autograd, as an in-place operation would.
         torch.autograd.graph.increment_version(self._written)
         return launches
+
+
+_anchors: dict[torch.device, Tensor] = {}
+
+
+def new_state(param: Tensor) -> Tensor:
+    """A state of zeros like the parameter, in memory of its own but with one version counter for all states.
+
+    Autograd must be told of every tensor that a kernel writes; so it is told of all states at once.
+    """
+    state = _anchor(param.device).detach()
+    state.data = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+    return state
+
+
+def _anchor(device: torch.device) -> Tensor:
+    return _anchors.setdefault(device, torch.empty(0, device=device))
+
+
+def _without_shared_versions(slots: list[Slot]) -> list[Tensor]:
+    """The tensors whose version counters a step must count up: one of those that share a counter."""
+    states = [t for slot in slots for t in slot.states]
+    before = [t._version for t in states]
+    anchors = [_anchor(device) for device in {slot.param.device for slot in slots}]
+    torch.autograd.graph.increment_version(anchors)
+    own = [t for t, version in zip(states, before, strict=True) if t._version == version]
+    return [*anchors, *own, *(slot.param for slot in slots)]
 
 
 class _Counter:

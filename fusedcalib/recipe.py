@@ -48,9 +48,9 @@ class Recipe:
         return self.rule.states[self.variant]
 
     def for_tensor(self, ndim: int, columns: int) -> Recipe:
-        """The recipe for one tensor: vectors, scalars and rows of one element are never centred."""
+        """What is compiled for one tensor: vectors, scalars and rows of one element are never centred."""
         centred = ndim >= max(2, self.min_ndim) and columns >= 2
-        return self if centred or self.centralize == "none" else replace(self, centralize="none")
+        return replace(self, centralize=self.centralize if centred else "none", min_ndim=2)
 
 
 def recipe_of(rule: Rule, group: Group) -> Recipe:

@@ -6,8 +6,8 @@ or edited, a parameter exchanged. Each is seen here: nothing is ever stepped thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import ref
@@ -17,6 +17,7 @@ from torch import Tensor
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 _dtype_of = attrgetter("dtype")
+_END = (object(),)  # so that a list that grew or shrank is not taken for its beginning
 
 
 class Watch:
@@ -26,60 +27,57 @@ class Watch:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> None:
-        self._params = list(chain.from_iterable(map(_params_of, groups)))
-        self._idle = [p for p in self._params if p.grad is None]
-        self._live = [p for p in self._params if p.grad is not None]
+        params = list(chain.from_iterable(map(_params_of, groups)))
+        self._idle = [p for p in params if p.grad is None]
+        self._live = [p for p in params if p.grad is not None]
+        self._params = [*params, *_END]
+        self._entries = list(state.values())
+        self._states = [*_values(self._entries), *_END]
+        moments = (t for e in self._entries for k, t in e.items() if k != "step")
+        self._tensors = [*self._live, *(t for t in moments if isinstance(t, Tensor))]
+        self._entries += _END
+        self._pointers = list(map(Tensor.data_ptr, self._tensors))
         grads = [p.grad for p in self._live]
         self._grads = list(map(ref, grads))
         self._strides = list(map(Tensor.stride, grads))
         self._dtypes = list(map(_dtype_of, grads))
-        self._owners = list(state)
-        self._entries = list(state.values())
-        self._states = self._flat_states()
-        self._param_pointers = list(map(Tensor.data_ptr, self._live))
-        self._state_pointers = self._pointers_of_states()
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether the plan may be used; if so `grad_pointers` is up to date afterwards."""
-        if not _same(list(chain.from_iterable(map(_params_of, groups))), self._params):
+        return (
+            _same(chain.from_iterable(map(_params_of, groups)), self._params)
+            and all(p.grad is None for p in self._idle)
+            and _same(state.values(), self._entries)
+            and _same(_values(self._entries[:-1]), self._states)
+            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and self._take_over(list(map(_grad_of, self._live)))
+        )
+
+    def _take_over(self, grads: list[Tensor]) -> bool:
+        """Whether these gradients can take the place of those in the plan."""
+        if any(map(is_, grads, repeat(None))):
             return False
-        if any(p.grad is not None for p in self._idle):
-            return False
-        if not (_same(list(state.values()), self._entries) and _same(list(state), self._owners)):
-            return False
-        if not _same(self._flat_states(), self._states):
-            return False
-        if list(map(Tensor.data_ptr, self._live)) != self._param_pointers:
-            return False
-        if self._pointers_of_states() != self._state_pointers:
-            return False
-        grads = list(map(_grad_of, self._live))
         if not all(map(is_, [grad() for grad in self._grads], grads)):
-            if not self._alike(grads):
+            alike = (
+                all(map(_is_plain, grads))
+                and list(map(Tensor.stride, grads)) == self._strides
+                and list(map(_dtype_of, grads)) == self._dtypes
+            )
+            if not alike:
                 return False
             self._grads = list(map(ref, grads))
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
         return True
 
-    def _alike(self, grads: list[Tensor | None]) -> bool:
-        """Whether new gradient tensors can take the place of the old ones in the plan."""
-        return (
-            all(map(_is_plain, grads))
-            and list(map(Tensor.stride, grads)) == self._strides  # type: ignore[arg-type]
-            and list(map(_dtype_of, grads)) == self._dtypes
-        )
 
-    def _flat_states(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._entries)))
-
-    def _pointers_of_states(self) -> list[int]:
-        return [t.data_ptr() for t in self._states if type(t) is Tensor]
+def _same(now: Iterable[Any], then: list[Any]) -> bool:
+    return all(map(is_, chain(now, _END), then))
 
 
-def _same(now: list[Any], then: list[Any]) -> bool:
-    return len(now) == len(then) and all(map(is_, now, then))
+def _values(entries: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(map(dict.values, entries))
 
 
-def _is_plain(grad: Tensor | None) -> bool:
+def _is_plain(grad: Tensor) -> bool:
     return type(grad) is Tensor and not grad.is_sparse

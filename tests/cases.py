@@ -104,9 +104,9 @@ class Twin:
                 change(*side)
 
     def gradients(self, missing: Iterable[int] = ()) -> None:
-        """New gradients, the same on both sides; none for the parameters in `missing`."""
+        """New gradients, the same on both sides, none for those in `missing`; always contiguous."""
         for i, (p, q) in enumerate(zip(self.params, self.expected, strict=True)):
-            p.grad = None if i in missing else torch.randn_like(p)
+            p.grad = None if i in missing else torch.randn(p.shape, dtype=p.dtype, device=p.device)
             q.grad = None if i in missing else p.grad.to(q.dtype, copy=True)
 
     def step(self, times: int = 1, missing: Iterable[int] = ()) -> "Twin":

@@ -23,6 +23,17 @@ def complex_centred(optimizer, params):
     optimizer.add_param_group({"params": [p], "centralize": True})
 
 
+def integers(optimizer, params):
+    p = torch.nn.Parameter(torch.arange(3, device=params[0].device), requires_grad=False)
+    p.grad = torch.ones_like(p)
+    optimizer.add_param_group({"params": [p]})
+
+
+def twice(optimizer, params):
+    """torch warns of it when a group is added, then steps it twice; in parallel that is a race."""
+    optimizer.param_groups[-1]["params"].append(params[0])
+
+
 def group_option(**values):
     """A last group of its own, with options that only the step can find fault with."""
 
@@ -52,6 +63,8 @@ FAULTS = {
     "sparse gradient": (sparse, r"(?is)sparse.*(SparseAdam|torch\.optim\.SGD)"),
     "self-overlapping parameter": (expanded, r"(?is)(overlap|expand).*(clone|contiguous)"),
     "complex and centralized": (complex_centred, r"(?is)complex.*centralize|centralize.*complex"),
+    "integers": (integers, r"int64"),
+    "listed twice": (twice, r"(?i)twice"),
     "unknown centralize": (group_option(centralize="rows"), r"(?s)centralize.*rows"),
     "differentiable": (group_option(differentiable=True), r"(?s)differentiable.*torch\.optim"),
     "capturable": (group_option(capturable=True), r"(?s)capturable.*torch\.optim"),

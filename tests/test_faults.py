@@ -1,6 +1,7 @@
 """Faults that other fused optimizers had, one test each; the place is named in its docstring."""
 
 import gc
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def test_two_hundred_steps_keep_nothing(backend):
                 p.grad = torch.ones_like(p)
             optimizer.step()
             optimizer.zero_grad()
+        sys._clear_type_cache()  # it holds on to attribute names that C code has looked up
         gc.collect()
         return tracemalloc.get_traced_memory()[0], len(gc.get_objects())
 
@@ -212,7 +214,6 @@ def test_two_hundred_steps_keep_nothing(backend):
         before, after = in_use_after(100), in_use_after(200)
     finally:
         tracemalloc.stop()
-    # A float kept for each parameter and step would be 200 * 10 * 24 = 48,000 bytes, a tuple kept
-    # a step 200 objects. Calls of NumPy and torch alone come to 20,000 while their pools fill up.
-    assert after[0] - before[0] < 36_000
+    # What is kept a step, a float at the least, is there 200 times: 4,800 bytes, or 200 objects.
+    assert after[0] - before[0] < 2400
     assert after[1] - before[1] < 100

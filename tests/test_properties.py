@@ -1,148 +1,38 @@
-"""What the papers prove, run on the oracles and on the optimizer classes alike, in float64.
+"""What the papers prove of centring, on oracles and classes alike; see subjects.py."""
 
-Every tolerance is a worst case: u = EPS / 2 is the error of one rounding, a mean of M numbers
-below s is off by at most M u s, in whatever order it is summed.
-"""
-
-import importlib.util
-import io
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-import fusedcalib
-from fusedcalib import reference
-
-EPS = torch.finfo(torch.float64).eps
-DRIFT = 1e-12
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
-LONG = settings(PROPERTY, max_examples=8)
-
-
-class Oracle:
-    """Weights under an oracle; the same few verbs as `Facade`."""
-
-    def __init__(self, rule: str, params: Sequence[Any], **options: Any) -> None:
-        groups = [p if isinstance(p, dict) else {"params": [p]} for p in params]
-        self.params = [w for group in groups for w in group["params"]]
-        self.states: list[dict[str, Any]] = [{} for _ in self.params]
-        self.options = [options | group for group in groups for _ in group["params"]]
-        self.function = reference.ORACLES[rule]
-
-    def step(self, *grads: torch.Tensor) -> None:
-        for i, (w, g, state) in enumerate(zip(self.params, grads, self.states, strict=True)):
-            own = {key: value for key, value in self.options[i].items() if key != "params"}
-            self.params[i], self.states[i] = self.function(w, g, state, **own)
-
-    def change(self, **options: Any) -> None:
-        self.options = [own | options for own in self.options]
-
-
-class Facade:
-    """Weights under a class of the package; `params` holds tensors or param groups of tensors."""
-
-    def __init__(self, backend: str, rule: str, params: Sequence[Any], **options: Any) -> None:
-        self.device = "cuda" if backend == "triton" else "cpu"
-        self.leaves: list[torch.nn.Parameter] = []
-        self.optimizer = getattr(fusedcalib, rule)(
-            [self.own(p) for p in params], backend=backend, **options
-        )
-
-    def own(self, entry: Any) -> Any:
-        """Copy weights, strides and gaps between them included."""
-        if isinstance(entry, dict):
-            return entry | {"params": [self.own(p) for p in entry["params"]]}
-        x = torch.empty_strided(entry.shape, entry.stride(), dtype=entry.dtype, device=self.device)
-        self.leaves.append(torch.nn.Parameter(x.copy_(entry)))
-        return self.leaves[-1]
-
-    @property
-    def params(self) -> list[torch.Tensor]:
-        return [p.detach().cpu() for p in self.leaves]
-
-    def step(self, *grads: torch.Tensor) -> None:
-        for p, g in zip(self.leaves, grads, strict=True):
-            p.grad = g.to(self.device)
-        self.optimizer.step()
-
-    def change(self, **options: Any) -> None:
-        for group in self.optimizer.param_groups:
-            group.update(options)
-
-
-# numba is an optional dependency and triton needs a GPU; what is here is tested.
-BACKENDS = ["eager"]
-BACKENDS += ["numba"] if importlib.util.find_spec("numba") else []
-BACKENDS += ["triton"] if torch.cuda.is_available() else []
-FACADES = {name: partial(Facade, name) for name in BACKENDS}
-SUBJECTS: dict[str, Callable[..., Any]] = {"oracle": Oracle, **FACADES}
-each_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS.keys())
-each_facade = pytest.mark.parametrize("facade", FACADES.values(), ids=FACADES.keys())
-
-MATRICES = ((1, 12), (5, 7), (3, 2), (4, 2, 5), (3, 1, 3, 3), (2, 3, 2, 2))
-MATRIX = st.sampled_from(MATRICES)
-SEED = st.integers(0, 2**32 - 1)
-# Few combinations of options on purpose: a compiled backend takes seconds for each. So there is
-# always a decay where a property allows one.
-PLAIN = {"lr": 0.05, "weight_decay": 0.1}
-MOMENTUM = PLAIN | {"momentum": 0.9}
-NESTEROV = MOMENTUM | {"nesterov": True}
-# A floor of 0.1 under the denominator bounds how much Adam can magnify a rounding of g.
-ADAM = {"lr": 0.02, "eps": 0.1, "weight_decay": 0.1}
-RULES = {"SGD": NESTEROV, "Adam": ADAM, "AdamW": ADAM}
-each_rule = pytest.mark.parametrize("rule", RULES)
-
-
-def draw(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Numbers in [-1, 1], one tensor per shape."""
-    generator = torch.Generator().manual_seed(seed)
-    return [2 * torch.rand(s, generator=generator, dtype=torch.float64) - 1 for s in shapes]
-
-
-def problem(seed: int, shape: tuple[int, ...], steps: int) -> tuple[Any, list[torch.Tensor]]:
-    weight, *grads = draw(seed, *[shape] * (steps + 1))
-    return weight, grads
-
-
-def follow(subject: Any, rule: str, w: torch.Tensor, grads: Any, **options: Any) -> torch.Tensor:
-    """The weights after one step per gradient."""
-    run = subject(rule, [w], **options)
-    for g in grads:
-        run.step(g)
-    return run.params[0]
-
-
-def row_sums(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(1).sum(1)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
-
-
-def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.equal(actual.contiguous().view(torch.int64), expected.view(torch.int64))
-
-
-def path_bound(m: int, steps: int) -> float:
-    """How far two right ways along one path of `steps` <= 10 from weights and gradients <= 1 part.
-
-    SGD: weights stay below 8, each step rounds them twice; a direction is below 12, carries
-    2 m + 12 roundings (two means, momentum, decay) and is scaled by lr = 0.05. Adam: an error of g
-    reaches the direction at most 40-fold (twice each through m and through the root of v, which
-    is a norm of the gradients, so moves no more than they do, over the floor of 0.1), lr = 0.02:
-    0.8 (2 m + 12) is above both.
-    """
-    return steps * EPS * (8 + 0.8 * (2 * m + 12))
+from subjects import (
+    ADAM,
+    DRIFT,
+    EPS,
+    LONG,
+    MATRIX,
+    MOMENTUM,
+    NESTEROV,
+    PLAIN,
+    PROPERTY,
+    RULES,
+    SEED,
+    close,
+    draw,
+    each_rule,
+    each_subject,
+    follow,
+    path_bound,
+    problem,
+    row_sums,
+    same_bits,
+)
 
 
 def projected(subject: Any, g: torch.Tensor) -> torch.Tensor:
@@ -307,192 +197,3 @@ def test_strides_do_not_matter(
     end = follow(subject, "Adam", LAYOUTS[layout](w), laid_out, **options)
     limit = path_bound(math.prod(shape[1:]), 3)
     close(end, follow(subject, "Adam", w, grads, **options), limit)
-
-
-@each_subject
-@each_rule
-@pytest.mark.parametrize("where", [False, "gradient", "update"])
-def test_lr_zero_moves_nothing(subject: Any, rule: str, where: Any) -> None:
-    w, grads = problem(2, (5, 7), 3)
-    options = RULES[rule] | {"lr": 0.0, "centralize": where}
-    same_bits(follow(subject, rule, w, grads, **options), w)
-
-
-@each_subject
-@PROPERTY
-@given(SEED, st.integers(-6, 6))
-def test_the_first_step_of_adam_is_the_sign(subject: Any, seed: int, power: int) -> None:
-    """w - lr sign(g): a quotient of 8 roundings, times lr; eps vanishes beside |g| >= 1e-8."""
-    w, g = draw(seed, (4, 6), (4, 6))
-    g = g * 10.0**power + 1e-8 * g.sign()
-    end = follow(subject, "AdamW", w, [g], lr=0.5, eps=1e-30, weight_decay=0.1)
-    close(end, (1 - 0.5 * 0.1) * w - 0.5 * g.sign(), (0.5 * 8 + 4) * EPS)
-
-
-@each_subject
-@pytest.mark.parametrize("where", [False, "gradient", "update"])
-@PROPERTY
-@given(SEED, st.integers(-10, 10))
-def test_adam_does_not_see_the_scale_of_the_gradient(
-    subject: Any, where: Any, seed: int, power: int
-) -> None:
-    """g -> c g with eps -> 0; decoupled decay does not see g. To the last bit for a power of two,
-    which rounds nothing.
-
-    Else (not centred, |g| in [0.5, 1.5]) m carries 3 T + 4 roundings of 1.5, over a root of v
-    above 0.5; with those of the root 6 (3 T + 6) u per direction, lr T = 0.2 and two sides: below
-    64 EPS with those of the weights.
-    """
-    w, grads = problem(seed, (4, 6), 10)
-    grads = [g + 0.5 * g.sign() for g in grads]
-    options = ADAM | {"eps": 1e-30, "centralize": where}
-    once, twofold, tenfold = (
-        follow(subject, "AdamW", w, [c * g for g in grads], **options)
-        for c in (1.0, 2.0**power, 10.0**power)
-    )
-    same_bits(twofold, once)
-    if not where:
-        close(tenfold, once, 64 * EPS)
-
-
-Gradient = Callable[[torch.Tensor], torch.Tensor]
-STRONG, SMOOTH = 0.1, 0.05
-NAG_SC = (1 - math.sqrt(STRONG * SMOOTH)) / (1 + math.sqrt(STRONG * SMOOTH))
-
-
-def lecture(w: torch.Tensor, grad: Gradient) -> Iterator[torch.Tensor]:
-    v = torch.zeros_like(w)
-    while True:
-        w, v = reference.velocity_momentum(w, grad(w), v, lr=0.05, gamma=0.9)
-        yield w
-
-
-def lecture_nag(w: torch.Tensor, grad: Gradient) -> Iterator[torch.Tensor]:
-    """The lecture's NAG, seen at the point where it takes its gradient."""
-    v = torch.zeros_like(w)
-    while True:
-        w, v = reference.velocity_momentum(w, grad(w - 0.9 * v), v, lr=0.05, gamma=0.9)
-        yield w - 0.9 * v
-
-
-def average(w: torch.Tensor, grad: Gradient) -> Iterator[torch.Tensor]:
-    m = torch.zeros_like(w)
-    while True:
-        w, m = reference.ema_momentum(w, grad(w), m, alpha=0.05 / (1 - 0.9), beta=0.9)
-        yield w
-
-
-def polyak(w: torch.Tensor, grad: Gradient) -> Iterator[torch.Tensor]:
-    before = w
-    while True:
-        w, before = reference.heavy_ball(w, before, grad(w), s=0.05, alpha=0.9), w
-        yield w
-
-
-def nag_sc(w: torch.Tensor, grad: Gradient) -> Iterator[torch.Tensor]:
-    y = w
-    while True:
-        w, y = reference.nesterov(w, y, grad(w), s=SMOOTH, coefficient=NAG_SC)
-        yield w
-
-
-FORMS = [(lecture, MOMENTUM), (lecture_nag, NESTEROV), (average, MOMENTUM), (polyak, MOMENTUM)]
-FORMS += [(nag_sc, {"lr": SMOOTH, "momentum": NAG_SC, "nesterov": True, "weight_decay": 0.1})]
-
-
-@each_subject
-@pytest.mark.parametrize(("form", "options"), FORMS)
-@PROPERTY
-@given(SEED)
-def test_momentum_of_the_papers_is_momentum_of_torch(
-    subject: Any, form: Any, options: dict[str, Any], seed: int
-) -> None:
-    """On a quadratic, with P(g + lam w); the average is GC algorithm 1 to the letter. Of 20 steps
-    on two sides each adds 14 EPS at weights below 4, which momentum passes on at most 10-fold."""
-    w, curvature, target = draw(seed, (4, 6), (4, 6), (4, 6))
-
-    def grad(x: torch.Tensor) -> torch.Tensor:
-        return (0.55 + 0.45 * curvature) * (x - target)
-
-    run = subject("SGD", [w], **options, centralize=True)
-    paper = form(w, lambda x: reference.centralize(grad(x) + 0.1 * x))
-    for point in itertools.islice(paper, 20):
-        run.step(grad(run.params[0]))
-        close(run.params[0], point, 20 * 2 * 14 * 10 * EPS)
-
-
-@PROPERTY
-@given(SEED)
-def test_nag_c_takes_two_coefficients_a_step(seed: int) -> None:
-    """The identity of `reference.nesterov`; the same bound."""
-    w, target = draw(seed, (4, 6), (4, 6))
-    x, y, z, b, last = w, w, w, torch.zeros_like(w), 0.0
-    for k in range(20):
-        c = k / (k + 3)
-        x, y = reference.nesterov(x, y, x - target, s=0.05, coefficient=c)
-        g = z - target
-        b = last * b + g
-        z, last = z - 0.05 * (g + c * b), c
-        close(z, x, 20 * 2 * 14 * 10 * EPS)
-
-
-SHAPES = ((5, 7), (33,), (), (0, 3), (4, 3, 2, 2), (6, 1))
-GROUPED = [
-    {},
-    {"centralize": "update", "lr": 0.01},
-    {"centralize": True, "centralize_min_ndim": 4},
-    {"weight_decay": 0.2},
-    {"centralize": False, "weight_decay": 0},
-    {"lr": 0.0},
-]
-
-
-@each_facade
-@each_rule
-@pytest.mark.parametrize("own", [[{}] * len(SHAPES), GROUPED], ids=["same", "own"])
-def test_grouping_changes_no_bit(facade: Any, rule: str, own: list[dict[str, Any]]) -> None:
-    """Many tensors at once, in groups, or one optimizer each: the same weights."""
-    options = RULES[rule] | {"centralize": True}
-    weights, steps = draw(3, *SHAPES), [draw(seed, *SHAPES) for seed in (4, 5, 6)]
-    groups = [{"params": [w]} | o for w, o in zip(weights, own, strict=True)]
-    runs = [facade(rule, groups, **options)]
-    runs += [facade(rule, weights, **options)] if own is not GROUPED else []
-    for run in runs:
-        for grads in steps:
-            run.step(*grads)
-    for i, w in enumerate(weights):
-        alone = follow(facade, rule, w, [grads[i] for grads in steps], **(options | own[i]))
-        for run in runs:
-            same_bits(run.params[i], alone)
-
-
-@each_facade
-@each_rule
-def test_training_resumes_to_the_bit(facade: Any, rule: str) -> None:
-    options = RULES[rule] | {"centralize": True}
-    whole = facade(rule, draw(7, *SHAPES), **options)
-    steps = [draw(seed, *SHAPES) for seed in range(8, 14)]
-    for grads in steps[:3]:
-        whole.step(*grads)
-    resumed = facade(rule, whole.params, **options)
-    saved = io.BytesIO()
-    torch.save(whole.optimizer.state_dict(), saved)
-    saved.seek(0)
-    resumed.optimizer.load_state_dict(torch.load(saved, weights_only=True))
-    for grads in steps[3:]:
-        whole.step(*grads)
-        resumed.step(*grads)
-    for a, b in zip(whole.params, resumed.params, strict=True):
-        same_bits(a, b)
-
-
-@each_facade
-@pytest.mark.parametrize(
-    ("rule", "where", "maximize"),
-    [*itertools.product(RULES, (False, "gradient", "update"), [False]), ("SGD", True, True)],
-)
-def test_the_gradient_is_only_read(facade: Any, rule: str, where: Any, maximize: bool) -> None:
-    w, g = draw(14, (5, 7), (5, 7))
-    run = facade(rule, [w], **RULES[rule], centralize=where, maximize=maximize)
-    run.step(g.clone())
-    same_bits(run.leaves[0].grad.cpu(), g)

@@ -1,0 +1,146 @@
+"""The main job: train on real digits, time the optimizer step, and write a report.
+
+python -m fusedcalib.bench.job [--seeds N] [--out DIR] [--quick] [--device auto|cpu|cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "torch": "torch"}
+LISTS = {"cpu": ("gpt2-small-cpu", "small-1000"), "cuda": ("gpt2-124m", "small-1000")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    if missing := [name for module, name in NEEDED.items() if find_spec(module) is None]:
+        names = " ".join(missing)
+        print(f"fusedcalib: the main job needs {names}: pip install {names}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    from .digits import CurvesDifferError
+
+    console = Console()
+    try:
+        return _run(options, console)
+    except CurvesDifferError as error:
+        console.print(f"FAILED: {error}", style="bold red")
+        return 1
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fusedcalib.bench.job", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--seeds", type=int, default=None, help="trainings of each optimizer (8)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="2 seeds and few rounds: a smoke test")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    options = parser.parse_args(arguments)
+    if options.seeds is None:
+        options.seeds = 2 if options.quick else 8
+    if options.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    return options
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    from . import machine, plots, report, results
+
+    start = time.monotonic()
+    device = machine.pick_device(options.device)
+    head = machine.describe(device)
+    console.rule(f"fusedcalib on {machine.short_name(head)}")
+    measured = _measure(options, device, console)
+    everything = results.assemble(head, **measured)
+    everything["seconds"] = round(time.monotonic() - start, 1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = [
+        results.save(everything, options.out / "results.json"),
+        plots.training(everything, options.out / "training.png"),
+        plots.steps(everything, options.out / "steps.png"),
+        report.write(everything, options.out / "report.md"),
+    ]
+    _show(everything, console)
+    for file in files:
+        console.print(f"wrote {file}", highlight=False)
+    return _verdict(everything, console)
+
+
+def _measure(options: argparse.Namespace, device: Any, console: Console) -> dict[str, Any]:
+    """All measurements, under one progress bar."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import baselines, case, ceilings, digits
+
+    effort = case.Effort(rounds=4, seconds=2) if options.quick else case.Effort(20, 7)
+    lists = LISTS[device.type]
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        training = progress.add_task("training on digits", total=options.seeds * len(digits.NAMES))
+        e1 = digits.experiment(options.seeds, device, lambda: progress.advance(training))
+        timing = progress.add_task("timing", total=len(lists) + 1)
+        cases = []
+        for name in lists:
+            progress.update(timing, description=f"timing {name}")
+            cases.append(case.run(case.Case(name, baselines.CORE), device, effort))
+            progress.advance(timing)
+        progress.update(timing, description="memory bandwidth")
+        ceil = ceilings.measure(device)
+        progress.update(timing, advance=1, description="timing")
+    return {"e1": e1, "cases": cases, "ceil": ceil}
+
+
+def _show(everything: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    from . import report, tables
+
+    def show(title: str, content: tables.Table) -> None:
+        header, rows = content
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in rows:
+            own = row[0].startswith("fusedcalib")
+            table.add_row(*row, style="bold cyan" if own else None)
+        console.print(table)
+
+    show("Training on real digits", tables.training_table(everything["e1"]))
+    for line in report.training(everything["e1"])[3:]:
+        console.print(line, highlight=False)
+    for case in everything["cases"]:
+        show(tables.case_title(case), tables.case_table(case))
+        for line in tables.not_measured(case):
+            console.print(f"not measured: {line}", style="yellow", highlight=False)
+    if any(tables.was_disturbed(case) for case in everything["cases"]):
+        note = f"{tables.DISTURBED} other programs were running: do not rely on such a number"
+        console.print(note, style="yellow")
+    console.print(f"measured on {tables.measured_on(everything)}", highlight=False)
+
+
+def _verdict(everything: dict[str, Any], console: Console) -> int:
+    """Non-zero if one of our own methods could not be measured, or was wrong."""
+    bad = [
+        f"{row['title']} on {case['list']}: {row['reason']}"
+        for case in everything["cases"]
+        for row in case["methods"]
+        if row["name"].startswith("own") and row["reason"]
+    ]
+    for line in bad:
+        console.print(f"FAILED: {line}", style="bold red")
+    console.print(f"{everything['seconds']:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The figures: training curves and step times as ratios. Each title says the finding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import tables
+from .results import Results
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; ours has the strong colours.
+INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
+COLOURS = {
+    "own_gc": "#0072B2",
+    "own_plain": "#56B4E9",
+    "eager_gc_fused": "#D55E00",
+    "eager_gc_foreach": "#D55E00",
+    "compiled_gc": "#CC79A7",
+    "gc": "#0072B2",
+    "plain": "#E69F00",
+    "torch": INK,
+}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "figure.facecolor": "white",
+    "savefig.dpi": 160,
+}
+
+
+def training(results: Results, path: Path) -> Path:
+    """E1: test accuracy and training loss by epoch; bands are 10-90 % of the seeds."""
+    e1 = results["e1"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.6))
+        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.5})
+        for axes, key, label in (
+            (left, "accuracy", "test accuracy (%)"),
+            (right, "loss", "training loss (nats)"),
+        ):
+            ends = [_curve(axes, name, curve[key]) for name, curve in e1["curves"].items()]
+            epochs = len(e1["curves"]["gc"][key]["median"])
+            axes.set(xlabel="epoch", ylabel=label, xlim=(1, epochs))
+            axes.set_xticks([1, *range(5, epochs + 1, 5)])
+            if key == "loss":
+                axes.set_yscale("log")
+            _end_labels(axes, epochs, [ends[2], ends[0]])
+        floor = min(min(curve["accuracy"]["p10"][1:]) for curve in e1["curves"].values())
+        left.set_ylim(max(0, 10 * (floor // 10)), 100)
+        _heading(figure, _training_title(e1), _training_subtitle(results))
+        figure.savefig(path, bbox_inches="tight")
+    return path
+
+
+def _curve(axes: Axes, name: str, band: dict[str, list[float]]) -> tuple[str, float]:
+    """A median in its band; the plain fusedcalib is dashed, to show the torch line beneath it."""
+    epochs = range(1, len(band["median"]) + 1)
+    colour = COLOURS[name]
+    if name != "plain":
+        axes.fill_between(epochs, band["p10"], band["p90"], color=colour, alpha=0.13, linewidth=0)
+    width = {"torch": 3.2, "plain": 1.6, "gc": 2.4}[name]
+    style = (0, (2.5, 2)) if name == "plain" else "-"
+    axes.plot(epochs, band["median"], color=colour, linewidth=width, linestyle=style)
+    return name, band["median"][-1]
+
+
+def _end_labels(axes: Axes, x: float, ends: list[tuple[str, float]]) -> None:
+    """Names at the ends of the curves, in their colours, in place of a legend."""
+    words = {"gc": "fusedcalib\nwith centralize=True", "torch": "torch.optim.AdamW"}
+    for name, y in ends:
+        options: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
+        text = axes.annotate(words[name], (x, y), (8, 0), va="center", **options)
+        text.set(color=COLOURS[name], fontweight="bold", fontsize=9)
+        if name == "torch":
+            below = axes.annotate("fusedcalib.AdamW\n(same curve)", (x, y), (8, -8), **options)
+            below.set(color="#a86f00", fontsize=9, fontweight="bold", va="top")
+
+
+def _training_title(e1: dict[str, Any]) -> str:
+    finals = {name: e1["curves"][name]["accuracy"]["median"][-1] for name in ("torch", "gc")}
+    gain, seeds = e1["gain"], len(e1["seeds"])
+    if gain["mean"] > 0:
+        return (
+            f"Centralized gradients: {finals['gc']:.1f} % of digits right instead of "
+            f"{finals['torch']:.1f} %, better on {gain['wins']} of {seeds} seeds"
+        )
+    return f"Centralized gradients: no gain in accuracy here ({seeds} seeds)"
+
+
+def _training_subtitle(results: Results) -> str:
+    e1 = results["e1"]
+    return (
+        f"AdamW, small CNN without batch norm, {e1['setting']['train']} training images; line: "
+        f"median, band: 10-90 % of {len(e1['seeds'])} seeds\n{tables.measured_on(results)}"
+    )
+
+
+def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
+    """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
+    cases = [case for case in results["cases"] if names is None or case["list"] in names]
+    rows = [_ratios(case) for case in cases]
+    heights = [len(of) + 1.2 for of in rows]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 0.9 + 0.36 * sum(heights)))
+        options = {"height_ratios": heights, "hspace": 0.35}
+        panels = figure.subplots(len(cases), 1, sharex=True, squeeze=False, gridspec_kw=options)
+        for axes, case, of in zip(panels[:, 0], cases, rows, strict=True):
+            _ratio_panel(axes, of, tables.case_title(case))
+        low = min(spread["p10"] for of in rows for _, _, spread in of)
+        high = max(spread["p90"] for of in rows for _, _, spread in of)
+        _ratio_axis(panels[-1, 0], low, high)
+        clock = "on the device" if results["device"] else "of a step"
+        panels[-1, 0].set_xlabel(f"time {clock} / time of torch.optim.AdamW(fused=True), log scale")
+        _heading(figure, _steps_title(cases), _steps_subtitle(results, cases))
+        figure.savefig(path, bbox_inches="tight")
+    return path
+
+
+Row = tuple[str, str, dict[str, Any]]  # method, title, spread
+
+
+def _ratios(case: dict[str, Any]) -> list[Row]:
+    """The measured methods of a case but the reference, fastest first."""
+    rows = [
+        (row["name"], row["title"], row["ratio_to"]["torch_fused"])
+        for row in case["methods"]
+        if "torch_fused" in row["ratio_to"] and row["name"] != "stream_4r3w"
+    ]
+    return sorted(rows, key=lambda row: -row[2]["median"])
+
+
+def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
+    for y, (name, _, spread) in enumerate(rows):
+        colour = COLOURS.get(name, SOFT)
+        axes.plot([spread["p10"], spread["p90"]], [y, y], color=colour, linewidth=5, alpha=0.35)
+        axes.plot(spread["median"], y, "o", color=colour, markersize=8)
+        mark = tables.DISTURBED if spread["disturbed"] else ""
+        text = axes.annotate(
+            f"{mark}{spread['median']:.2f}", (spread["p90"], y), (8, 0), va="center"
+        )
+        text.set(color=colour, fontweight="bold")
+        text.set_transform(text.get_transform())
+    axes.axvline(1, color=INK, linewidth=1.2)
+    axes.set_title(title, color=SOFT)
+    axes.set_yticks(range(len(rows)), [title for _, title, _ in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    for tick, (name, _, _) in zip(axes.get_yticklabels(), rows, strict=True):
+        own = name.startswith("own")
+        tick.set(color=COLOURS[name] if own else INK, fontweight="bold" if own else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _ratio_axis(axes: Axes, low: float, high: float) -> None:
+    """A log axis with ticks that are read as factors."""
+    axes.set_xscale("log")
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low / 1.6 <= t <= high * 1.6]
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])  # noqa: RUF001
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(min(low * 0.85, 0.7), max(high * 1.35, 1.5))
+
+
+def _steps_title(cases: list[dict[str, Any]]) -> str:
+    parts = []
+    for case in cases:
+        spread = next((s for name, _, s in _ratios(case) if name == "own_gc"), None)
+        if spread is not None:
+            parts.append(f"{spread['median']:.2f}× on {case['list']}")  # noqa: RUF001
+    if not parts:
+        return "Step times relative to torch's fused AdamW"
+    return "A centralized step against torch's plain fused step: " + ", ".join(parts[:2])
+
+
+def _steps_subtitle(results: Results, cases: list[dict[str, Any]]) -> str:
+    text = "Left of the line is faster. Dot: median of ratios in interleaved rounds, bar: 10-90 %"
+    if any(tables.was_disturbed(case) for case in cases):
+        text += f"\n{tables.DISTURBED}: other programs were running, do not rely on this number"
+    return f"{text}\n{tables.measured_on(results)}"
+
+
+def _heading(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and subtitle above the panels, at the figure's left edge, whatever its height."""
+    height = figure.get_figheight()
+    lines = subtitle.count("\n") + 1
+    top = 1 + (0.17 * lines + 0.02) / height
+    figure.text(0.02, top + 0.12 / height, title, fontsize=13, fontweight="bold", va="bottom")
+    figure.text(0.02, top, subtitle, fontsize=9, color=SOFT, va="top", linespacing=1.45)

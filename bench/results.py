@@ -1,0 +1,134 @@
+"""The results file: one JSON a run, checked when it is written and when it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+Results = dict[str, Any]
+
+# What must be there. A tuple lists the types that a value may have; None stands for "not measured".
+NUMBER = (int, float)
+MAYBE = (int, float, type(None))
+HEAD: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "utc": (str,),
+    "commit": (str, type(None)),
+    "dirty": (bool, type(None)),
+    "device": (dict, type(None)),
+    "cpu": (dict,),
+    "versions": (dict,),
+    "torch_mta": (dict, type(None)),
+    "ceil": (dict,),
+    "cases": (list,),
+}
+CASE: dict[str, tuple[type, ...]] = {
+    "list": (str,),
+    "tensors": (int,),
+    "params": (int,),
+    "dtypes": (str,),
+    "bytes_per_param": (int,),
+    "flush": (str,),
+    "clock": (str,),
+    "methods": (list,),
+}
+METHOD: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "title": (str,),
+    "options": (dict,),
+    **dict.fromkeys(("device_ms_median", "device_ms_p10", "device_ms_p90"), MAYBE),
+    **dict.fromkeys(("wall_ms", "host_us", "launches", "peak_extra_bytes"), MAYBE),
+    **dict.fromkeys(("pct_copy", "pct_stream", "max_err_vs_fp64", "kept", "dropped"), MAYBE),
+    "ratio_to": (dict,),
+    "wall_ratio_to": (dict,),
+    "reason": (str, type(None)),
+}
+SPREAD: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("median", "p10", "p90", "n"), NUMBER),
+    "disturbed": (bool,),
+}
+
+
+def assemble(
+    head: Results, ceil: dict[str, Any], cases: list[dict[str, Any]], **more: Any
+) -> Results:
+    """Put a run together, and say each device time as a share of the copy's bandwidth."""
+    for case in cases:
+        for row in case["methods"]:
+            row["pct_copy"] = None
+            if row["device_ms_median"] and ceil.get("copy_gbs"):
+                moved = case["bytes_per_param"] * case["params"]
+                row["pct_copy"] = 1e-4 * moved / row["device_ms_median"] / ceil["copy_gbs"]
+    return {**head, "torch_mta": more.pop("torch_mta", None), "ceil": ceil, "cases": cases, **more}
+
+
+def check(results: Results) -> None:
+    """Hold results against the schema.
+
+    Raises:
+        ValueError: something is missing, is of another type, or is a number without a gate.
+    """
+    _typed(results, HEAD, "results")
+    if results["schema"] != 1:
+        raise ValueError(f"results of schema {results['schema']}, not 1")
+    for case in results["cases"]:
+        where = f"case {case.get('list')!r}"
+        _typed(case, CASE, where)
+        for row in case["methods"]:
+            _typed(row, METHOD, f"{where}, method {row.get('name')!r}")
+            for spread in (*row["ratio_to"].values(), *row["wall_ratio_to"].values()):
+                _typed(spread, SPREAD, f"{where}, ratio of {row['name']!r}")
+            if row["reason"] is not None and (row["wall_ms"] is not None or row["ratio_to"]):
+                raise ValueError(f"{where}: {row['name']!r} did not pass and has a speed")
+
+
+def _typed(value: dict[str, Any], wanted: dict[str, tuple[type, ...]], where: str) -> None:
+    for key, types in wanted.items():
+        if key not in value:
+            raise ValueError(f"{where} has no {key!r}")
+        if not isinstance(value[key], types):
+            raise ValueError(f"{where}: {key!r} is {value[key]!r}")
+
+
+def save(results: Results, path: Path) -> Path:
+    """Check, then write; no half-written file is left, nor one with NaN, which is not JSON."""
+    check(results)
+    text = json.dumps(results, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    return path
+
+
+def file_name(head: Results) -> str:
+    """`<utc>-<device>.json`, which sorts by time."""
+    stamp = head["utc"].replace("-", "").replace(":", "")
+    return f"{stamp}-{machine.slug(head)}.json"
+
+
+def load(path: Path) -> Results:
+    results: Results = json.loads(path.read_text())
+    check(results)
+    return results
+
+
+def find_row(results: Results, name: str, method: str, dtypes: str = "fp32") -> Results | None:
+    """The row of a method on a list, or None if that was not measured."""
+    for case in results["cases"]:
+        if case["list"] == name and case["dtypes"] == dtypes:
+            for row in case["methods"]:
+                if row["name"] == method and row["reason"] is None:
+                    found: Results = row
+                    return found
+    return None
+
+
+def ratio(
+    results: Results, name: str, method: str, to: str, clock: str = "ratio_to"
+) -> Results | None:
+    """The spread of one ratio, or None if that was not measured."""
+    row = find_row(results, name, method)
+    spread: Results | None = row[clock].get(to) if row else None
+    return spread

@@ -1,0 +1,87 @@
+"""Results as tables of text, for the terminal, the report and the README alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import machine
+from .results import Results
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+DISTURBED = "~"
+
+
+def spread_text(spread: dict[str, Any] | None) -> str:
+    """`0.94 (0.91-0.97)`: median and 10-90 %; marked where the machine was disturbed."""
+    if spread is None:
+        return "-"
+    mark = DISTURBED if spread["disturbed"] else ""
+    return f"{mark}{spread['median']:.2f} ({spread['p10']:.2f}-{spread['p90']:.2f})"
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
+    """One list: each method's time, its ratio to `to`, and its share of the machine's limit."""
+    gpu = case["clock"] == "device"
+    header = ["AdamW step", "ms", "time / torch fused (10-90 %)", "n", "% of stream"]
+    if gpu:
+        header += ["wall / torch fused", "host µs", "launches"]
+    rows = []
+    for row in case["methods"]:
+        if row["reason"] is not None:
+            continue
+        own = {"median": 1.0, "p10": 1.0, "p90": 1.0, "n": row["kept"], "disturbed": False}
+        spread = own if row["name"] == to else row["ratio_to"].get(to)
+        text = "1" if row["name"] == to else spread_text(spread)
+        milliseconds = row["device_ms_median"] if gpu else row["wall_ms"]
+        cells = [row["title"], number(milliseconds), text, number(spread and spread["n"], "d")]
+        cells.append(number(row["pct_stream"], ".0f"))
+        if gpu:
+            wall = "1" if row["name"] == to else spread_text(row["wall_ratio_to"].get(to))
+            cells += [wall, number(row["host_us"], ".0f"), number(row["launches"], "d")]
+        rows.append(cells)
+    return header, rows
+
+
+def not_measured(case: dict[str, Any]) -> list[str]:
+    """`apex FusedAdam: apex is not installed`, and so on."""
+    return [f"{row['title']}: {row['reason']}" for row in case["methods"] if row["reason"]]
+
+
+def training_table(e1: dict[str, Any]) -> Table:
+    """E1: the final test accuracy of each optimizer over the seeds."""
+    header = ["optimizer", "test accuracy %, median (10-90 %)", "final training loss"]
+    rows = []
+    for curve in e1["curves"].values():
+        low, middle, high = (curve["accuracy"][key][-1] for key in ("p10", "median", "p90"))
+        loss = curve["loss"]["median"][-1]
+        rows.append([curve["title"], f"{middle:.1f} ({low:.1f}-{high:.1f})", f"{loss:.4f}"])
+    return header, rows
+
+
+def markdown(table: Table) -> str:
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def case_title(case: dict[str, Any]) -> str:
+    millions = f"{case['params'] / 1e6:.3g}M parameters"
+    return f"{case['list']}: {case['tensors']} tensors, {millions}, {case['dtypes']}"
+
+
+def was_disturbed(case: dict[str, Any]) -> bool:
+    spreads = [spread for row in case["methods"] for spread in row["ratio_to"].values()]
+    return any(spread["disturbed"] for spread in spreads)
+
+
+def measured_on(results: Results) -> str:
+    """Device, versions and date in one line."""
+    versions = results["versions"]
+    names = ("torch", "triton" if results["device"] else "numba", "python")
+    known = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
+    return f"{machine.short_name(results)}; {known}; {results['utc'][:10]}"
