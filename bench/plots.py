@@ -21,8 +21,13 @@ COLOURS = {
     "eager_gc_foreach": "#D55E00",
     "compiled_gc": "#CC79A7",
     "gc": "#0072B2",
-    "plain": "#E69F00",
+    "plain": "#D98200",
     "torch": INK,
+}
+NAMES = {
+    "torch": "torch.optim.AdamW",
+    "plain": "fusedcalib.AdamW",
+    "gc": "fusedcalib.AdamW,\ncentralize=True",
 }
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -47,29 +52,27 @@ STYLE = {
 
 def training(results: Results, path: Path) -> Path:
     """E1: test accuracy and training loss by epoch; bands are 10-90 % of the seeds."""
-    e1 = results["e1"]
+    curves = results["e1"]["curves"]
+    epochs = len(curves["gc"]["loss"]["median"])
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.6))
-        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.5})
-        for axes, key, label in (
-            (left, "accuracy", "test accuracy (%)"),
-            (right, "loss", "training loss (nats)"),
-        ):
-            ends = [_curve(axes, name, curve[key]) for name, curve in e1["curves"].items()]
-            epochs = len(e1["curves"]["gc"][key]["median"])
-            axes.set(xlabel="epoch", ylabel=label, xlim=(1, epochs))
+        figure = Figure(figsize=(9.5, 4.2))
+        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22, "top": 0.97})
+        for axes, key in ((left, "accuracy"), (right, "loss")):
+            for name in ("torch", "plain", "gc"):
+                _curve(axes, name, curves[name][key])
+            axes.set(xlabel="epoch", xlim=(1, epochs))
             axes.set_xticks([1, *range(5, epochs + 1, 5)])
-            if key == "loss":
-                axes.set_yscale("log")
-            _end_labels(axes, epochs, [ends[2], ends[0]])
-        floor = min(min(curve["accuracy"]["p10"][1:]) for curve in e1["curves"].values())
-        left.set_ylim(max(0, 10 * (floor // 10)), 100)
-        _heading(figure, _training_title(e1), _training_subtitle(results))
+        floor = min(min(curve["accuracy"]["p10"]) for curve in curves.values())
+        left.set(ylabel="test accuracy (%)", ylim=(10 * (floor // 10), 100))
+        right.set(ylabel="training loss (nats, log scale)", yscale="log")
+        right.yaxis.set_major_formatter("{x:g}")
+        _end_labels(right, epochs, {name: curves[name]["loss"]["median"][-1] for name in NAMES})
+        _heading(figure, _training_title(results["e1"]), _training_subtitle(results))
         figure.savefig(path, bbox_inches="tight")
     return path
 
 
-def _curve(axes: Axes, name: str, band: dict[str, list[float]]) -> tuple[str, float]:
+def _curve(axes: Axes, name: str, band: dict[str, list[float]]) -> None:
     """A median in its band; the plain fusedcalib is dashed, to show the torch line beneath it."""
     epochs = range(1, len(band["median"]) + 1)
     colour = COLOURS[name]
@@ -78,19 +81,23 @@ def _curve(axes: Axes, name: str, band: dict[str, list[float]]) -> tuple[str, fl
     width = {"torch": 3.2, "plain": 1.6, "gc": 2.4}[name]
     style = (0, (2.5, 2)) if name == "plain" else "-"
     axes.plot(epochs, band["median"], color=colour, linewidth=width, linestyle=style)
-    return name, band["median"][-1]
 
 
-def _end_labels(axes: Axes, x: float, ends: list[tuple[str, float]]) -> None:
-    """Names at the ends of the curves, in their colours, in place of a legend."""
-    words = {"gc": "fusedcalib\nwith centralize=True", "torch": "torch.optim.AdamW"}
-    for name, y in ends:
-        options: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
-        text = axes.annotate(words[name], (x, y), (8, 0), va="center", **options)
-        text.set(color=COLOURS[name], fontweight="bold", fontsize=9)
-        if name == "torch":
-            below = axes.annotate("fusedcalib.AdamW\n(same curve)", (x, y), (8, -8), **options)
-            below.set(color="#a86f00", fontsize=9, fontweight="bold", va="top")
+def _end_labels(axes: Axes, x: float, ends: dict[str, float]) -> None:
+    """Names at the ends of the curves, in their colours, in place of a legend.
+
+    From the top down, each at its curve's end or, where that is taken, below the one before.
+    """
+    points = axes.transData.transform([(x, y) for y in ends.values()])[:, 1]
+    scale = 72 / axes.figure.get_dpi()
+    free = float("inf")
+    order = sorted(zip(points * scale, ends, strict=True), key=lambda end: (-end[0], end[1]))
+    for at, name in order:
+        height = min(at, free)
+        place: dict[str, Any] = {"xytext": (8, height - at), "textcoords": "offset points"}
+        text = axes.annotate(NAMES[name], (x, ends[name]), va="center", **place)
+        text.set(color=COLOURS[name], fontweight="bold", fontsize=9, linespacing=1.3)
+        free = height - 15 * (1 + NAMES[name].count("\n"))
 
 
 def _training_title(e1: dict[str, Any]) -> str:
@@ -118,8 +125,8 @@ def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     rows = [_ratios(case) for case in cases]
     heights = [len(of) + 1.2 for of in rows]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 0.9 + 0.36 * sum(heights)))
-        options = {"height_ratios": heights, "hspace": 0.35}
+        figure = Figure(figsize=(9.5, 0.5 + 0.34 * sum(heights)))
+        options = {"height_ratios": heights, "hspace": 0.3, "top": 0.93, "left": 0.2}
         panels = figure.subplots(len(cases), 1, sharex=True, squeeze=False, gridspec_kw=options)
         for axes, case, of in zip(panels[:, 0], cases, rows, strict=True):
             _ratio_panel(axes, of, tables.case_title(case))
@@ -152,11 +159,9 @@ def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
         axes.plot([spread["p10"], spread["p90"]], [y, y], color=colour, linewidth=5, alpha=0.35)
         axes.plot(spread["median"], y, "o", color=colour, markersize=8)
         mark = tables.DISTURBED if spread["disturbed"] else ""
-        text = axes.annotate(
-            f"{mark}{spread['median']:.2f}", (spread["p90"], y), (8, 0), va="center"
-        )
+        place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+        text = axes.annotate(f"{mark}{spread['median']:.2f}", (spread["p90"], y), **place)
         text.set(color=colour, fontweight="bold")
-        text.set_transform(text.get_transform())
     axes.axvline(1, color=INK, linewidth=1.2)
     axes.set_title(title, color=SOFT)
     axes.set_yticks(range(len(rows)), [title for _, title, _ in rows])
@@ -179,6 +184,8 @@ def _ratio_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def _steps_title(cases: list[dict[str, Any]]) -> str:
+    if any(tables.was_disturbed(case) for case in cases):
+        return "Step times on a busy machine: do not rely on them"
     parts = []
     for case in cases:
         spread = next((s for name, _, s in _ratios(case) if name == "own_gc"), None)
@@ -192,14 +199,14 @@ def _steps_title(cases: list[dict[str, Any]]) -> str:
 def _steps_subtitle(results: Results, cases: list[dict[str, Any]]) -> str:
     text = "Left of the line is faster. Dot: median of ratios in interleaved rounds, bar: 10-90 %"
     if any(tables.was_disturbed(case) for case in cases):
-        text += f"\n{tables.DISTURBED}: other programs were running, do not rely on this number"
+        text += f"\n{tables.DISTURBED}: other programs were running, and too few samples were quiet"
     return f"{text}\n{tables.measured_on(results)}"
 
 
 def _heading(figure: Figure, title: str, subtitle: str) -> None:
-    """Title and subtitle above the panels, at the figure's left edge, whatever its height."""
+    """Title and subtitle above the panels, in line with them, whatever the figure's height."""
     height = figure.get_figheight()
-    lines = subtitle.count("\n") + 1
-    top = 1 + (0.17 * lines + 0.02) / height
-    figure.text(0.02, top + 0.12 / height, title, fontsize=13, fontweight="bold", va="bottom")
-    figure.text(0.02, top, subtitle, fontsize=9, color=SOFT, va="top", linespacing=1.45)
+    top = 1 + (0.19 * (subtitle.count("\n") + 1)) / height
+    left = figure.subplotpars.left if len(figure.axes) == 1 else 0.05
+    figure.text(left, top + 0.12 / height, title, fontsize=13, fontweight="bold", va="bottom")
+    figure.text(left, top, subtitle, fontsize=9, color=SOFT, va="top", linespacing=1.45)

@@ -31,9 +31,7 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"Invalid centralize_min_ndim value: {min_ndim!r}, expected an int >= 1")
     for flag in ("capturable", "differentiable"):
         if group.get(flag):
-            raise ValueError(
-                f"{name} does not support {flag}=True; use torch.optim.{name}({flag}=True)"
-            )
+            raise ValueError(f"{name} does not support {flag}=True; use torch.optim.{name}({flag}=True)")
 
 
 def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:

@@ -28,23 +28,23 @@ TILE = 16384  # elements: few enough for the second pass over a row to find it i
 _ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _divide(x, y):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _divide(x, y):
     return x / y
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _sqrt(x):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _sqrt(x):
     return np.sqrt(x)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _maximum(x, y):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _maximum(x, y):
     return x if (x > y or x != x) else y
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _where(condition, x, y):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _where(condition, x, y):
     return x if condition else y
 
 
@@ -69,7 +69,7 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
     }
 
     def compiled(function: Any, **names: Any) -> Function:
-        return njit(folded(function, {**NAMES, **names}, flags), error_model="numpy")  # type: ignore[no-any-return]
+        return njit(folded(function, {**NAMES, **names}, flags), error_model="numpy")
 
     rule = compiled(recipe.rule.update)
     prepared = compiled(stages.prepared)
@@ -96,23 +96,23 @@ def kernel_for(
     geometry, strides_at = 8 * len(dtypes), 8 * (len(dtypes) + GEOMETRY + inner)
     centred = recipe.centralize != "none"
 
-    @njit(error_model="numpy", fastmath=_ADD_FREELY)  # type: ignore[untyped-decorator]
-    def run_sum(addresses, strides, length, h):  # type: ignore[no-untyped-def]
+    @njit(error_model="numpy", fastmath=_ADD_FREELY)
+    def run_sum(addresses, strides, length, h):
         total = 0.0
         for i in range(length):
             values = load(addresses, strides, i)
             total += measured(values[0], values[1], values[2:], h)
         return total
 
-    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def run_step(addresses, strides, length, h, mean):  # type: ignore[no-untyped-def]
+    @njit(error_model="numpy")
+    def run_step(addresses, strides, length, h, mean):
         for i in range(length):
             values = load(addresses, strides, i)
             p, state = stepped(values[0], values[1], values[2:], h, mean)
             store(addresses, strides, i, p, state)
 
-    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def start_of_run(row, addresses, run):  # type: ignore[no-untyped-def]
+    @njit(error_model="numpy")
+    def start_of_run(row, addresses, run):
         """Where a run of constant stride begins: `run` counts over all inner dimensions but the last."""
         for back in range(inner - 1):
             dimension = inner - 2 - back
@@ -122,8 +122,8 @@ def kernel_for(
             run //= size
         return addresses
 
-    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-    def step_row(row, addresses, strides, runs, length, h):  # type: ignore[no-untyped-def]
+    @njit(error_model="numpy")
+    def step_row(row, addresses, strides, runs, length, h):
         mean = real(0.0)
         if centred:
             total = 0.0
@@ -133,8 +133,8 @@ def kernel_for(
         for run in range(runs):
             run_step(start_of_run(row, addresses, run), strides, length, h, mean)
 
-    @njit(error_model="numpy", nogil=True)  # type: ignore[untyped-decorator]
-    def run(table, fields, tiles, scalars, first, last):  # type: ignore[no-untyped-def]
+    @njit(error_model="numpy", nogil=True)
+    def run(table, fields, tiles, scalars, first, last):
         for t in range(first, last):
             slot, row_block, column_block = tile_at(tiles, t)
             row = table + 8 * slot * fields
@@ -152,7 +152,7 @@ def kernel_for(
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 step_row(row, shift(addresses, along, r), strides, runs, length, h)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 class NumbaExecutor:

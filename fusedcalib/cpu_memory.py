@@ -1,4 +1,4 @@
-"""Reading and writing tensors by address in numba loops, whatever their dtype: the boundary where storage is decoded.
+"""Reading and writing tensors by address in numba loops: the boundary where storage is decoded.
 
 numba has no bf16 and no fp16; both are converted in the loop (bf16 by its bits, rounded to nearest even).
 """
@@ -41,9 +41,7 @@ def _narrowed(builder: Any, value: Any, stored: Any) -> Any:
     odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
     rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
     nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(
-        builder.lshr(builder.select(nan, _I32(0x7FC00000), rounded), _I32(16)), _I16
-    )
+    return builder.trunc(builder.lshr(builder.select(nan, _I32(0x7FC00000), rounded), _I32(16)), _I16)
 
 
 def _cast(builder: Any, value: Any, target: Any) -> Any:
@@ -59,20 +57,20 @@ def _element(builder: Any, stored: Any, address: Any, index: Any) -> Any:
     return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def tile_at(typing, tiles, t):  # type: ignore[no-untyped-def]
+@intrinsic
+def tile_at(typing, tiles, t):
     """(slot, row block, column block) of tile t."""
     return _reader(types.int64, 3, _I32, lambda b, v: b.sext(v, _I64), indexed=True)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def geometry_at(typing, address):  # type: ignore[no-untyped-def]
+@intrinsic
+def geometry_at(typing, address):
     """Rows, columns, row of scalars, rows and columns of a tile."""
     return _reader(types.int64, GEOMETRY, _I64)
 
 
 def _reader(real: Any, count: int, stored: Any, decode: Any = None, indexed: bool = False) -> Any:
-    """An intrinsic's signature and code: a tuple of `count` neighbours from an address, or from entry i of a list."""
+    """An intrinsic's signature and code: `count` neighbours from an address, or entry i of a list of such."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = builder.mul(args[1], _I64(count)) if indexed else _I64(0)
@@ -93,9 +91,7 @@ class Memory:
     dimensions the stride is 1 and known when compiled. The gradient (tensor 1) is never written.
     """
 
-    def __init__(
-        self, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
-    ) -> None:
+    def __init__(self, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int) -> None:
         stored = [_STORED[dtype] for dtype in dtypes]
         sizes = [dtype.itemsize for dtype in dtypes]
         tensors = len(dtypes)
@@ -107,18 +103,18 @@ class Memory:
             index = i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
             return _element(builder, stored[k], builder.extract_value(addresses, k), index)
 
-        @intrinsic  # type: ignore[untyped-decorator]
-        def load(typing, addresses, strides, i):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        @intrinsic
+        def load(typing, addresses, strides, i):
+            def codegen(context, builder, signature, args):
                 loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
                 values = [_widened(builder, value, llvm_real) for value in loaded]
                 return context.make_tuple(builder, signature.return_type, values)
 
             return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
 
-        @intrinsic  # type: ignore[untyped-decorator]
-        def store(typing, addresses, strides, i, p, state):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        @intrinsic
+        def store(typing, addresses, strides, i, p, state):
+            def codegen(context, builder, signature, args):
                 states = cgutils.unpack_tuple(builder, args[4]) if tensors > 2 else []
                 for k, value in [(0, args[3]), *enumerate(states, start=2)]:
                     builder.store(_narrowed(builder, value, stored[k]), pointer(builder, args, k))
@@ -126,11 +122,11 @@ class Memory:
 
             return types.void(addresses, strides, types.int64, real, state), codegen
 
-        @intrinsic  # type: ignore[untyped-decorator]
-        def shift(typing, addresses, strides, n):  # type: ignore[no-untyped-def]
+        @intrinsic
+        def shift(typing, addresses, strides, n):
             """Addresses moved on by n strides each."""
 
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):
                 moved = []
                 for k, size in enumerate(sizes):
                     elements = builder.mul(builder.extract_value(args[1], k), args[2])
@@ -140,22 +136,22 @@ class Memory:
 
             return addresses(addresses, strides, types.int64), codegen
 
-        @intrinsic  # type: ignore[untyped-decorator]
-        def spread(typing, value):  # type: ignore[no-untyped-def]
+        @intrinsic
+        def spread(typing, value):
             """The same stride for every tensor."""
 
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):
                 return context.make_tuple(builder, signature.return_type, [args[0]] * tensors)
 
             return types.UniTuple(types.int64, tensors)(types.int64), codegen
 
-        @intrinsic  # type: ignore[untyped-decorator]
-        def integers(typing, address):  # type: ignore[no-untyped-def]
+        @intrinsic
+        def integers(typing, address):
             """K integers of the table: addresses, or strides along one dimension."""
             return _reader(types.int64, tensors, _I64)
 
-        @intrinsic  # type: ignore[untyped-decorator]
-        def scalars_at(typing, scalars, row):  # type: ignore[no-untyped-def]
+        @intrinsic
+        def scalars_at(typing, scalars, row):
             """The scalars of a slot."""
             return _reader(real, count, llvm_real, indexed=True)
 

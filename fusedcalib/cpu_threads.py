@@ -1,10 +1,11 @@
-"""Tiles over threads. The loops release the GIL, so Python's own threads serve: nothing to fall over after a fork."""
+"""Tiles over threads. The loops release the GIL, so Python's own threads serve, also after a fork."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 
 import torch
 
@@ -23,7 +24,7 @@ def spread_over_threads(run: Callable[[int, int], object], tiles: int, elements:
         return
     shares = min(threads * _SHARES, tiles)
     bounds = [tiles * k // shares for k in range(shares + 1)]
-    todo = iter(list(zip(bounds, bounds[1:], strict=False)))
+    todo = iter(list(pairwise(bounds)))
 
     def work() -> None:
         for first, last in todo:  # each thread takes the next share; a list iterator is atomic

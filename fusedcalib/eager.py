@@ -1,4 +1,4 @@
-"""The eager executor: the rule's source as plain torch, tensor by tensor, on any device. Slow, and said so."""
+"""The eager executor: the rule's source as plain torch, tensor by tensor, on any device. Slow."""
 
 from __future__ import annotations
 

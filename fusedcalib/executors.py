@@ -1,4 +1,4 @@
-"""Which executor runs a parameter: Triton on a GPU, numba on a CPU where it is installed, else plain torch."""
+"""Which executor runs a parameter: Triton on a GPU, numba on a CPU if installed, else plain torch."""
 
 from __future__ import annotations
 

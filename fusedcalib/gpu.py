@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .kernels import launch
+from .kernels.step import step_kernel
 from .kernels.table import GEOMETRY
 from .layout import Layout
 from .plan import Array, Bucket, Shape
@@ -17,7 +18,7 @@ from .plan import Array, Bucket, Shape
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    return type(launch.step_kernel).__name__ == "InterpretedFunction"
+    return type(step_kernel).__name__ == "InterpretedFunction"
 
 
 class TritonExecutor:
@@ -45,9 +46,7 @@ class TritonExecutor:
             cache["version"] = bucket.table_version
         scalars = _on(device, bucket.scalars)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return launch.launch_step(
-                cache["table"], cache["tiles"], scalars, cache["sums"], cache["spec"]
-            )
+            return launch.launch_step(cache["table"], cache["tiles"], scalars, cache["sums"], cache["spec"])
 
 
 def spec_of(bucket: Bucket) -> Any:
@@ -63,10 +62,10 @@ def spec_of(bucket: Bucket) -> Any:
         dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
         compute=launch.dtype_of(_name(bucket.compute)),
         fields=fields_of(len(key.dtypes), key.inner),
-        count=bucket.scalars.shape[1],
+        scalars=bucket.scalars.shape[1],
         inner=key.inner,
         vector=vector if key.aligned else 1,
-        tile=key.row_class,
+        tile=cast(launch.Tile, key.row_class),
     )
 
 

@@ -69,7 +69,7 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), "_backend": self._backend, "_extras": self._extras}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._plan = None
         self._step_supports_amp_scaling = False
         for group in self.param_groups:  # a torch.optim checkpoint does not have our keys
@@ -84,9 +84,7 @@ class FusedOptimizer(Optimizer):
         """
         seen: list[dict[str, Any]] = []
         capture = self.register_load_state_dict_pre_hook(lambda _, saved: seen.append(saved))
-        restore = self.register_load_state_dict_post_hook(
-            lambda _: self._widen(seen[-1]), prepend=True
-        )
+        restore = self.register_load_state_dict_post_hook(lambda _: self._widen(seen[-1]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -107,7 +105,7 @@ class FusedOptimizer(Optimizer):
 
     # -- the step -----------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient; returns what the closure returns.
 
         Args:

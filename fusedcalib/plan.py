@@ -152,11 +152,7 @@ def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
 def is_aligned(tensors: Sequence[Tensor], layout: Layout) -> bool:
     """Whether 16-byte accesses reach every element of every row."""
     vector = 16 // min(t.element_size() for t in tensors)
-    return (
-        not layout.sizes
-        and layout.columns % vector == 0
-        and all(t.data_ptr() % 16 == 0 for t in tensors)
-    )
+    return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _row(tensors: Sequence[Tensor], layout: Layout, shape: Shape) -> Array:
@@ -197,9 +193,7 @@ class Plan:
         self._counter = _Counter(slots, fresh, state)
         self._watch = Watch(groups, state)
 
-    def holds(
-        self, recipes: list[Recipe], groups: list[dict[str, Any]], state: dict[Tensor, Any]
-    ) -> bool:
+    def holds(self, recipes: list[Recipe], groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
         """Whether the plan still fits; takes over gradients that moved."""
         before = self._watch.grad_pointers
         if recipes != self._recipes or not self._watch.holds(groups, state):
@@ -270,7 +264,7 @@ class _Counter:
 
     def __init__(self, slots: list[Slot], fresh: list[bool], state: dict[Tensor, Any]) -> None:
         self._counts = bool(slots) and slots[0].recipe.rule.counts
-        taken = [not new for new in fresh]
+        taken = [float(not new) for new in fresh]
         if self._counts:
             taken = [float(state[slot.param]["step"]) for slot in slots]
         self._buffer = torch.tensor(taken, dtype=torch.float32)

@@ -68,7 +68,7 @@ def recipe_of(rule: Rule, group: Group) -> Recipe:
 
 
 def merged(recipes: list[Recipe]) -> list[Recipe]:
-    """One recipe for groups that differ only in having a decay: a decay of zero is exact, a launch is not free."""
+    """One recipe for groups that differ only in having a decay: no decay is exact, a launch is not free."""
     decaying = {replace(r, decay="none"): r for r in recipes if r.decay != "none"}
     return [decaying.get(r, r) for r in recipes]
 

@@ -2,6 +2,8 @@
 
 A plan holds addresses. Between two steps a gradient may be reallocated, `.data` replaced, a state loaded
 or edited, a parameter exchanged. Each is seen here: nothing is ever stepped through a stale address.
+Not seen: one gradient object, kept over two steps at one address, that is given another shape or strides
+in place (`p.grad.t_()`); asking every tensor for those at every step would double the cost of the watch.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
+_shape_of = attrgetter("shape")
 _dtype_of = attrgetter("dtype")
 _END = (object(),)  # so that a list that grew or shrank is not taken for its beginning
 
@@ -39,8 +42,7 @@ class Watch:
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         grads = [p.grad for p in self._live]
         self._grads = list(map(ref, grads))
-        self._strides = list(map(Tensor.stride, grads))
-        self._dtypes = list(map(_dtype_of, grads))
+        self._geometry = _geometry(self._live, grads)
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
@@ -59,12 +61,7 @@ class Watch:
         if any(map(is_, grads, repeat(None))):
             return False
         if not all(map(is_, [grad() for grad in self._grads], grads)):
-            alike = (
-                all(map(_is_plain, grads))
-                and list(map(Tensor.stride, grads)) == self._strides
-                and list(map(_dtype_of, grads)) == self._dtypes
-            )
-            if not alike:
+            if not all(map(_is_plain, grads)) or _geometry(self._live, grads) != self._geometry:
                 return False
             self._grads = list(map(ref, grads))
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
@@ -77,6 +74,12 @@ def _same(now: Iterable[Any], then: list[Any]) -> bool:
 
 def _values(entries: Iterable[dict[str, Any]]) -> Iterable[Any]:
     return chain.from_iterable(map(dict.values, entries))
+
+
+def _geometry(params: list[Tensor], grads: list[Tensor]) -> list[Any]:
+    """Shapes, strides and dtypes: asked where gradients are new, for the parameters too."""
+    both = params + grads
+    return [*map(_shape_of, both), *map(Tensor.stride, both), *map(_dtype_of, both)]
 
 
 def _is_plain(grad: Tensor) -> bool:

@@ -1,13 +1,13 @@
 """The only launches, and the shapes they have."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .language import AVAILABLE, tl
 from .rows import row_sums_kernel
 from .step import step_kernel
 
-# (longest row, rows of a tile, columns of a tile, warps, where its mean comes from): sixteen
-# elements a thread. Few classes keep launches and compiled variants few. Up to 8192 columns a row stays in registers
+# (longest row, rows of a tile, columns of a tile, warps, where its mean comes from): sixteen elements a
+# thread. Few classes keep launches and compiled variants few. Up to 8192 columns a row stays in registers
 # without spilling; up to 32768 the gradients of all rows in flight stay in an L2 cache of 50 MB.
 ROW_CLASSES = (
     (64, 64, 64, 8, "tile"),
@@ -37,15 +37,15 @@ class Spec(NamedTuple):
     maximize: bool
     decay: str  # "none" | "coupled" | "decoupled"
     centralize: str  # "none" | "gradient" | "update"
-    dtypes: tuple  # triton dtypes of parameter, gradient, state...
+    dtypes: tuple[Any, ...]  # triton dtypes of parameter, gradient, state...
     compute: object
     fields: int
-    count: int
+    scalars: int
     inner: int
     vector: int
     tile: Tile
 
-    def constants(self) -> dict:
+    def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels, by name."""
         return {
             "RULE": self.rule,
@@ -56,7 +56,7 @@ class Spec(NamedTuple):
             "DTYPES": self.dtypes,
             "COMPUTE": self.compute,
             "FIELDS": self.fields,
-            "COUNT": self.count,
+            "COUNT": self.scalars,
             "D": self.inner,
             "VECTOR": self.vector,
             "R": self.tile.rows,

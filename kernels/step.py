@@ -42,22 +42,43 @@ def step_kernel(
     mean = 0.0
     if MEAN == "loop":
         mean = mean_of_loop(
-            row, r, lane, columns, h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE, DTYPES, COMPUTE, D, VECTOR, C
+            row,
+            r,
+            lane,
+            columns,
+            h,
+            RULE,
+            VARIANT,
+            MAXIMIZE,
+            DECAY,
+            CENTRALIZE,
+            DTYPES,
+            COMPUTE,
+            D,
+            VECTOR,
+            C,
         )
         for start in range(0, columns, C):
             c = start + lane
             mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
             p, state = stepped(
-                values[0], values[1], values[2:], h, mean, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE
+                values[0],
+                values[1],
+                values[2:],
+                h,
+                mean,
+                RULE,
+                VARIANT,
+                MAXIMIZE,
+                DECAY,
+                CENTRALIZE,
             )
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
     else:
         c = column_block * C + lane
         mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
         if MEAN == "tile":
-            x = measured(
-                values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE
-            )
+            x = measured(values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE)
             total = tl.sum(tl.where(mask, x, 0), axis=1)
             mean = divide(total, columns.to(COMPUTE))[:, None]
         elif MEAN == "pieces":

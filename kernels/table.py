@@ -55,7 +55,7 @@ def offsets_of(row, i: tl.constexpr, r, c, columns, K: tl.constexpr, D: tl.const
 
 @jit
 def pointer_of(row, i: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Address of tensor i. An address out of memory has no known alignment: said here, or loads stay scalar."""
+    """Address of tensor i. Alignment is said here: unknown of a loaded address, loads would stay scalar."""
     pointer = tl.load(row + i).to(tl.pointer_type(DTYPE))
     if VECTOR > 1:
         pointer = tl.multiple_of(pointer, 16)
@@ -63,8 +63,17 @@ def pointer_of(row, i: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
-def load_tile(row, r, c, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
-    """Mask and values of the slot's tensors at rows r [R], columns c [C]: K blocks [R, C] in COMPUTE, 0 outside."""
+def load_tile(
+    row,
+    r,
+    c,
+    columns,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside."""
     mask = (r < tl.load(row + len(DTYPES)))[:, None] & (c < columns)[None, :]
     values = ()
     for i in tl.static_range(len(DTYPES)):
@@ -75,8 +84,10 @@ def load_tile(row, r, c, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D
 
 
 @jit
-def store_tile(row, r, c, mask, columns, p, state, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr):
-    """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) is never written."""
+def store_tile(
+    row, r, c, mask, columns, p, state, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never."""
     values = (p, p) + state
     for i in tl.static_range(len(DTYPES)):
         if i != 1:

@@ -95,9 +95,7 @@ def heavy_ball(x: Tensor, before: Tensor, grad: Tensor, *, s: float, alpha: floa
     return x + alpha * (x - before) - s * grad
 
 
-def nesterov(
-    x: Tensor, y: Tensor, grad: Tensor, *, s: float, coefficient: float
-) -> tuple[Tensor, Tensor]:
+def nesterov(x: Tensor, y: Tensor, grad: Tensor, *, s: float, coefficient: float) -> tuple[Tensor, Tensor]:
     r"""Take one step of Nesterov's method in its two-sequence form.
 
     .. math:: y_{k+1} = x_k - s \nabla f(x_k), \qquad x_{k+1} = y_{k+1} + c_k (y_{k+1} - y_k)

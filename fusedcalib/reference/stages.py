@@ -59,9 +59,7 @@ def centralize_at(
 
     Source: gradient: Yong et al. 2020, algorithms 1 and 2. update: the authors' code (``gc_loc``).
     """
-    known = isinstance(setting, bool) or (
-        isinstance(setting, str) and setting in ("gradient", "update")
-    )
+    known = isinstance(setting, bool) or (isinstance(setting, str) and setting in ("gradient", "update"))
     if not known:
         raise ValueError(f'centralize must be False, True, "gradient" or "update", not {setting!r}')
     chosen = "gradient" if setting is True else setting

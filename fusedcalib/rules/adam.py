@@ -14,7 +14,7 @@ from ..recipe import Group, Rule
 
 
 @jit
-def adam(p, g, state, h, VARIANT: tl.constexpr):  # type: ignore[no-untyped-def]
+def adam(p, g, state, h, VARIANT: tl.constexpr):
     beta1_rest, beta2, beta2_rest, correction, eps = h
     m = state[0] + beta1_rest * (g - state[0])
     v = beta2 * state[1] + beta2_rest * (g * g)

@@ -12,7 +12,7 @@ from ..recipe import Group, Rule
 
 
 @jit
-def sgd(p, g, state, h, VARIANT: tl.constexpr):  # type: ignore[no-untyped-def]
+def sgd(p, g, state, h, VARIANT: tl.constexpr):
     if VARIANT == "plain":
         return g, state
     else:

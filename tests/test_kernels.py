@@ -1,0 +1,93 @@
+"""Every rule, stage, storage and shape, on every executor, against the oracle in float64."""
+
+import pytest
+from kernel_cases import BACKENDS, COVERING, PRODUCT, Arrangement, Case, Trial
+
+SMALL = [
+    Arrangement(shape)
+    for shape in (
+        *((), (1,), (0, 3), (3, 0), (37,), (5, 1), (1, 5), (3, 4, 5), (8, 3, 3, 3), (16, 1, 3, 3)),
+        *((7, 13), (4, 64), (130, 8), (5, 300), (2, 1024), (2, 1030)),
+    )
+]
+
+# Both sides of every edge between tiles and row classes, on a GPU and in the CPU's loop; beyond
+# 32768 columns the rows come in pieces. Two rows do not fill a tile; more of them than it holds do.
+EDGES = [
+    Arrangement((rows, columns))
+    for rows, columns in (
+        *((2, edge + d) for edge in (64, 256, 1024, 4096, 8192) for d in (-1, 0, 1)),
+        *((65, 64), (17, 200), (3, 20001), (2, 32768), (2, 40001), (1, 40004)),
+    )
+] + [Arrangement((n,)) for n in (4095, 4096, 4097, 16385)]
+
+HW, DHW = "channels last", "channels last 3d"
+STRIDED = [
+    Arrangement((6, 10), "transposed"),
+    Arrangement((6, 10), "contiguous", "transposed"),
+    Arrangement((70, 10), "transposed", "transposed"),
+    Arrangement((2, 300), "transposed"),
+    Arrangement((4, 6, 3, 3), HW, HW),
+    Arrangement((4, 6, 3, 3), HW),
+    Arrangement((4, 6, 3, 3), "contiguous", HW),
+    Arrangement((2, 3, 2, 2, 4), DHW),
+    Arrangement((2, 3, 4, 2, 5), "permuted"),
+    Arrangement((2, 3, 4, 2, 5), "contiguous", "permuted"),
+    Arrangement((6, 10), "contiguous", "one row expanded"),
+    Arrangement((9,), "contiguous", "one row expanded"),
+    Arrangement((6, 10), "every other column"),
+    Arrangement((6, 10), "every other column", "every other column", "every other column"),
+    Arrangement((6, 10), "every other row"),
+    Arrangement((6, 10), "columns of a wider", "transposed"),
+    Arrangement((3, 1100), "columns of a wider"),
+    Arrangement((33,), "every other column"),
+    Arrangement((5000,), "every other column"),
+    Arrangement((6, 12), "unaligned"),
+    Arrangement((6, 12), "contiguous", "unaligned"),
+    Arrangement((6, 12), "contiguous", "contiguous", "unaligned"),
+    Arrangement((6, 12), "contiguous", "contiguous", "transposed"),
+    Arrangement((6, 12), "transposed", "unaligned", "columns of a wider"),
+    Arrangement((5000,), "unaligned", "contiguous"),
+]
+
+
+def chosen(*patterns: str) -> list[Case]:
+    """The first covering case for each pattern: words that its name holds."""
+    found = []
+    for pattern in patterns:
+        words = pattern.split()
+        name = next(n for n in COVERING if set(words) <= set(n.split("-")))
+        found.append(pytest.param(COVERING[name], id=name))
+    return found
+
+
+FEW = chosen(
+    *("SGD momentum weight_decay gradient", "SGD nesterov update", "Adam amsgrad weight_decay gradient"),
+    *("Adam uncentred fp64", "AdamW weight_decay gradient", "AdamW amsgrad update"),
+)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in COVERING.items()])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_recipe_follows_its_oracle(backend: str, case: Case):
+    Trial(backend, case, SMALL).step(3)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=n) for n, c in PRODUCT.items() if n not in COVERING]
+)
+def test_every_recipe_in_every_dtype_follows_its_oracle(case: Case):
+    Trial("eager", case, SMALL).step(3)
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tile_edges(backend: str, case: Case):
+    Trial(backend, case, EDGES).step(2)
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrangements_in_memory(backend: str, case: Case):
+    """Tensors are paired by index, whatever their strides; nothing around a view is written."""
+    Trial(backend, case, STRIDED).step(3)
