@@ -80,11 +80,11 @@ def _eager_gc(**flags: bool) -> Maker:
     return make
 
 
-def _own(centralize: bool) -> Maker:
+def _own(**flags: Any) -> Maker:
     def make(spec: ParamList, params: list[Tensor]) -> Built:
         import fusedcalib
 
-        optimizer = fusedcalib.AdamW(groups_of(spec, params), **HYPER, centralize=centralize)
+        optimizer = fusedcalib.AdamW(groups_of(spec, params), **HYPER, **flags)
         return Built(optimizer.step, optimizer, note=f"backend {optimizer.backend}")
 
     return make
@@ -122,15 +122,19 @@ METHODS: dict[str, Method] = {
         Method("eager_gc_fused", "eager GC + torch fused", True, _eager_gc(fused=True)),
         Method("eager_gc_foreach", "eager GC + torch foreach", True, _eager_gc(foreach=True)),
         Method("compiled_gc", "torch.compile GC", True, _compiled),
-        Method("own_plain", "fusedcalib", False, _own(centralize=False)),
+        Method("own_plain", "fusedcalib", False, _own()),
         Method("own_gc", "fusedcalib with GC", True, _own(centralize=True)),
+        Method(
+            "own_gc_eager",
+            "fusedcalib with GC, no numba",
+            True,
+            _own(centralize=True, backend="eager"),
+        ),
         Method("apex", "apex FusedAdam", False, _rival("apex.optimizers", "FusedAdam")),
         Method("bitsandbytes", "bitsandbytes AdamW", False, _rival("bitsandbytes.optim", "AdamW")),
         Method("optimi", "optimi AdamW", False, _rival("optimi", "AdamW")),
         Method("flashoptim", "FlashAdamW", False, _rival("flashoptim", "FlashAdamW")),
-        Method(
-            "pytorch_optimizer", "pytorch_optimizer", False, _rival("pytorch_optimizer", "AdamW")
-        ),
+        Method("pytorch_optimizer", "pytorch_optimizer", False, _rival("pytorch_optimizer", "AdamW")),
     )
 }
 

@@ -173,9 +173,7 @@ def _time(
     return {name: _row(name, wall, on_device, probes.get(name), gpu) for name in steps}
 
 
-def _row(
-    name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe | None, gpu: bool
-) -> dict[str, Any]:
+def _row(name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe | None, gpu: bool) -> dict[str, Any]:
     main = on_device if gpu else wall
     device_time, wall_time = on_device.time(name), wall.time(name)
     to_stream = main.ratio(STREAM, name)

@@ -107,9 +107,7 @@ def train(
     return Run(torch.stack(losses).tolist(), (100 * torch.stack(accuracies)).tolist())
 
 
-def experiment(
-    seeds: int, device: torch.device, tick: Callable[[], object] = lambda: None
-) -> dict[str, Any]:
+def experiment(seeds: int, device: torch.device, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Train every optimizer on every seed; `tick` is called after each training.
 
     Raises:
@@ -166,7 +164,4 @@ def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
 def _bands(curves: list[list[float]]) -> dict[str, list[float]]:
     """Median and 10-90 % over the seeds, for each epoch."""
     spreads = [Spread.of(list(values)) for values in zip(*curves, strict=True)]
-    return {
-        key: [getattr(spread, key) for spread in spreads if spread]
-        for key in ("median", "p10", "p90")
-    }
+    return {key: [getattr(spread, key) for spread in spreads if spread] for key in ("median", "p10", "p90")}

@@ -101,12 +101,9 @@ def _judge(
     where = (like.device, like.dtype)
     start = torch.cat([shapes.initial(spec.shapes[i], i, *where) for i in batch])
     grads = [
-        torch.cat([shapes.gradient(spec.shapes[i], i, step, *where) for i in batch])
-        for step in range(STEPS)
+        torch.cat([shapes.gradient(spec.shapes[i], i, step, *where) for i in batch]) for step in range(STEPS)
     ]
-    results = {
-        name: torch.cat([params[i] for i in batch]) for name, (_, params, _) in methods.items()
-    }
+    results = {name: torch.cat([params[i] for i in batch]) for name, (_, params, _) in methods.items()}
     rows = max(1, BATCH[like.device.type] // max(1, start[0].numel()))
     for first in range(0, len(start), rows):
         piece = slice(first, first + rows)
@@ -123,9 +120,7 @@ def _worse(a: float, b: float) -> float:
     return b if not b <= a else a  # a NaN wins, which it does not in max()
 
 
-def _expected(
-    start: Tensor, grads: list[Tensor], gc: bool, hyper: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _expected(start: Tensor, grads: list[Tensor], gc: bool, hyper: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The float64 result of the steps, and the bound of each of its elements."""
     unit = torch.finfo(start.dtype).eps / 2
     lr, beta2, eps = hyper["lr"], hyper["betas"][1], hyper["eps"]

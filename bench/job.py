@@ -38,9 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="fusedcalib.bench.job", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="fusedcalib.bench.job", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=None, help="trainings of each optimizer (8)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="2 seeds and few rounds: a smoke test")

@@ -16,7 +16,7 @@ from .results import Results
 INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 COLOURS = {
     "own_gc": "#0072B2",
-    "own_plain": "#56B4E9",
+    "own_plain": "#009E73",
     "eager_gc_fused": "#D55E00",
     "eager_gc_foreach": "#D55E00",
     "compiled_gc": "#CC79A7",
@@ -162,7 +162,8 @@ def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
         place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
         text = axes.annotate(f"{mark}{spread['median']:.2f}", (spread["p90"], y), **place)
         text.set(color=colour, fontweight="bold")
-    axes.axvline(1, color=INK, linewidth=1.2)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.2})
+    axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
     axes.set_title(title, color=SOFT)
     axes.set_yticks(range(len(rows)), [title for _, title, _ in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -207,6 +208,6 @@ def _heading(figure: Figure, title: str, subtitle: str) -> None:
     """Title and subtitle above the panels, in line with them, whatever the figure's height."""
     height = figure.get_figheight()
     top = 1 + (0.19 * (subtitle.count("\n") + 1)) / height
-    left = figure.subplotpars.left if len(figure.axes) == 1 else 0.05
+    left = 0.05
     figure.text(left, top + 0.12 / height, title, fontsize=13, fontweight="bold", va="bottom")
     figure.text(left, top, subtitle, fontsize=9, color=SOFT, va="top", linespacing=1.45)

@@ -52,9 +52,7 @@ SPREAD: dict[str, tuple[type, ...]] = {
 }
 
 
-def assemble(
-    head: Results, ceil: dict[str, Any], cases: list[dict[str, Any]], **more: Any
-) -> Results:
+def assemble(head: Results, ceil: dict[str, Any], cases: list[dict[str, Any]], **more: Any) -> Results:
     """Put a run together, and say each device time as a share of the copy's bandwidth."""
     for case in cases:
         for row in case["methods"]:
@@ -125,9 +123,7 @@ def find_row(results: Results, name: str, method: str, dtypes: str = "fp32") -> 
     return None
 
 
-def ratio(
-    results: Results, name: str, method: str, to: str, clock: str = "ratio_to"
-) -> Results | None:
+def ratio(results: Results, name: str, method: str, to: str, clock: str = "ratio_to") -> Results | None:
     """The spread of one ratio, or None if that was not measured."""
     row = find_row(results, name, method)
     spread: Results | None = row[clock].get(to) if row else None

@@ -126,9 +126,7 @@ def initial(shape: Shape, index: int, device: torch.device, dtype: torch.dtype) 
     return torch.randn(shape, generator=draw, device=device).mul_(0.1).to(dtype)
 
 
-def gradient(
-    shape: Shape, index: int, step: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def gradient(shape: Shape, index: int, step: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The gradient of tensor `index` at `step`, N(1, 1).
 
     The mean is far from zero, so a method that forgets to centralize cannot pass the gate.

@@ -121,9 +121,7 @@ def interleave(
             taken.append(samplers[name]())
             anchors.append(samplers[anchor]())
         quiet = load.of_others() <= OTHERS_TOLERANCE
-        for name, seconds_of, before, after in zip(
-            order, taken, anchors, anchors[1:], strict=False
-        ):
+        for name, seconds_of, before, after in zip(order, taken, anchors, anchors[1:], strict=False):
             steady = abs(after - before) <= BRACKET_TOLERANCE * min(before, after)
             out.add(name, Sample(seconds_of, 2 * seconds_of / (before + after), quiet and steady))
         out.add(anchor, Sample(float(np.median(anchors)), 1.0, quiet))
@@ -166,9 +164,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def wall_sampler(
-    step: Step, device: torch.device, repeat: int = 1, settle: bool = False
-) -> Sampler:
+def wall_sampler(step: Step, device: torch.device, repeat: int = 1, settle: bool = False) -> Sampler:
     """Host and device together: what a user waits for.
 
     With `settle` a step is taken first that is not counted: what ran before left other caches.

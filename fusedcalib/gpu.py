@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,21 +35,37 @@ class TritonExecutor:
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket on the current stream of its device."""
-        device, cache = bucket.key.device, bucket.cache
-        if "spec" not in cache:
-            cache["spec"] = spec_of(bucket)
-            cache["tiles"] = _on(device, bucket.tiles)
-            pieces = len(bucket.tiles) if cache["spec"].tile.mean == "pieces" else 1
-            cache["sums"] = torch.empty(pieces, dtype=bucket.compute, device=device)
-        if cache.get("version") != bucket.table_version:
-            cache["table"] = _on(device, bucket.table)
-            cache["version"] = bucket.table_version
-        scalars = _on(device, bucket.scalars)
+        device = bucket.key.device
+        resident = bucket.cache.get("resident")
+        if resident is None:
+            resident = bucket.cache["resident"] = _Resident(bucket)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return launch.launch_step(cache["table"], cache["tiles"], scalars, cache["sums"], cache["spec"])
+            return launch.launch_step(*resident.up_to_date(bucket), resident.spec)
 
 
-def spec_of(bucket: Bucket) -> Any:
+class _Resident:
+    """What of a bucket lies on its device; copied again only where it changed."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        device = bucket.key.device
+        self.spec = spec_of(bucket)
+        self._tiles = _on(device, bucket.tiles)
+        pieces = len(bucket.tiles) if self.spec.tile.mean == "pieces" else 1
+        self._sums = torch.empty(pieces, dtype=bucket.compute, device=device)
+        self._versions = (-1, -1)
+
+    def up_to_date(self, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Table, tiles, scalars and scratch for this step."""
+        table, scalars = self._versions
+        if table != bucket.table_version:
+            self._table = _on(bucket.key.device, bucket.table)
+        if scalars != bucket.scalars_version:
+            self._scalars = _on(bucket.key.device, bucket.scalars)
+        self._versions = bucket.table_version, bucket.scalars_version
+        return self._table, self._tiles, self._scalars, self._sums
+
+
+def spec_of(bucket: Bucket) -> launch.Spec:
     """What is compiled for a bucket."""
     key = bucket.key
     vector = 16 // min(dtype.itemsize for dtype in key.dtypes)

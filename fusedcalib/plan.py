@@ -81,7 +81,8 @@ class Bucket:
     table: Array  # int64 [slots, fields]
     tiles: Array  # int32 [programs, 3]
     scalars: Array = field(default_factory=lambda: np.zeros((0, 0)))  # compute dtype [rows, count]
-    table_version: int = 0
+    table_version: int = 0  # counts changes, for executors that keep a copy
+    scalars_version: int = 0
     cache: dict[str, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
 
     @property
@@ -98,7 +99,10 @@ class Bucket:
         """Takes over the scalars of a step; `rows` says which of `values` each slot of the plan uses."""
         mine = rows[self.indices]
         used, local = np.unique(mine, return_inverse=True)
-        self.scalars = np.array([values[i] for i in used], dtype=_NUMPY[self.compute])
+        scalars = np.array([values[i] for i in used], dtype=_NUMPY[self.compute])
+        if not np.array_equal(scalars, self.scalars):
+            self.scalars = scalars
+            self.scalars_version += 1
         if not np.array_equal(local, self.scalar_rows):
             self.scalar_rows[:] = local
             self.table_version += 1

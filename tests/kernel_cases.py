@@ -3,10 +3,11 @@
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 
@@ -29,6 +30,23 @@ TRITON = pytest.param("triton", marks=_TRITON_MARKS)
 NUMBA = pytest.param("numba", marks=_needs("numba"))
 FUSED = [NUMBA, TRITON]
 BACKENDS = ["eager", *FUSED]
+
+
+def _convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """fp32 from and to bf16, to nearest even, as every GPU does it."""
+    if target.name == "fp32":
+        return values.astype("uint32") << 16
+    rounded = torch.from_numpy(numpy.array(values)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view("uint16").reshape(values.shape)
+
+
+if INTERPRETED:  # the interpreter drops the bits instead of rounding (triton-lang/triton #8322)
+    from triton.runtime import interpreter
+
+    _original = interpreter._convert_float
+    interpreter._convert_float = lambda values, source, target, rounding: (
+        _convert if {source.name, target.name} == {"fp32", "bf16"} else _original
+    )(values, source, target, rounding)
 
 
 def device_of(backend: str) -> str:
@@ -92,24 +110,39 @@ def _label(rule: str, options: dict[str, Any], dtypes: str) -> str:
     return " ".join([rule, *sorted(flags), where, dtypes]).replace(" ", "-")
 
 
-def _cases(every_dtype: bool) -> dict[str, Case]:
-    """Every rule, variant, decay and centring; each with every dtype set, or with the next in turn.
+def _cases(cover: Callable[[int, int, int], bool]) -> dict[str, Case]:
+    """Rules x variants x decays x centring x dtypes, where `cover` says so of the numbers of a case.
 
-    The dtypes turn with variant and decay: the three centrings of one have them in common.
+    They are those of its rule, variant and decay together, of its centring and of its dtypes.
     """
     found = {}
     listed = [(r, v, d) for r in ORACLES for v, d in product(VARIANTS.get(r, [{}]), DECAYS)]
-    names = list(DTYPES)
     for turn, (rule, variant, decay) in enumerate(listed):
-        for where, i in product(CENTRALIZE, range(len(names))):
-            if every_dtype or i == turn % len(names):
+        for (j, where), (k, dtypes) in product(enumerate(CENTRALIZE), enumerate(DTYPES)):
+            if cover(turn, j, k):
                 options = {**variant, "weight_decay": decay, "centralize": where}
-                found[_label(rule, options, names[i])] = Case(rule, options, DTYPES[names[i]])
+                found[_label(rule, options, dtypes)] = Case(rule, options, DTYPES[dtypes])
     return found
 
 
-PRODUCT = _cases(every_dtype=True)
-COVERING = _cases(every_dtype=False)
+PRODUCT = _cases(lambda turn, where, dtypes: True)
+# One dtype set for each variant and decay, in turn; then also one decay for each variant and centring.
+COVERING = _cases(lambda turn, where, dtypes: dtypes == turn % len(DTYPES))
+PAIRWISE = _cases(
+    lambda turn, where, dtypes: dtypes == turn % len(DTYPES) and (turn + turn // 2 + where) % 2 == 0
+)
+
+
+def matrix(
+    eager: Mapping[str, Case], numba: Mapping[str, Case], triton: Mapping[str, Case]
+) -> list[Any]:
+    """(backend, case) for parametrize: what is cheap on a backend decides how much of the product it gets."""
+    shares = (("eager", (), eager), ("numba", NUMBA.marks, numba), ("triton", TRITON.marks, triton))
+    return [
+        pytest.param(backend, case, id=f"{backend}-{name}", marks=marks)
+        for backend, marks, cases in shares
+        for name, case in cases.items()
+    ]
 
 
 def meta(*shape: int) -> torch.Tensor:

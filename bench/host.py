@@ -1,0 +1,98 @@
+"""Host time of a step: what Python and the launches cost when the arithmetic costs next to nothing.
+
+On a GPU the step is queued behind a sleeping kernel, so that it returns without waiting. On a CPU
+the arithmetic cannot be left out, so the tensors have one element each; `prepare_us` is the part of
+fusedcalib's step before anything is computed, which is all of its host work but the launches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import shapes
+from .baselines import METHODS
+from .timing import Sampler, Spread, Step, host_seconds, interleave, wall_sampler
+
+TENSORS = 1000
+COMPARED = ("torch_fused", "own_plain", "own_gc")
+# Gradients at the same addresses, and at others in each step, as zero_grad(set_to_none) makes them.
+VARIANTS = ("unchanged", "reallocated")
+
+
+def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> list[dict[str, Any]]:
+    """Host microseconds and ratios to torch fused for each variant."""
+    shape = (1024,) if device.type == "cuda" else (1,)
+    spec = shapes.ParamList(f"{TENSORS}x{shape[0]}", (shape,) * TENSORS)
+    out = []
+    for variant in VARIANTS:
+        samplers: dict[str, Sampler] = {}
+        prepares: dict[str, Sampler] = {}
+        for name in COMPARED:
+            params = shapes.build(spec, device)
+            shapes.load_gradients(spec, [params], 0)
+            built = METHODS[name].make(spec, params)
+            for _ in range(5):
+                built.step()
+            turn = _gradients(params, moving=variant == "reallocated")
+            samplers[name] = _after(turn, built.step, device)
+            if hasattr(built.optimizer, "_prepare"):
+                prepare: Step = torch.no_grad()(built.optimizer._prepare)
+                prepares[name] = _after(turn, prepare, device)
+        timed = interleave(samplers, rounds=rounds, seconds=seconds)
+        out.append(
+            {
+                "list": spec.name,
+                "variant": variant,
+                "methods": [
+                    {
+                        "name": name,
+                        "host_us": _microseconds(timed.time(name)),
+                        "prepare_us": _prepare_us(prepares.get(name)),
+                        "ratio_to": _ratio(timed.ratio(name, COMPARED[0]), name),
+                    }
+                    for name in COMPARED
+                ],
+            }
+        )
+    return out
+
+
+def _gradients(params: list[Tensor], moving: bool) -> Step:
+    """What happens before each step: nothing, or all gradients change their addresses."""
+    sets = [[param.grad for param in params], [torch.ones_like(param) for param in params]]
+
+    def swap() -> None:
+        sets.reverse()
+        for param, grad in zip(params, sets[0], strict=True):
+            param.grad = grad
+
+    return swap if moving else lambda: None
+
+
+def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
+    """Time `step` alone, after an untimed `turn`."""
+
+    def sample() -> float:
+        turn()
+        if device.type == "cuda":
+            return host_seconds(device, step, repeats=1)
+        return wall_sampler(step, device)()
+
+    return sample
+
+
+def _microseconds(spread: Spread | None) -> float | None:
+    return 1e6 * spread.median if spread else None
+
+
+def _prepare_us(sampler: Sampler | None) -> float | None:
+    """Median of 20, taken alone: a part of a step, and so compared with nothing."""
+    return 1e6 * float(np.median([sampler() for _ in range(20)])) if sampler else None
+
+
+def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
+    return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}

@@ -1,0 +1,120 @@
+"""Writes the README's benchmark section from a results file: a table of ratios and a figure.
+
+python -m fusedcalib.bench.readme [RESULTS.json] [--readme README.md]
+
+Only what stands between the two markers is replaced. Without a file the newest one is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from . import machine, results, tables
+from .results import Results
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+FIGURE_LISTS = ("gpt2-124m", "gpt2-small-cpu", "resnet50", "small-1000")
+LOSS = 1.02  # slower than torch fused by more than this is said to be so
+COLUMNS = (
+    ("fusedcalib / torch fused", "own_plain", "torch_fused"),
+    ("with GC / torch fused without", "own_gc", "torch_fused"),
+    ("with GC / eager GC + torch fused", "own_gc", "eager_gc_fused"),
+)
+
+
+def section(data: Results, figure: str) -> str:
+    """The text between the markers."""
+    parts = [f"Ratios of the time of an AdamW step, {_clock(data)}: below 1 is faster."]
+    parts += [tables.markdown(table(data)), f"![time of a step]({figure})", losses(data)]
+    rounds = [s["n"] for c in data["cases"] for r in c["methods"] for s in r["ratio_to"].values()]
+    parts.append(
+        f"Median (10-90 %) of ratios within {min(rounds)} to {max(rounds)} interleaved rounds. "
+        f"Measured on {tables.measured_on(data)}."
+    )
+    if any(tables.was_disturbed(case) for case in data["cases"]):
+        parts.append(f"`{tables.DISTURBED}`: the machine was not quiet.")
+    return "\n\n".join(parts)
+
+
+def table(data: Results) -> tables.Table:
+    header = ["parameters", *(title for title, _, _ in COLUMNS)]
+    rows = []
+    for case in data["cases"]:
+        if case["dtypes"] != "fp32":
+            continue
+        by_name = {row["name"]: row for row in case["methods"]}
+        spreads = [by_name.get(name, {"ratio_to": {}})["ratio_to"].get(to) for _, name, to in COLUMNS]
+        if any(spreads):
+            title = f"{case['list']} ({case['tensors']} tensors, {case['params'] / 1e6:.3g}M)"
+            rows.append([title, *map(tables.spread_text, spreads)])
+    return header, rows
+
+
+def losses(data: Results) -> str:
+    """Where fusedcalib is slower than torch's plain fused step, in a sentence."""
+    worse = [
+        f"{case['list']} {'with' if row['name'] == 'own_gc' else 'without'} GC "
+        f"({row['ratio_to']['torch_fused']['median']:.2f})"
+        for case in data["cases"]
+        for row in case["methods"]
+        if row["name"] in ("own_plain", "own_gc")
+        and row["ratio_to"].get("torch_fused", {"median": 0})["median"] > LOSS
+    ]
+    if not worse:
+        return f"Slower than torch's plain fused step by more than {LOSS - 1:.0%}: nowhere here."
+    return f"Slower than torch's plain fused step: {', '.join(worse)}."
+
+
+def _clock(data: Results) -> str:
+    return "on the device" if data["device"] else "on the CPU"
+
+
+def insert(readme: str, text: str) -> str:
+    """The README with the section replaced.
+
+    Raises:
+        ValueError: it does not hold each marker once, in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in after:
+        raise ValueError(f"the README needs {BEGIN} and {END} once each, in this order")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def write(source: Path, readme: Path) -> Path:
+    """Make the figure beside the results and put the section into the README."""
+    from . import plots
+
+    data = results.load(source)
+    names = [case["list"] for case in data["cases"] if case["dtypes"] == "fp32"]
+    chosen = [name for name in FIGURE_LISTS if name in names] or names[:3]
+    figure = plots.steps(data, source.parent / f"steps-{machine.slug(data)}.png", chosen)
+    relative = Path(os.path.relpath(figure, readme.parent)).as_posix()
+    readme.write_text(insert(readme.read_text(), section(data, relative)))
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fusedcalib.bench.readme", description=__doc__)
+    parser.add_argument("source", type=Path, nargs="?", help="a results file of the suite")
+    parser.add_argument("--readme", type=Path, default=machine.HERE.parent / "README.md")
+    options = parser.parse_args(arguments)
+    files = sorted((machine.HERE / "results").glob("*.json"))
+    if options.source is None and not files:
+        print(f"no results in {machine.HERE / 'results'}: run the suite first", file=sys.stderr)
+        return 1
+    try:
+        figure = write(options.source or files[-1], options.readme)
+    except (OSError, ValueError) as error:
+        print(f"the README was not changed: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.readme} and {figure}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

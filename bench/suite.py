@@ -1,0 +1,199 @@
+"""The full suite: every list with a goal, written as one JSON file a run.
+
+python -m fusedcalib.bench.suite [--out DIR] [--device auto|cpu|cuda] [--minutes M] [--only REGEX]
+
+What does not fit in the time is left out and said; a case that breaks costs that case only, and
+makes the exit status non-zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ceilings, goals, host, machine, results, tables
+from .baselines import CORE, METHODS, RIVALS
+from .case import Case, Effort, run
+
+OWN = ("torch_fused", "own_plain", "own_gc")
+WITH_EAGER = (*OWN, "eager_gc_fused")
+COMPILED = ("torch_fused", "own_gc", "compiled_gc")
+
+# In the order of their worth: what comes last is left out first.
+GPU_CASES = (
+    Case("gpt2-124m", (*CORE, "eager_gc_foreach", *RIVALS)),
+    Case("small-1000", CORE),
+    Case("1000x1024", OWN),
+    Case("resnet50", WITH_EAGER),
+    Case("single-2^20", OWN),
+    Case("single-2^26", OWN),
+    Case("llama3-8b-layer-x1", WITH_EAGER),
+    Case("llama3-8b-layer-x1", OWN, "bf16"),
+    Case("llama3-8b-layer-x1", OWN, "bf16+fp32-state"),
+    Case("long-rows-128k", OWN),
+    Case("long-rows-4m", OWN),
+    Case("10000x64", OWN),
+    Case("split-10", OWN),
+    Case("split-1000", OWN),
+    Case("split-10000", OWN),
+    Case("llama3-8b-layer-x4", OWN),
+    Case("aligned", OWN),
+    Case("unaligned", OWN),
+    Case("even-columns", OWN),
+    Case("odd-columns", OWN),
+    Case("groups-200", OWN),
+    Case("depthwise", OWN),
+    *(Case(f"single-2^{exponent}", OWN) for exponent in (10, 16, 28)),
+)
+# Apart from the rest: compiling takes long and may fail.
+GPU_COMPILED = tuple(Case(name, COMPILED) for name in ("llama3-8b-layer-x1", "small-1000"))
+CPU_CASES = (
+    Case("gpt2-small-cpu", (*CORE, "own_gc_eager", *RIVALS)),
+    Case("small-1000", (*CORE, "own_gc_eager")),
+    Case("tiny-1000", (*CORE, "own_gc_eager")),
+    Case("gpt2-small-cpu", ("torch_fused", "eager_gc_fused", "own_plain", "own_gc"), "bf16"),
+    Case("aligned", OWN),
+    Case("unaligned", OWN),
+)
+
+
+class Log:
+    """Prints with the time since the start: a run that is cut short says how far it came."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def __call__(self, text: str) -> None:
+        print(f"[{self.seconds:4.0f} s] {text}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fusedcalib.bench.suite", description=__doc__)
+    parser.add_argument("--out", type=Path, default=machine.HERE / "results")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no case after this")
+    parser.add_argument("--only", default="", help="regular expression that a list's name contains")
+    options = parser.parse_args(arguments)
+    device = machine.pick_device(options.device)
+    cases = CPU_CASES if device.type == "cpu" else (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
+    cases = tuple(case for case in cases if re.search(options.only, case.list))
+    return _suite(cases, device, options.out, 60 * options.minutes)
+
+
+def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: float) -> int:
+    log = Log()
+    head = machine.describe(device)
+    log(f"{machine.short_name(head)}, torch {torch.__version__}")
+    effort = Effort(rounds=30, seconds=5) if device.type == "cuda" else Effort(40, 20)
+    ceil: dict[str, Any] = {}
+    done: list[dict[str, Any]] = []
+    more: dict[str, Any] = {"host": [], "failures": [], "left_out": []}
+    readings: list[dict[str, float] | None] = []
+
+    def guarded(name: str, work: Any) -> Any:
+        """What `work` returns, or None after noting its failure."""
+        try:
+            return work()
+        except Exception as error:  # the other cases must still run
+            traceback.print_exc()
+            log(f"FAILED: {name}")
+            more["failures"].append({"case": name, "error": f"{type(error).__name__}: {error}"})
+            return None
+
+    ceil = guarded("ceilings", lambda: ceilings.measure(device)) or {}
+    log(f"memory: {ceil}")
+    more["host"] = guarded("host time", lambda: host.measure(device)) or []
+    path = out / results.file_name(head)
+    for case in cases:
+        title = f"{case.list} {case.dtypes} ({len(case.methods)} methods)"
+        if log.seconds > seconds:
+            more["left_out"].append(title)
+            continue
+        log(title)
+        measured = guarded(title, lambda case=case: run(case, device, effort))
+        if measured is not None:
+            done.append(measured)
+            print(_text(measured), flush=True)
+        readings.append(machine.sensors() if device.type == "cuda" else None)
+        # After every case, so that a run that is killed leaves what it had.
+        results.save(_whole(head, ceil, done, more, readings), path)
+    whole = _whole(head, ceil, done, more, readings)
+    results.save(whole, path)
+    for goal in whole["goals"]:
+        value = tables.number(goal["value"])
+        log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
+    for title in more["left_out"]:
+        log(f"left out for want of time: {title}")
+    wrong = _wrong(done)
+    for line in wrong:
+        log(f"FAILED: {line}")
+    log(f"wrote {path}")
+    return 1 if more["failures"] or wrong or not done else 0
+
+
+def _whole(
+    head: results.Results,
+    ceil: dict[str, Any],
+    done: list[dict[str, Any]],
+    more: dict[str, Any],
+    readings: list[dict[str, float] | None],
+) -> results.Results:
+    whole = results.assemble(head, ceil, done, torch_mta=_multi_tensor(done), **more)
+    known = [reading for reading in readings if reading]
+    if whole["device"] and known:
+        clocks = [reading["mhz"] for reading in known]
+        whole["device"]["clock_mhz_min_max"] = [min(clocks), max(clocks)]
+        whole["device"]["power_w"] = max(reading["watt"] for reading in known)
+    whole["goals"] = goals.judge(whole)
+    return whole
+
+
+def _multi_tensor(done: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How much torch's fused kernel takes at once: 2^26 elements are 1024 blocks of 65,536."""
+    for case in done:
+        for row in case["methods"]:
+            if (case["list"], row["name"]) == ("single-2^26", "torch_fused") and row["launches"]:
+                many = row["launches"] >= 4
+                sizes = {"max_tensors": 36, "max_blocks": 320}
+                large = {"max_tensors": 252, "max_blocks": 2240}
+                return {**(sizes if many else large), "how": "launch count observed"}
+    return None
+
+
+def _text(case: dict[str, Any]) -> str:
+    header, rows = tables.case_table(case)
+    widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        for cells in (header, *rows)
+    )
+    return "\n".join([*(f"    {line}" for line in lines), *_reasons(case)])
+
+
+def _reasons(case: dict[str, Any]) -> list[str]:
+    return [f"    not measured: {line}" for line in tables.not_measured(case)]
+
+
+def _wrong(done: list[dict[str, Any]]) -> list[str]:
+    """Our own methods that did not pass: of others it is news, of ours a defect."""
+    return [
+        f"{row['title']} on {case['list']} {case['dtypes']}: {row['reason']}"
+        for case in done
+        for row in case["methods"]
+        if row["name"] in METHODS and row["name"].startswith("own") and row["reason"]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
