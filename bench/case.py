@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gate, probe, shapes
+from . import gate, probe, shapes, timing
 from .baselines import HYPER, METHODS, Built, NotAvailableError
 from .ceilings import adamw_stream
 from .timing import Rounds, Sampler, Spread, device_sampler, interleave, repeats_for, wall_sampler
@@ -49,7 +49,7 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Measure a case. A method that cannot run, or fails the gate, gets a reason and no numbers."""
     spec = shapes.get(case.list)
     dtype, state_dtype, width = DTYPES[case.dtypes]
-    flush = device.type == "cuda" and spec.params * width < 400e6
+    flush = timing.on_gpu(device) and spec.params * width < 400e6
     built, reasons = _build(case, spec, device, dtype, state_dtype)
     gated = {name: (METHODS[name].gc, params, b.step) for name, (params, b) in built.items()}
     verdicts = gate.check(spec, gated, HYPER) if built else {}
@@ -66,7 +66,7 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
             rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
     del built, gated, methods
     gc.collect()
-    if device.type == "cuda":
+    if timing.on_gpu(device):
         torch.cuda.empty_cache()
     return {
         "list": spec.name,
@@ -75,7 +75,7 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
         "dtypes": case.dtypes,
         "bytes_per_param": width,
         "flush": "write" if flush else "none",
-        "clock": "device" if device.type == "cuda" else "wall",
+        "clock": "device" if timing.on_gpu(device) else "wall",
         "methods": [
             empty_row(name) | rows.get(name, {}) | {"reason": reasons.get(name)}
             for name in (*case.methods, STREAM)
@@ -146,7 +146,7 @@ def _time(
     flush: bool,
 ) -> dict[str, dict[str, Any]]:
     """All numbers of the methods that passed, by name."""
-    gpu = device.type == "cuda"
+    gpu = timing.on_gpu(device)
     steps = {name: built.step for name, built in methods.items()}
     if width == 28 and spec.params >= 2**20:
         with suppress(ImportError):  # no ceiling then; `ceil.how` says why

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import timing
 from .timing import Step, device_sampler, wall_sampler
 
 GPU_ELEMENTS = 2**28  # 1 GiB of float32 each
@@ -22,7 +23,7 @@ CHECK = (1.0, 2.0, 3.0, 4.0)
 
 def measure(device: torch.device, samples: int = 15) -> dict[str, Any]:
     """`copy_gbs` and `stream_4r3w_gbs` (None where no such stream runs) and how they were made."""
-    count = GPU_ELEMENTS if device.type == "cuda" else CPU_ELEMENTS
+    count = GPU_ELEMENTS if timing.on_gpu(device) else CPU_ELEMENTS
     try:
         stream, how = adamw_stream(device, count), f"{device.type} 4-read-3-write stream"
     except ImportError as error:
@@ -34,7 +35,7 @@ def measure(device: torch.device, samples: int = 15) -> dict[str, Any]:
         for _ in range(3):
             step()
         sampler = wall_sampler(step, device)
-        if device.type == "cuda":
+        if timing.on_gpu(device):
             sampler = device_sampler(step, device, sleep_seconds=2e-3, repeat=5, flush=False)
         seconds = float(np.median([sampler() for _ in range(samples)]))
         return streams * 4 * count / seconds * 1e-9
@@ -53,7 +54,7 @@ def adamw_stream(device: torch.device, count: int) -> Step:
         ImportError: there is no Triton on a GPU, or no numba on a CPU.
     """
     run: Callable[..., None]
-    if device.type == "cuda":
+    if timing.on_gpu(device):
         from .stream_triton import BLOCK
         from .stream_triton import stream as run
 

@@ -31,9 +31,20 @@ class Goal:
 
 
 def _over(name: str, method: str, to: str, clock: str = "ratio_to") -> Measure:
+    return lambda results: _quiet(ratio(results, name, method, to, clock))
+
+
+def _quiet(spread: dict[str, Any] | None) -> float | None:
+    """The median; None on a busy machine, where no goal is reached or missed."""
+    return None if spread is None or spread["disturbed"] else float(spread["median"])
+
+
+def _share_of_stream(name: str, method: str) -> Measure:
+    """Bandwidth in % of the memory stream's, timed in the same rounds."""
+
     def measure(results: Results) -> float | None:
-        spread = ratio(results, name, method, to, clock)
-        return spread["median"] if spread else None
+        over = _quiet(ratio(results, name, method, "stream_4r3w"))
+        return 100 / over if over else None
 
     return measure
 
@@ -61,8 +72,8 @@ def _host(variant: str) -> Measure:
         for entry in results.get("host", []):
             for row in entry["methods"]:
                 spread = row["ratio_to"].get("torch_fused")
-                if entry["variant"] == variant and row["name"] == "own_gc" and spread:
-                    return float(spread["median"])
+                if entry["variant"] == variant and row["name"] == "own_gc":
+                    return _quiet(spread)
         return None
 
     return measure
@@ -129,7 +140,7 @@ CPU = (
     Goal("C3", "GC / torch fused plain, tiny", _over("tiny-1000", GC, T), (0.1, 0.05, 0.03)),
     Goal("C4", f"GC / eager GC + torch, {CPU_GPT}", _over(CPU_GPT, GC, EAGER), (0.75, 0.68, 0.68)),
     Goal("C4", "eager / eager GC + torch", _over(CPU_GPT, "own_gc_eager", EAGER), (0.95, 0.83, 0.83)),
-    Goal("C5", f"% of stream, GC, {CPU_GPT}", _of(CPU_GPT, GC, "pct_stream"), (85, 93, 97), True),
+    Goal("C5", f"% of stream, GC, {CPU_GPT}", _share_of_stream(CPU_GPT, GC), (85, 93, 97), True),
 )
 
 

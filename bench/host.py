@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import shapes
+from . import shapes, timing
 from .baselines import METHODS
 from .timing import Sampler, Spread, Step, host_seconds, interleave, wall_sampler
 
@@ -25,7 +25,7 @@ VARIANTS = ("unchanged", "reallocated")
 
 def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> list[dict[str, Any]]:
     """Host microseconds and ratios to torch fused for each variant."""
-    shape = (1024,) if device.type == "cuda" else (1,)
+    shape = (1024,) if timing.on_gpu(device) else (1,)
     spec = shapes.ParamList(f"{TENSORS}x{shape[0]}", (shape,) * TENSORS)
     out = []
     for variant in VARIANTS:
@@ -78,7 +78,7 @@ def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
 
     def sample() -> float:
         turn()
-        if device.type == "cuda":
+        if timing.on_gpu(device):
             return host_seconds(device, step, repeats=1)
         return wall_sampler(step, device)()
 

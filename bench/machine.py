@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from . import timing
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -67,7 +69,7 @@ def sensors() -> dict[str, float] | None:
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:
-    if device.type != "cuda":
+    if not timing.on_gpu(device):
         return None
     major, minor = torch.cuda.get_device_capability(device)
     driver = _nvidia("driver_version")

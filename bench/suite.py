@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import ceilings, goals, host, machine, results, tables
+from . import ceilings, goals, host, machine, results, tables, timing
 from .baselines import CORE, METHODS, RIVALS
 from .case import Case, Effort, run
 
@@ -86,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="regular expression that a list's name contains")
     options = parser.parse_args(arguments)
     device = machine.pick_device(options.device)
-    cases = CPU_CASES if device.type == "cpu" else (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
+    cases = CPU_CASES
+    if timing.on_gpu(device):
+        cases = (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
     cases = tuple(case for case in cases if re.search(options.only, case.list))
     return _suite(cases, device, options.out, 60 * options.minutes)
 
@@ -95,7 +97,7 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     log = Log()
     head = machine.describe(device)
     log(f"{machine.short_name(head)}, torch {torch.__version__}")
-    effort = Effort(rounds=30, seconds=5) if device.type == "cuda" else Effort(40, 20)
+    effort = Effort(rounds=30, seconds=5) if timing.on_gpu(device) else Effort(40, 20)
     ceil: dict[str, Any] = {}
     done: list[dict[str, Any]] = []
     more: dict[str, Any] = {"host": [], "failures": [], "left_out": []}
@@ -125,7 +127,7 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
         if measured is not None:
             done.append(measured)
             print(_text(measured), flush=True)
-        readings.append(machine.sensors() if device.type == "cuda" else None)
+        readings.append(machine.sensors() if timing.on_gpu(device) else None)
         # After every case, so that a run that is killed leaves what it had.
         results.save(_whole(head, ceil, done, more, readings), path)
     whole = _whole(head, ceil, done, more, readings)

@@ -218,7 +218,7 @@ def host_seconds(device: torch.device, step: Step, repeats: int = 50) -> float:
 
     Without a GPU this is the whole step, arithmetic included.
     """
-    gpu = device.type == "cuda"
+    gpu = on_gpu(device)
     cycles = int(0.02 * clock_hertz(device)) if gpu else 0
     taken = []
     for _ in range(repeats):
@@ -238,8 +238,13 @@ def clock_hertz(device: torch.device) -> float:
     return 1e3 * float(kilohertz or 2_000_000)
 
 
+def on_gpu(device: torch.device) -> bool:
+    """The one place that decides it, so that the tests can take the GPU's path without a GPU."""
+    return device.type == "cuda"
+
+
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
 
 

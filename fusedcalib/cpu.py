@@ -25,25 +25,26 @@ from .rebind import Function, folded
 from .recipe import Recipe
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
 
-@njit(error_model="numpy")
+@njit(**_INNER)
 def _divide(x, y):
     return x / y
 
 
-@njit(error_model="numpy")
+@njit(**_INNER)
 def _sqrt(x):
     return np.sqrt(x)
 
 
-@njit(error_model="numpy")
+@njit(**_INNER)
 def _maximum(x, y):
     return x if (x > y or x != x) else y
 
 
-@njit(error_model="numpy")
+@njit(**_INNER)
 def _where(condition, x, y):
     return x if condition else y
 
@@ -69,7 +70,7 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
     }
 
     def compiled(function: Any, **names: Any) -> Function:
-        return njit(folded(function, {**NAMES, **names}, flags), error_model="numpy")
+        return njit(folded(function, {**NAMES, **names}, flags), **_INNER)
 
     rule = compiled(recipe.rule.update)
     prepared = compiled(stages.prepared)
@@ -96,7 +97,7 @@ def kernel_for(
     geometry, strides_at = 8 * len(dtypes), 8 * (len(dtypes) + GEOMETRY + inner)
     centred = recipe.centralize != "none"
 
-    @njit(error_model="numpy", fastmath=_ADD_FREELY)
+    @njit(**_INNER, fastmath=_ADD_FREELY)
     def run_sum(addresses, strides, length, h):
         total = 0.0
         for i in range(length):
@@ -104,14 +105,14 @@ def kernel_for(
             total += measured(values[0], values[1], values[2:], h)
         return total
 
-    @njit(error_model="numpy")
+    @njit(**_INNER)
     def run_step(addresses, strides, length, h, mean):
         for i in range(length):
             values = load(addresses, strides, i)
             p, state = stepped(values[0], values[1], values[2:], h, mean)
             store(addresses, strides, i, p, state)
 
-    @njit(error_model="numpy")
+    @njit(**_INNER)
     def start_of_run(row, addresses, run):
         """Where a run of constant stride begins: `run` counts over all inner dimensions but the last."""
         for back in range(inner - 1):
@@ -122,7 +123,7 @@ def kernel_for(
             run //= size
         return addresses
 
-    @njit(error_model="numpy")
+    @njit(**_INNER)
     def step_row(row, addresses, strides, runs, length, h):
         mean = real(0.0)
         if centred:

@@ -95,9 +95,7 @@ class Twin:
     def sides(self) -> tuple[tuple[torch.optim.Optimizer, list[torch.nn.Parameter]], ...]:
         return (self.ours, self.params), (self.theirs, self.expected)
 
-    def both(
-        self, change: Callable[[torch.optim.Optimizer, list[torch.nn.Parameter]], Any]
-    ) -> None:
+    def both(self, change: Callable[[torch.optim.Optimizer, list[torch.nn.Parameter]], Any]) -> None:
         """Do the same to the optimizer and the parameters of each side."""
         for side in self.sides:
             with torch.no_grad():

@@ -37,9 +37,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def ours(rule: Rule, backend: str):
     """`ours(params, ...)`: this rule on this backend, with the options of an ordinary run."""
-    return lambda params, **options: rule.ours(
-        params, **{**rule.options, "backend": backend, **options}
-    )
+    return lambda params, **options: rule.ours(params, **{**rule.options, "backend": backend, **options})
 
 
 @pytest.fixture

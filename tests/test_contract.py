@@ -41,9 +41,7 @@ def test_c02_own_options_in_groups(ours, centralize):
     """Set in a group, they act as when the constructor has them, and on that group alone."""
     params, values = parameters(((5, 7), (4, 3, 2, 2))), {"centralize_min_ndim": 4}
     apart = [twins(params[:1]), twins(params[1:])]
-    together = ours(
-        [{"params": params[:1], "centralize": centralize}, {"params": params[1:], **values}]
-    )
+    together = ours([{"params": params[:1], "centralize": centralize}, {"params": params[1:], **values}])
     separate = [ours(apart[0], centralize=centralize), ours(apart[1], **values)]
     for _ in range(2):
         for p, (q,) in zip(params, apart, strict=True):
@@ -107,12 +105,7 @@ def test_c05_contradicting_flags(rule, ours):
 
 @pytest.mark.parametrize(
     ("name", "flag"),
-    [
-        (n, f)
-        for n in RULES
-        for f in ("differentiable", "capturable")
-        if (n, f) != ("SGD", "capturable")
-    ],
+    [(n, f) for n in RULES for f in ("differentiable", "capturable") if (n, f) != ("SGD", "capturable")],
 )
 def test_c05_refused_flags(name, flag, backend):
     """An unsupported flag is refused at once, by name, and the message says what to use instead."""

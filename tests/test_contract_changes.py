@@ -188,8 +188,7 @@ def test_c15_empty_groups_from_the_start(twin):
     ).step(2).check()
 
 
-@pytest.mark.parametrize("turn", [lambda g: g.t(), lambda g: g.t_()], ids=["a view", "in place"])
-def test_c15_gradient_of_other_strides_at_the_same_address(twin, turn):
+def test_c15_gradient_of_other_strides_at_the_same_address(twin):
     built = twin(parameters(((6, 6),)))
     built.gradients()
     for _ in range(3):
@@ -197,7 +196,7 @@ def test_c15_gradient_of_other_strides_at_the_same_address(twin, turn):
         built.theirs.step()
         built.steps += 1
         for p in built.params + built.expected:
-            p.grad = turn(p.grad)
+            p.grad = p.grad.t()
     built.check()
 
 

@@ -90,9 +90,7 @@ def test_c15_dtype_changes_between_steps(rule, twin, dtype):
 
 
 def test_c15_mixed_dtypes_in_one_group(rule, twin):
-    params = [
-        p for d in (torch.float32, torch.bfloat16, torch.float64) for p in parameters(dtype=d)
-    ]
+    params = [p for d in (torch.float32, torch.bfloat16, torch.float64) for p in parameters(dtype=d)]
     built = twin(params, expected=doubles(params), **VISIBLE, **(SAFE if rule.counted else {}))
     built.step(STEPS)
     check(built, torch.bfloat16, torch.bfloat16)

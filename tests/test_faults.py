@@ -116,9 +116,7 @@ def test_non_finite_gradients_stay_where_they_are(rule, ours, bad, centralize):
     assert not (spoiled & ~row).any()
     assert spoiled[2, 3]
     assert all(p.isfinite().all() for p in params[1:])
-    assert all(
-        (p != b).all() for p, b in zip(params[1:], before[1:], strict=True) if not centralize
-    )
+    assert all((p != b).all() for p, b in zip(params[1:], before[1:], strict=True) if not centralize)
 
 
 def test_no_autotune_on_kernels_that_write_in_place():

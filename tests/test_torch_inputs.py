@@ -38,9 +38,7 @@ for info in optim_db:
 pickle.dump(found, sys.stdout.buffer)
 """
 FOUND = pickle.loads(
-    subprocess.run(
-        [sys.executable, "-c", READ, DEVICE, *RULES], check=True, stdout=subprocess.PIPE
-    ).stdout
+    subprocess.run([sys.executable, "-c", READ, DEVICE, *RULES], check=True, stdout=subprocess.PIPE).stdout
 )
 
 INPUTS = [

@@ -1,0 +1,172 @@
+"""A trial: one optimizer over tensors that lie in memory in hostile ways, judged at every step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from kernel_cases import Case, device_of
+
+from fusedcalib.reference import ORACLES
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+# Views by name: strides for a shape, as the operation of that name makes them.
+VIEWS: dict[str, Callable[..., torch.Tensor]] = {
+    "contiguous": meta,
+    "unaligned": meta,
+    "transposed": lambda *s: meta(*s[::-1]).permute(*range(len(s))[::-1]),
+    "channels last": lambda *s: meta(*s).contiguous(memory_format=torch.channels_last),
+    "channels last 3d": lambda *s: meta(*s).contiguous(memory_format=torch.channels_last_3d),
+    "permuted": lambda a, b, c, d, e: meta(a, d, b, e, c).permute(0, 2, 4, 1, 3),
+    "every other column": lambda *s: meta(*s[:-1], 2 * s[-1])[..., ::2],
+    "every other row": lambda n, *s: meta(2 * n, *s)[::2],
+    "columns of a wider": lambda n, m: meta(n, m + 3)[:, :m],
+    "one row expanded": lambda n, *s: meta(1, *s).expand(n, *s),
+}
+GUARD = 64  # elements of NaN on either side; a multiple of every vector
+
+
+def placed(
+    values: torch.Tensor, view: str, dtype: torch.dtype, device: str = "cpu"
+) -> torch.Tensor:
+    """The values as a view into memory that holds NaN everywhere else."""
+    strides = VIEWS[view](*values.shape).stride()
+    reach = 1 + sum(s * (n - 1) for s, n in zip(strides, values.shape, strict=True))
+    start = GUARD + (view == "unaligned")
+    memory = torch.full((start + max(reach, 0) + GUARD,), math.nan, dtype=dtype, device=device)
+    target = found = memory.as_strided(values.shape, strides, start)
+    for d, stride in enumerate(strides):
+        if stride == 0 and values.shape[d]:  # written once
+            target, values = target.narrow(d, 0, 1), values.narrow(d, 0, 1)
+    target.copy_(values)
+    return found
+
+
+def memory_of(t: torch.Tensor) -> torch.Tensor:
+    """All elements of the memory that a view is made of."""
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The values as integers; all NaN alike, whose payload no one promises."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    plain = torch.where(t.isnan(), torch.full_like(t, math.nan), t)
+    return plain.contiguous().view(integers).cpu()
+
+
+def assert_untouched_around(t: torch.Tensor) -> None:
+    memory = memory_of(t)
+    places = torch.arange(memory.numel()).as_strided(t.shape, t.stride(), t.storage_offset())
+    outside = torch.ones(memory.numel(), dtype=torch.bool)
+    outside[places.flatten()] = False
+    assert memory.cpu()[outside].isnan().all(), "written outside of a view"
+
+
+class Arrangement(NamedTuple):
+    """A shape, and how its tensors lie in memory; the optimizer makes the state if `state` is None."""
+
+    shape: tuple[int, ...]
+    param: str = "contiguous"
+    grad: str = "contiguous"
+    state: str | None = None
+
+
+def parameter_values(shape: tuple[int, ...]) -> torch.Tensor:
+    return 1.5 * torch.rand(shape, dtype=torch.float64) - 0.75
+
+
+def gradient_values(shape: tuple[int, ...]) -> torch.Tensor:
+    """Of size 1 to 1.25 and alternating sign, plus up to 0.3 that the elements of a row share.
+
+    Without its row mean an element is still at least 0.5 - 0.15 (decay) away from 0: Adam's quotient
+    m / sqrt(v) is well-conditioned, and a tolerance of a few roundings can be asked of it.
+    """
+    signs = (1 - 2.0 * (torch.arange(math.prod(shape)) % 2)).reshape(shape)
+    sign = 1 - 2 * torch.randint(2, ())
+    g = sign * signs * (1 + torch.rand(shape, dtype=torch.float64) / 4)
+    rows = (shape[:1] + (1,) * (len(shape) - 1)) or ()
+    return g + 0.6 * torch.rand(rows, dtype=torch.float64) - 0.3
+
+
+class Trial:
+    """An optimizer over one parameter per arrangement; each step is judged from where it started.
+
+    The oracle takes the very numbers that are stored, in float64, so errors do not pile up: what is
+    allowed is half a unit in the last place of what is stored, and the roundings of the arithmetic.
+    Those have u = eps / 2 of fp32 (fp64 for fp64 parameters) times magnitudes up to 2: a row mean
+    has at most 32 additions in a row (32 u of its mean magnitude 1.1), which enters moments and buffers
+    as it is, and a quotient at most twice; about 16 more operations follow. 128 u = 64 eps with centring,
+    32 u = 16 eps without.
+    """
+
+    def __init__(
+        self, backend: str, case: Case, arrangements: Iterable[Arrangement], seed: int = 0
+    ) -> None:
+        torch.manual_seed(seed)
+        self.case, self.arrangements = case, list(arrangements)
+        self.device = device_of(backend)
+        self.params = []
+        for a in self.arrangements:
+            data = placed(parameter_values(a.shape), a.param, case.dtypes.param, self.device)
+            self.params.append(torch.nn.Parameter(data))
+        self.optimizer = case.ours(self.params, backend=backend, **case.options)
+        for a, p in zip(self.arrangements, self.params, strict=True):
+            p.grad_dtype = case.dtypes.grad
+            if case.dtypes.state or a.state:
+                self._prefill(p, a)
+        eps = torch.finfo(torch.float64 if case.dtypes.param == torch.float64 else torch.float32).eps
+        self.rounding = (64 if case.options["centralize"] else 16) * eps
+
+    def _prefill(self, p: torch.nn.Parameter, a: Arrangement) -> None:
+        """State as if from earlier steps; positive, whatever it means."""
+        rule, group = self.case.ours.rule, self.optimizer.param_groups[0]
+        dtype = self.case.dtypes.state or self.case.dtypes.param
+        names = rule.states[rule.variant(group)]
+        values = {name: 0.5 + torch.rand(a.shape, dtype=torch.float64) for name in names}
+        entry = {k: placed(v, a.state or a.param, dtype, self.device) for k, v in values.items()}
+        if entry:
+            self.optimizer.state[p].update(entry)
+            if rule.counts:
+                self.optimizer.state[p]["step"] = torch.tensor(4.0)
+
+    def state(self, p: torch.nn.Parameter) -> dict[str, Any]:
+        return dict(self.optimizer.state.get(p, {}))
+
+    def new_gradients(self) -> None:
+        for a, p in zip(self.arrangements, self.params, strict=True):
+            p.grad = placed(gradient_values(a.shape), a.grad, self.case.dtypes.grad, self.device)
+
+    def _expected(self, p: torch.nn.Parameter) -> tuple[torch.Tensor, dict[str, Any]]:
+        state = {k: v.double() if k != "step" else int(v) for k, v in self.state(p).items()}
+        oracle = ORACLES[self.case.rule]
+        return oracle(p.detach().double(), p.grad.double(), state, **self.case.options)
+
+    def step(self, times: int = 1) -> "Trial":
+        for _ in range(times):
+            self.new_gradients()
+            expected = [self._expected(p) for p in self.params]
+            gradients = [bits(memory_of(p.grad)) for p in self.params]
+            self.optimizer.step()
+            for i, (p, (value, state)) in enumerate(zip(self.params, expected, strict=True)):
+                what = f"{self.arrangements[i]}"
+                assert torch.equal(bits(memory_of(p.grad)), gradients[i]), f"gradient of {what}"
+                self._check(p, value, what)
+                assert self.state(p).keys() == state.keys(), what
+                for name, stored in self.state(p).items():
+                    self._check(stored, state[name], f"{name} of {what}")
+        return self
+
+    def _check(self, actual: torch.Tensor, expected: Any, what: str) -> None:
+        if not isinstance(expected, torch.Tensor):
+            assert actual.item() == expected, what
+            return
+        half = torch.finfo(actual.dtype).eps / 2
+        error = (actual.detach().double() - expected).abs()
+        excess = error - (expected.abs() * half + self.rounding)
+        assert not (excess > 0).any() and not error.isnan().any(), f"{what}: off by {error.max()}"
+        if actual.untyped_storage().nbytes() > actual.numel() * actual.element_size():
+            assert_untouched_around(actual.detach())
