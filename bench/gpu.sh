@@ -5,14 +5,14 @@
 #
 #   OUT=folder TESTS_SECONDS=240 SUITE_SECONDS=320 PYTHON=python3 bench/gpu.sh
 set -uo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd) || exit 1
+out=${OUT:-$root/bench/results}
+mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$root" || exit 1
 
-out=${OUT:-bench/results}
 python=${PYTHON:-python3}
 tests_seconds=${TESTS_SECONDS:-240}
 suite_seconds=${SUITE_SECONDS:-320}
 export PYTHONUNBUFFERED=1  # or a log would lose its end when the time is over
-mkdir -p "$out" || exit 1
 failed=()
 
 # name, seconds, command...: logs a command and notes its failure.
@@ -32,13 +32,11 @@ run tests "$tests_seconds" "$python" tests/run.py
 find='import sys; sys.path.insert(0, "bench"); import bootstrap; print(bootstrap.prepare()[0])'
 if suite_python=$("$python" -c "$find" | tail -n 1) && [ -n "$suite_python" ]; then
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-    # It starts no case after this many minutes; a case takes up to half a minute.
-    minutes=$(awk "BEGIN { print ($suite_seconds - 50) / 60 }")
     device=$("$suite_python" -c \
         'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
     [ "$device" = cuda ] || failed+=("no GPU: measured on the CPU")
     run suite "$suite_seconds" "$suite_python" -m fusedcalib.bench.suite \
-        --out "$out" --minutes "$minutes"
+        --out "$out" --seconds $((suite_seconds - 50))  # the case under way then may end
 else
     failed+=("suite (no Python that can run it)")
 fi

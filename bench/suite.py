@@ -1,6 +1,6 @@
 """The full suite: every list with a goal, written as one JSON file a run.
 
-python -m fusedcalib.bench.suite [--out DIR] [--device auto|cpu|cuda] [--minutes M] [--only REGEX]
+python -m fusedcalib.bench.suite [--out DIR] [--device auto|cpu|cuda] [--seconds S] [--only REGEX]
 
 What does not fit in the time is left out and said; a case that breaks costs that case only, and
 makes the exit status non-zero.
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusedcalib.bench.suite", description=__doc__)
     parser.add_argument("--out", type=Path, default=machine.HERE / "results")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--minutes", type=float, default=8.0, help="start no case after this")
+    parser.add_argument("--seconds", type=float, default=480.0, help="start no case after this")
     parser.add_argument("--only", default="", help="regular expression that a list's name contains")
     options = parser.parse_args(arguments)
     device = machine.pick_device(options.device)
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     if timing.on_gpu(device):
         cases = (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
     cases = tuple(case for case in cases if re.search(options.only, case.list))
-    return _suite(cases, device, options.out, 60 * options.minutes)
+    return _suite(cases, device, options.out, options.seconds)
 
 
 def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: float) -> int:

@@ -31,14 +31,15 @@ def run(
     options = {"backend": backend, **case.options}
     sorted_in = arrange(params) if arrange else [[{"params": params}]]
     optimizers = [case.ours(groups, **options) for groups in sorted_in]
-    state = {p: o.state for o in optimizers for group in o.param_groups for p in group["params"]}
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for gradient in gradients:
         for p, g in zip(params, gradient, strict=True):
             p.grad_dtype = case.dtypes.grad
             p.grad = g.to(device, case.dtypes.grad, copy=True)
         for optimizer in optimizers:
             optimizer.step()
-    kept = [[v for k, v in state[p].items() if k != "step"] if p in state[p] else [] for p in params]
+    states = [owner[p].state.get(p, {}) for p in params]
+    kept = [[value for key, value in state.items() if key != "step"] for state in states]
     return [[p.detach(), *tensors] for p, tensors in zip(params, kept, strict=True)]
 
 
