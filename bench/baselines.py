@@ -50,7 +50,7 @@ def groups_of(spec: ParamList, params: list[Tensor]) -> list[Any]:
     return [{"params": [param]} for param in params] if spec.group_each else list(params)
 
 
-def _torch(**flags: bool) -> Maker:
+def _torch(**flags: Any) -> Maker:
     def make(spec: ParamList, params: list[Tensor]) -> Built:
         optimizer = torch.optim.AdamW(groups_of(spec, params), **HYPER, **flags)
         return Built(optimizer.step, optimizer)
@@ -67,7 +67,7 @@ def centralize_(params: list[Tensor]) -> None:
             grad.sub_(grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True))
 
 
-def _eager_gc(**flags: bool) -> Maker:
+def _eager_gc(**flags: Any) -> Maker:
     def make(spec: ParamList, params: list[Tensor]) -> Built:
         optimizer = torch.optim.AdamW(groups_of(spec, params), **HYPER, **flags)
 

@@ -158,18 +158,18 @@ def _time(
     first = next(iter(steps))
     repeat = 1 if gpu else repeats_for(wall_sampler(steps[first], device, 3)())
     anchor = ANCHOR if ANCHOR in steps and not gpu else None
-    limits = {"rounds": effort.rounds, "seconds": effort.seconds}
     wall = interleave(
         {name: wall_sampler(step, device, repeat, name == anchor) for name, step in steps.items()},
+        rounds=effort.rounds,
+        seconds=effort.seconds,
         anchor=anchor,
-        **limits,
     )
     queued: dict[str, Sampler] = {}
     for name, step in steps.items():
         fit = probe.queue(probes[name], flush) if gpu else None
         if fit is not None:
             queued[name] = device_sampler(step, device, flush=flush, **fit)
-    on_device = interleave(queued, **limits) if queued else Rounds()
+    on_device = interleave(queued, rounds=effort.rounds, seconds=effort.seconds)
     return {name: _row(name, wall, on_device, probes.get(name), gpu) for name in steps}
 
 

@@ -94,10 +94,10 @@ def train(
     losses, accuracies = [], []
     for _ in range(epochs):
         shuffled = torch.randperm(TRAIN, generator=draw).to(images.device)
-        for batch in chosen[shuffled].split(BATCH):
+        for batch in torch.split(chosen[shuffled], BATCH):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             losses.append(loss.detach())
         with torch.no_grad():

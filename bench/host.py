@@ -39,9 +39,9 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
                 built.step()
             turn = _gradients(params, moving=variant == "reallocated")
             samplers[name] = _after(turn, built.step, device)
-            if hasattr(built.optimizer, "_prepare"):
-                prepare: Step = torch.no_grad()(built.optimizer._prepare)
-                prepares[name] = _after(turn, prepare, device)
+            prepare: Step | None = getattr(built.optimizer, "_prepare", None)
+            if prepare is not None:
+                prepares[name] = _after(turn, torch.no_grad()(prepare), device)
         timed = interleave(samplers, rounds=rounds, seconds=seconds)
         out.append(
             {
@@ -63,7 +63,8 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
 
 def _gradients(params: list[Tensor], moving: bool) -> Step:
     """What happens before each step: nothing, or all gradients change their addresses."""
-    sets = [[param.grad for param in params], [torch.ones_like(param) for param in params]]
+    sets: list[list[Tensor | None]] = [[param.grad for param in params]]
+    sets.append([torch.ones_like(param) for param in params])
 
     def swap() -> None:
         sets.reverse()

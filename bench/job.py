@@ -80,7 +80,7 @@ def _measure(options: argparse.Namespace, device: Any, console: Console) -> dict
 
     from . import baselines, case, ceilings, digits
 
-    effort = case.Effort(rounds=4, seconds=2) if options.quick else case.Effort(20, 7)
+    effort = case.Effort(rounds=4, seconds=2) if options.quick else case.Effort(20, 5)
     lists = LISTS[device.type]
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -29,7 +29,7 @@ NAMES = {
     "plain": "fusedcalib.AdamW",
     "gc": "fusedcalib.AdamW,\ncentralize=True",
 }
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,

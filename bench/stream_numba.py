@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@numba.njit(parallel=True, fastmath=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True)
 def _loop(a: Any, b: Any, c: Any, d: Any) -> None:
     for i in numba.prange(a.size):
         mean = (a[i] + b[i] + c[i] + d[i]) * np.float32(0.25)
@@ -21,5 +21,6 @@ def _loop(a: Any, b: Any, c: Any, d: Any) -> None:
 
 def stream(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
     """Write the mean of four flat float32 arrays to the first three, on torch's threads."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(torch.get_num_threads(), limit))
     _loop(a.numpy(), b.numpy(), c.numpy(), d.numpy())

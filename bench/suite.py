@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="regular expression that a list's name contains")
     options = parser.parse_args(arguments)
     device = machine.pick_device(options.device)
-    cases = CPU_CASES
+    cases: tuple[Case, ...] = CPU_CASES
     if timing.on_gpu(device):
         cases = (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
     cases = tuple(case for case in cases if re.search(options.only, case.list))

@@ -38,7 +38,7 @@ def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
         spread = own if row["name"] == to else row["ratio_to"].get(to)
         text = "1" if row["name"] == to else spread_text(spread)
         milliseconds = row["device_ms_median"] if gpu else row["wall_ms"]
-        cells = [row["title"], number(milliseconds), text, number(spread and spread["n"], "d")]
+        cells = [row["title"], number(milliseconds), text, number(spread["n"] if spread else None, "d")]
         cells.append(number(row["pct_stream"], ".0f"))
         if gpu:
             wall = "1" if row["name"] == to else spread_text(row["wall_ratio_to"].get(to))

@@ -9,15 +9,16 @@ dropped and counted.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+from .load import Load
 
 Step = Callable[[], object]
 Sampler = Callable[[], float]  # runs a method's step once or a few times, returns seconds a step
@@ -99,12 +100,14 @@ def interleave(
 ) -> Rounds:
     """Run every method once a round, in rotated order, for `rounds` rounds or `seconds` at most.
 
-    With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor.
+    With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor,
+    and a round waits for the machine to be quiet, if there is time.
     At least one round is always run.
     """
     out = Rounds()
     load = Load()
     names = [name for name in samplers if name != anchor]
+    rounds = rounds if samplers else 0
     deadline = time.monotonic() + seconds
     for turn in range(rounds):
         if turn and time.monotonic() > deadline:
@@ -115,6 +118,7 @@ def interleave(
             for name in order:
                 out.add(name, Sample(seconds := samplers[name](), seconds))
             continue
+        load.wait_until_quiet(OTHERS_TOLERANCE, deadline)
         load.restart()
         anchors, taken = [samplers[anchor]()], []
         for name in order:
@@ -126,31 +130,6 @@ def interleave(
             out.add(name, Sample(seconds_of, 2 * seconds_of / (before + after), quiet and steady))
         out.add(anchor, Sample(float(np.median(anchors)), 1.0, quiet))
     return out
-
-
-class Load:
-    """How much of the machine other programs (and other virtual machines) take."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._start = self._read()
-
-    def of_others(self) -> float:
-        """Share of all cores since the last `restart`; 0 where the system does not tell."""
-        busy, own, total = (b - a for a, b in zip(self._start, self._read(), strict=True))
-        return max(0.0, busy - own) / total if total > 0 else 0.0
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """Seconds of CPU time: used by anyone, used by this process, used or idle."""
-        try:
-            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        except OSError:
-            return 0.0, 0.0, 0.0
-        ticks = [float(value) / os.sysconf("SC_CLK_TCK") for value in fields]
-        return sum(ticks) - ticks[3] - ticks[4], time.process_time(), sum(ticks)
 
 
 @contextmanager
@@ -193,12 +172,12 @@ def device_sampler(
     """
     buffer = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.uint8, device=device)
     spans = [1] * repeat if flush else [repeat]  # steps between two events
-    cycles = int(sleep_seconds * clock_hertz(device))
 
     def sample() -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in spans]
+        Event: Any = torch.cuda.Event
+        events = [[Event(enable_timing=True) for _ in range(2)] for _ in spans]
         torch.cuda.synchronize(device)
-        torch.cuda._sleep(cycles)
+        _sleep(device, sleep_seconds)
         for (start, stop), span in zip(events, spans, strict=True):
             if flush:
                 buffer.zero_()
@@ -219,12 +198,11 @@ def host_seconds(device: torch.device, step: Step, repeats: int = 50) -> float:
     Without a GPU this is the whole step, arithmetic included.
     """
     gpu = on_gpu(device)
-    cycles = int(0.02 * clock_hertz(device)) if gpu else 0
     taken = []
     for _ in range(repeats):
         synchronize(device)
         if gpu:
-            torch.cuda._sleep(cycles)
+            _sleep(device, 0.02)
         start = time.perf_counter_ns()
         step()
         taken.append(time.perf_counter_ns() - start)
@@ -232,10 +210,11 @@ def host_seconds(device: torch.device, step: Step, repeats: int = 50) -> float:
     return float(np.median(taken)) * 1e-9
 
 
-def clock_hertz(device: torch.device) -> float:
-    """The highest clock of the GPU, an upper bound of what `_sleep` counts in."""
-    kilohertz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0)
-    return 1e3 * float(kilohertz or 2_000_000)
+def _sleep(device: torch.device, seconds: float) -> None:
+    """Keep the GPU from starting what is queued next, for at least as long."""
+    # Counted in cycles: at the highest clock of the GPU, or else at more than any has.
+    kilohertz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0) or 2_500_000
+    torch.cuda._sleep(int(seconds * 1e3 * kilohertz))  # type: ignore[no-untyped-call]
 
 
 def on_gpu(device: torch.device) -> bool:

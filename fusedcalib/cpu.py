@@ -8,7 +8,7 @@ values. Without fast-math NaN and infinity keep their meaning and every element 
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -20,12 +20,12 @@ from .cpu_memory import Memory, geometry_at, tile_at
 from .cpu_threads import spread_over_threads
 from .kernels import stages
 from .layout import Layout
-from .plan import GEOMETRY, Bucket, Shape
 from .rebind import Function, folded
 from .recipe import Recipe
+from .tables import GEOMETRY, Bucket, Shape
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
-_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
 
@@ -70,7 +70,8 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
     }
 
     def compiled(function: Any, **names: Any) -> Function:
-        return njit(folded(function, {**NAMES, **names}, flags), **_INNER)
+        function = njit(folded(function, {**NAMES, **names}, flags), **_INNER)
+        return cast(Function, function)
 
     rule = compiled(recipe.rule.update)
     prepared = compiled(stages.prepared)

@@ -9,9 +9,9 @@ import torch
 
 from .kernels import stages
 from .layout import Layout
-from .plan import Bucket, Shape
 from .rebind import Function, rebound
 from .recipe import Recipe
+from .tables import Bucket, Shape
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .plan import Executor
+from .tables import Executor
 
 
 @cache

@@ -13,7 +13,7 @@ from .kernels import launch
 from .kernels.step import step_kernel
 from .kernels.table import GEOMETRY
 from .layout import Layout
-from .plan import Array, Bucket, Shape
+from .tables import Array, Bucket, Shape
 
 
 def interpreted() -> bool:
@@ -39,8 +39,9 @@ class TritonExecutor:
         resident = bucket.cache.get("resident")
         if resident is None:
             resident = bucket.cache["resident"] = _Resident(bucket)
+        table, tiles, scalars, sums = resident.up_to_date(bucket)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return launch.launch_step(*resident.up_to_date(bucket), resident.spec)
+            return launch.launch_step(table, tiles, scalars, sums, resident.spec)
 
 
 class _Resident:

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
-from .plan import Plan, Slot, new_state
+from .plan import Plan, new_state
 from .recipe import Recipe, Rule, merged, recipe_of
+from .tables import Slot
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

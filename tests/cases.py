@@ -161,6 +161,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, atol: float, name:
         rtol=0,
         atol=atol,
         equal_nan=True,
+        check_device=False,
         msg=lambda text: f"{name}: {text}",
     )
 

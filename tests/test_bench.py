@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fusedcalib.bench import (
     goals,
     host,
     job,
+    load,
     machine,
     readme,
     report,
@@ -94,6 +96,7 @@ def sampler_of(values):
 
 def quiet_machine(monkeypatch):
     monkeypatch.setattr(timing.Load, "of_others", lambda self: 0.0)
+    monkeypatch.setattr(load, "GLANCE", 0.0)
 
 
 def test_ratio_is_taken_within_a_round_and_not_of_medians(monkeypatch):
@@ -137,9 +140,18 @@ def test_disturbed_samples_are_dropped_and_counted(monkeypatch):
 def test_a_busy_machine_is_said_to_be_one(monkeypatch):
     monkeypatch.setattr(timing.Load, "of_others", lambda self: 0.5)
     samplers = {"T": sampler_of([1.0] * 20), "m": sampler_of([2.0] * 10)}
-    spread = timing.interleave(samplers, rounds=6, seconds=60, anchor="T").ratio("m", "T")
-    assert spread.disturbed
-    assert spread.n == 6
+    start = time.monotonic()
+    rounds = timing.interleave(samplers, rounds=6, seconds=0.3, anchor="T")
+    assert rounds.ratio("m", "T").disturbed
+    assert rounds.kept("m") == 0
+    assert 0.3 <= time.monotonic() - start < 5  # it waited for quiet, and not for ever
+
+
+def test_a_round_begins_when_the_machine_is_quiet(monkeypatch):
+    monkeypatch.setattr(timing.Load, "of_others", sampler_of([0.5, 0.5, *[0.0] * 10]))
+    samplers = {"T": sampler_of([1.0] * 4), "m": sampler_of([2.0] * 2)}
+    rounds = timing.interleave(samplers, rounds=2, seconds=60, anchor="T")
+    assert rounds.kept("m") == 2
 
 
 def test_time_limit_ends_the_rounds():
@@ -150,8 +162,7 @@ def test_time_limit_ends_the_rounds():
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell its load")
 def test_own_work_is_no_load_of_others(monkeypatch):
     monkeypatch.setattr(timing.Load, "_read", sampler_of([(10.0, 5.0, 20.0), (12.0, 6.5, 24.0)]))
-    load = timing.Load()
-    assert load.of_others() == pytest.approx((2.0 - 1.5) / 4.0)
+    assert timing.Load().of_others() == pytest.approx((2.0 - 1.5) / 4.0)
 
 
 # -- the gate ---------------------------------------------------------------------------------

@@ -39,18 +39,25 @@ def test_c02_groups_only(rule, backend):
 @pytest.mark.parametrize("centralize", [True, "gradient", "update"])
 def test_c02_own_options_in_groups(ours, centralize):
     """Set in a group, they act as when the constructor has them, and on that group alone."""
-    params, values = parameters(((5, 7), (4, 3, 2, 2))), {"centralize_min_ndim": 4}
-    apart = [twins(params[:1]), twins(params[1:])]
-    together = ours([{"params": params[:1], "centralize": centralize}, {"params": params[1:], **values}])
-    separate = [ours(apart[0], centralize=centralize), ours(apart[1], **values)]
+    own = {"centralize": centralize}
+    convolutions = {**own, "centralize_min_ndim": 4}
+    groups = [((5, 7), own), ((5, 7), convolutions), ((4, 3, 2, 2), convolutions), ((5, 7), {})]
+    params = parameters(shape for shape, _ in groups)
+    together = ours([{"params": [p], **options} for p, (_, options) in zip(params, groups, strict=True)])
+    apart = [ours(twins([p]), **options) for p, (_, options) in zip(params, groups, strict=True)]
+    plain = [ours(twins([p])) for p in params]
     for _ in range(2):
-        for p, (q,) in zip(params, apart, strict=True):
+        for p, *copies in zip(params, apart, plain, strict=True):
             p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
+            for optimizer in copies:
+                optimizer.param_groups[0]["params"][0].grad = p.grad.clone()
+                optimizer.step()
         together.step()
-        for optimizer in separate:
-            optimizer.step()
-    assert_identical(snapshot(together), [pair for o in separate for pair in snapshot(o)])
+    assert_identical(snapshot(together), [snapshot(optimizer)[0] for optimizer in apart])
+    uncentred = [
+        torch.equal(p, snapshot(optimizer)[0][0]) for p, optimizer in zip(params, plain, strict=True)
+    ]
+    assert uncentred == [False, True, False, True]
 
 
 def test_c02_groups_differ(rule, twin):

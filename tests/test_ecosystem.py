@@ -129,10 +129,10 @@ FLOORS = (
     {"nn"},
     {"rules"},
     {"optimizer"},
-    {"checks", "executors"},
+    {"checks", "executors", "plan"},
     {"cpu", "gpu"},
     {"eager", "cpu_memory", "cpu_threads"},
-    {"plan"},
+    {"tables"},
     {"recipe", "layout", "watch", "rebind", "kernels", "distributed", "noise"},
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -1,0 +1,177 @@
+"""Slots -> launches: address tables and lists of tiles, as kernels/table.py reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import Layout, layout_of
+from .recipe import Recipe
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Slot(NamedTuple):
+    """One parameter to step. It does not hold the gradient: `zero_grad` must be able to free it."""
+
+    param: Tensor
+    states: tuple[Tensor, ...]
+    group: int
+    recipe: Recipe
+    executor: Executor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Parameter, gradient, state...; complex ones as pairs of reals, as torch.optim's rules see them."""
+        assert self.param.grad is not None
+        tensors = (self.param.detach(), self.param.grad.detach(), *self.states)
+        if self.param.is_complex():
+            return tuple(torch.view_as_real(t) for t in tensors)
+        return tensors
+
+
+class Shape(NamedTuple):
+    """Tile of a slot [rows, columns] and the row class it puts the slot in."""
+
+    rows: int
+    columns: int
+    row_class: object
+
+
+class Executor(Protocol):
+    """Runs buckets: Triton on a GPU, numba or plain torch."""
+
+    name: str
+
+    def shape(self, layout: Layout, centred: bool) -> Shape:
+        """The tile for a slot of this layout."""
+
+    def run(self, bucket: Bucket) -> int:
+        """Steps every slot of the bucket; returns the number of kernel launches."""
+
+
+class Key(NamedTuple):
+    """What one launch has in common."""
+
+    executor: Executor
+    device: torch.device
+    recipe: Recipe
+    dtypes: tuple[torch.dtype, ...]
+    inner: int
+    aligned: bool
+    row_class: object
+
+
+GEOMETRY = 5  # columns of the table between addresses and strides: see kernels/table.py
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+@dataclass(eq=False)
+class Bucket:
+    """The slots of one launch, as tables."""
+
+    key: Key
+    slots: list[Slot]
+    indices: Array  # of its slots in the plan
+    table: Array  # int64 [slots, fields]
+    tiles: Array  # int32 [programs, 3]
+    scalars: Array = field(default_factory=lambda: np.zeros((0, 0)))  # compute dtype [rows, count]
+    table_version: int = 0  # counts changes, for executors that keep a copy
+    scalars_version: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Arithmetic is in fp32, in fp64 for fp64 parameters."""
+        return torch.float64 if self.key.dtypes[0] == torch.float64 else torch.float32
+
+    @property
+    def scalar_rows(self) -> Array:
+        """View of the table: the row of scalars of each slot."""
+        return self.table[:, len(self.key.dtypes) + 2]
+
+    def set_scalars(self, values: list[tuple[float, ...]], rows: Array) -> None:
+        """Takes over the scalars of a step; `rows` says which of `values` each slot of the plan uses."""
+        mine = rows[self.indices]
+        used, local = np.unique(mine, return_inverse=True)
+        scalars = np.array([values[i] for i in used], dtype=_NUMPY[self.compute])
+        if not np.array_equal(scalars, self.scalars):
+            self.scalars = scalars
+            self.scalars_version += 1
+        if not np.array_equal(local, self.scalar_rows):
+            self.scalar_rows[:] = local
+            self.table_version += 1
+
+    def set_gradients(self, addresses: Array) -> bool:
+        """Takes over the addresses of gradients; False if the launch was compiled for better aligned ones."""
+        moved = addresses[self.indices]
+        if self.key.aligned and np.any(moved % 16):
+            return False
+        self.table[:, 1] = moved
+        self.table_version += 1
+        return True
+
+
+def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
+    """Sorts slots into launches and lays each launch out."""
+    members: dict[Key, list[tuple[int, Array, Array]]] = {}
+    for index, slot in enumerate(slots):
+        tensors = slot.tensors()
+        param = tensors[0]
+        if param.numel() == 0:
+            continue
+        columns = param.numel() // param.shape[0] if param.ndim else 1
+        recipe = slot.recipe.for_tensor(param.ndim, columns)
+        centred = recipe.centralize != "none"
+        layout = layout_of(tensors, centred)
+        shape = slot.executor.shape(layout, centred)
+        key = Key(
+            slot.executor,
+            param.device,
+            recipe,
+            tuple(t.dtype for t in tensors),
+            len(layout.sizes),
+            is_aligned(tensors, layout),
+            shape.row_class,
+        )
+        rows = members.setdefault(key, [])
+        rows.append((index, _row(tensors, layout, shape), _tiles(len(rows), layout, shape)))
+    return [
+        Bucket(
+            key,
+            [slots[index] for index, _, _ in rows],
+            np.array([index for index, _, _ in rows]),
+            np.stack([row for _, row, _ in rows]),
+            np.concatenate([tiles for _, _, tiles in rows]),
+        )
+        for key, rows in members.items()
+    ]
+
+
+def is_aligned(tensors: Sequence[Tensor], layout: Layout) -> bool:
+    """Whether 16-byte accesses reach every element of every row."""
+    vector = 16 // min(t.element_size() for t in tensors)
+    return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _row(tensors: Sequence[Tensor], layout: Layout, shape: Shape) -> Array:
+    """The slot's row of the table, see kernels/table.py."""
+    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns)
+    strides = (stride for strides in layout.strides for stride in strides)
+    addresses = (t.data_ptr() for t in tensors)
+    return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)
+
+
+def _tiles(slot: int, layout: Layout, shape: Shape) -> Array:
+    """The tiles of one slot, int32 [n, 3]: slot, row block, column block; a row's pieces side by side."""
+    row_blocks = -(-layout.rows // shape.rows)
+    column_blocks = -(-layout.columns // shape.columns)
+    tiles = np.empty((row_blocks * column_blocks, 3), dtype=np.int32)
+    tiles[:, 0] = slot
+    tiles[:, 1] = np.repeat(np.arange(row_blocks, dtype=np.int32), column_blocks)
+    tiles[:, 2] = np.tile(np.arange(column_blocks, dtype=np.int32), row_blocks)
+    return tiles

@@ -1,0 +1,144 @@
+"""Kernels compiled for GPUs that need not be there, and what can be read off them."""
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import fusedcalib
+from fusedcalib import gpu
+from fusedcalib.kernels import launch
+from fusedcalib.kernels.rows import row_sums_kernel
+from fusedcalib.kernels.step import step_kernel
+from fusedcalib.tables import Slot, build_buckets
+from fusedcalib.recipe import recipe_of, scalars_of
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+KERNELS = {"step": step_kernel, "sums": row_sums_kernel}
+
+
+class Config(NamedTuple):
+    """A parameter to be stepped; options as an optimizer takes them, hashable."""
+
+    rule: str
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,) * 4
+    options: tuple[tuple[str, Any], ...] = ()
+    slicing: str = ""  # "" | "unaligned" | "transposed" | "permuted": how the parameter lies in memory
+
+
+def _tensor(config: Config, dtype: torch.dtype, of_param: bool) -> torch.Tensor:
+    shape = config.shape
+    if not of_param or not config.slicing:
+        return torch.zeros(shape, dtype=dtype)
+    if config.slicing == "unaligned":
+        return torch.zeros(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+    order = {"transposed": range(len(shape))[::-1], "permuted": (0, 3, 1, 2)}[config.slicing]
+    inverse = [list(order).index(d) for d in range(len(shape))]
+    return torch.zeros([shape[d] for d in order], dtype=dtype).permute(inverse)
+
+
+def spec_of(config: Config) -> Any:
+    """What the package compiles for a parameter on a GPU, found out without one."""
+    p, g, *states = (_tensor(config, d, i == 0) for i, d in enumerate(config.dtypes))
+    param = torch.nn.Parameter(p)
+    param.grad_dtype = config.dtypes[1]
+    param.grad = g
+    optimizer = getattr(fusedcalib, config.rule)([param], **dict(config.options))
+    (group,) = optimizer.param_groups
+    recipe = recipe_of(optimizer.rule, group)
+    states = tuple(states[: len(recipe.states)])
+    (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)])
+    bucket.set_scalars([scalars_of(recipe, group, 1.0)], np.array([0]))
+    return gpu.spec_of(bucket)
+
+
+class Compiled(NamedTuple):
+    """One kernel for one target."""
+
+    spec: Any
+    target: str
+    asm: dict[str, Any]
+
+    @property
+    def threads(self) -> int:
+        return self.spec.tile.warps * TARGETS[self.target][2]
+
+    @property
+    def elements(self) -> int:
+        """Elements of a tile for each thread."""
+        return self.spec.tile.rows * self.spec.tile.columns // self.threads
+
+    @property
+    def ptx(self) -> "Counter[str]":
+        """How often each instruction stands in the PTX, modifiers included."""
+        return Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)", self.asm["ptx"], re.M))
+
+    def bytes_moved(self, kind: str) -> float:
+        """Bytes for each element that 128-bit accesses move ("ld" or "st")."""
+        accesses = (
+            n for name, n in self.ptx.items() if re.fullmatch(rf"{kind}\.global\S*\.v4\.\w32", name)
+        )
+        return 16 * sum(accesses) / self.elements
+
+    def narrow(self, kind: str) -> int:
+        """Accesses of the global memory that are not of 128 bits."""
+        found = {n: c for n, c in self.ptx.items() if n.startswith(f"{kind}.global")}
+        return sum(c for n, c in found.items() if not re.search(r"\.v4\.\w32$", n))
+
+
+@functools.cache
+def compiled(config: Config, target: str = "sm_90", kernel: str = "step") -> Compiled:
+    from triton import compile as compile_for
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    spec = spec_of(config)
+    constants = spec.constants()
+    scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
+    tables = {"table": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
+    source = ASTSource(
+        fn=KERNELS[kernel],
+        signature={**tables, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+    )
+    options = {"num_warps": spec.tile.warps, **launch.OPTIONS}
+    built = compile_for(source, target=GPUTarget(*TARGETS[target]), options=options)
+    return Compiled(spec, target, dict(built.asm))
+
+
+def _tool(name: str, *arguments: str, cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [getattr(knobs.nvidia, name).path, *arguments, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def spilled(built: Compiled) -> int:
+    """Bytes of stack, where registers are spilled to; on AMD also the number of spills."""
+    if "cubin" not in built.asm:
+        found = re.findall(r"(?:spill_count|private_segment_fixed_size): *(\d+)", built.asm["amdgcn"])
+        assert len(found) >= 3
+        return sum(map(int, found))
+    usage = _tool("cuobjdump", "-res-usage", cubin=built.asm["cubin"])
+    return sum(map(int, re.search(r"REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", usage).groups()))
+
+
+def sass(built: Compiled) -> list[str]:
+    """Instructions of the machine code, in order."""
+    text = _tool("nvdisasm", "-c", cubin=built.asm["cubin"])
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
