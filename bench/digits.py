@@ -21,7 +21,7 @@ FIRST_SEED = 100
 NAMES = {
     "torch": "torch.optim.AdamW",
     "plain": "fusedcalib.AdamW",
-    "gc": "fusedcalib.AdamW(centralize=True)",
+    "gc": "fusedcalib.AdamW, centralize=True",
 }
 
 # Both compute in fp32 in another order of operations, so losses of about 2.3 differ by some units

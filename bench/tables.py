@@ -27,7 +27,7 @@ def number(value: float | None, form: str = ".3g") -> str:
 def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
     """One list: each method's time, its ratio to `to`, and its share of the machine's limit."""
     gpu = case["clock"] == "device"
-    header = ["AdamW step", "ms", "time / torch fused (10-90 %)", "n", "% of stream"]
+    header = ["AdamW step", "ms", "/ torch fused (10-90 %)", "n", "% of stream"]
     if gpu:
         header += ["wall / torch fused", "host µs", "launches"]
     rows = []
@@ -54,7 +54,7 @@ def not_measured(case: dict[str, Any]) -> list[str]:
 
 def training_table(e1: dict[str, Any]) -> Table:
     """E1: the final test accuracy of each optimizer over the seeds."""
-    header = ["optimizer", "test accuracy %, median (10-90 %)", "final training loss"]
+    header = ["optimizer", "test accuracy % (10-90 %)", "training loss"]
     rows = []
     for curve in e1["curves"].values():
         low, middle, high = (curve["accuracy"][key][-1] for key in ("p10", "median", "p90"))

@@ -84,24 +84,29 @@ class FusedOptimizer(Optimizer):
         bf16 parameters stay fp32.
         """
         seen: list[dict[str, Any]] = []
+        kept = [{key: group[key] for key in self._extras} for group in self.param_groups]
         capture = self.register_load_state_dict_pre_hook(lambda _, saved: seen.append(saved))
-        restore = self.register_load_state_dict_post_hook(lambda _: self._widen(seen[-1]), prepend=True)
+        restore = self.register_load_state_dict_post_hook(
+            lambda _: self._complete(seen[-1], kept), prepend=True
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             capture.remove()
             restore.remove()
 
-    def _widen(self, saved: dict[str, Any]) -> None:
-        """Puts back the precision that torch.optim's loading took from the state."""
+    def _complete(self, saved: dict[str, Any], kept: list[dict[str, Any]]) -> None:
+        """Puts back what torch.optim's loading took: our options where the file has none, wider state."""
+        for group, own, loaded in zip(self.param_groups, kept, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in own.items() if key not in loaded})
         keys = (k for group in saved["param_groups"] for k in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         for key, param in zip(keys, params, strict=True):
             for name, value in saved["state"].get(key, {}).items():
                 if name == "step" or not isinstance(value, Tensor):
                     continue
-                kept = self.state[param][name].dtype
-                if torch.promote_types(kept, value.dtype) != kept:
+                narrowed = self.state[param][name].dtype
+                if torch.promote_types(narrowed, value.dtype) != narrowed:
                     self.state[param][name] = value.to(param.device)
 
     # -- the step -----------------------------------------------------------------------------
@@ -184,4 +189,8 @@ class FusedOptimizer(Optimizer):
         return "+".join(sorted(names)) or self._backend
 
     def __repr__(self) -> str:
-        return f"{super().__repr__().removesuffix(')')}backend: {self.backend}\n)"
+        try:
+            backend = self.backend
+        except RuntimeError:  # it cannot run where the parameters are now; a step says why
+            backend = self._backend
+        return f"{super().__repr__().removesuffix(')')}backend: {backend}\n)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,17 +75,31 @@ def merged(recipes: list[Recipe]) -> list[Recipe]:
 
 def scalars_of(recipe: Recipe, group: Group, step: float) -> tuple[float, ...]:
     """The row of scalars of a group at a step, in double: decay, step size, then the rule's own."""
-    hyper = {key: _number(value) for key, value in group.items() if key != "params"}
-    decay = hyper["weight_decay"]
+    numbers = _Numbers(group)
+    decay = numbers["weight_decay"]
     if recipe.decay == "decoupled":
-        decay = 1 - hyper["lr"] * decay
-    return (decay, *recipe.rule.scalars(hyper, step))
+        decay = 1 - numbers["lr"] * decay
+    return (decay, *recipe.rule.scalars(numbers, step))
+
+
+class _Numbers(Mapping[str, Any]):
+    """A param group whose hyperparameters read as Python numbers: lr and betas may be 0-dim tensors."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._group[key]
+        if isinstance(value, (tuple, list)):
+            return tuple(map(_number, value))
+        return _number(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
 
 
 def _number(value: Any) -> Any:
-    """Hyperparameters may be 0-dim tensors (lr, betas); the arithmetic on the host is in double."""
-    if hasattr(value, "item"):
-        return value.item()
-    if type(value) is tuple:
-        return tuple(_number(v) for v in value)
-    return value
+    return value.item() if hasattr(value, "item") else value

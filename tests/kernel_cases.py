@@ -132,9 +132,7 @@ PAIRWISE = _cases(
 )
 
 
-def matrix(
-    eager: Mapping[str, Case], numba: Mapping[str, Case], triton: Mapping[str, Case]
-) -> list[Any]:
+def matrix(eager: Mapping[str, Case], numba: Mapping[str, Case], triton: Mapping[str, Case]) -> list[Any]:
     """(backend, case) for parametrize: what is cheap on a backend decides how much of the product it gets."""
     shares = (("eager", (), eager), ("numba", NUMBA.marks, numba), ("triton", TRITON.marks, triton))
     return [

@@ -16,8 +16,8 @@ from fusedcalib import gpu
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.rows import row_sums_kernel
 from fusedcalib.kernels.step import step_kernel
-from fusedcalib.tables import Slot, build_buckets
 from fusedcalib.recipe import recipe_of, scalars_of
+from fusedcalib.tables import Slot, build_buckets
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -87,9 +87,7 @@ class Compiled(NamedTuple):
 
     def bytes_moved(self, kind: str) -> float:
         """Bytes for each element that 128-bit accesses move ("ld" or "st")."""
-        accesses = (
-            n for name, n in self.ptx.items() if re.fullmatch(rf"{kind}\.global\S*\.v4\.\w32", name)
-        )
+        accesses = (n for name, n in self.ptx.items() if re.fullmatch(rf"{kind}\.global\S*\.v4\.\w32", name))
         return 16 * sum(accesses) / self.elements
 
     def narrow(self, kind: str) -> int:

@@ -251,12 +251,13 @@ def test_stacked_rows_are_judged_as_the_tensors_alone(monkeypatch):
 
 
 METHODS = ("torch_fused", "own_gc", "wrong", "absent")
-QUICK = case.Effort(rounds=2, seconds=1, warmup=1)
+QUICK = case.Effort(rounds=2, seconds=60, warmup=1)
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """A case of the little list, one method of which is wrong and one missing."""
+    quiet_machine(monkeypatch)
     monkeypatch.setitem(shapes.LISTS, "little", lambda: LITTLE)
     wrong = baselines.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
     absent = baselines.Method("absent", "absent", False, baselines._rival("no_such_module", "X"))

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import RULES, Twin, assert_identical, parameters, snapshot, state_of, train, twins
 
+import fusedcalib
+
 OWN_KEYS = ("centralize", "centralize_min_ndim")
 
 
@@ -210,3 +212,19 @@ def test_load_refuses_other_groups(rule, ours):
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
         optimizer.load_state_dict(other)
     assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_c18_a_groups_own_options_survive_a_torch_checkpoint():
+    """A file without our keys leaves each group's as they were, not as the optimizer's defaults are."""
+    params = parameters(((3, 4), (5, 6)))
+    ours = fusedcalib.AdamW([{"params": params[:1], "centralize": True}, {"params": params[1:]}])
+    groups = [{"params": twins(params[:1])}, {"params": twins(params[1:])}]
+    ours.load_state_dict(torch.optim.AdamW(groups).state_dict())
+    assert [group["centralize"] for group in ours.param_groups] == [True, False]
+
+
+def test_c04_an_unknown_option_may_be_any_tensor():
+    params = parameters(((3, 4),))
+    optimizer = fusedcalib.AdamW([{"params": params, "mask": torch.ones(7)}])
+    train(optimizer)
+    assert optimizer.param_groups[0]["mask"].numel() == 7
