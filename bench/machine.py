@@ -93,7 +93,7 @@ def _commit() -> tuple[str | None, bool | None]:
     commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD").strip()
     if not commit:
         return None, None
-    return commit, bool(_output("git", "-C", str(HERE), "status", "--porcelain").strip())
+    return commit, bool(_output("git", "-C", str(HERE), "status", "--porcelain", "-uno").strip())
 
 
 def _output(*command: str) -> str:

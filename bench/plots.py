@@ -21,7 +21,7 @@ COLOURS = {
     "eager_gc_foreach": "#D55E00",
     "compiled_gc": "#CC79A7",
     "gc": "#0072B2",
-    "plain": "#D98200",
+    "plain": "#009E73",
     "torch": INK,
 }
 NAMES = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +10,7 @@ BLOCK = 4096
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(a_ptr: Any, b_ptr: Any, c_ptr: Any, d_ptr: Any, BLOCK: tl.constexpr) -> None:
+def _kernel(a_ptr, b_ptr, c_ptr, d_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of flat float32 arrays whose length is a multiple of BLOCK."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(a_ptr + offset)

@@ -24,6 +24,12 @@ def number(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else format(value, form)
 
 
+def share_text(row: dict[str, Any]) -> str:
+    """Bandwidth in % of the memory stream's, which ran in the same rounds."""
+    spread = row["ratio_to"].get("stream_4r3w", {"disturbed": False})
+    return (DISTURBED if spread["disturbed"] else "") + number(row["pct_stream"], ".0f")
+
+
 def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
     """One list: each method's time, its ratio to `to`, and its share of the machine's limit."""
     gpu = case["clock"] == "device"
@@ -39,7 +45,7 @@ def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
         text = "1" if row["name"] == to else spread_text(spread)
         milliseconds = row["device_ms_median"] if gpu else row["wall_ms"]
         cells = [row["title"], number(milliseconds), text, number(spread["n"] if spread else None, "d")]
-        cells.append(number(row["pct_stream"], ".0f"))
+        cells.append(share_text(row))
         if gpu:
             wall = "1" if row["name"] == to else spread_text(row["wall_ratio_to"].get(to))
             cells += [wall, number(row["host_us"], ".0f"), number(row["launches"], "d")]

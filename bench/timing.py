@@ -101,7 +101,7 @@ def interleave(
     """Run every method once a round, in rotated order, for `rounds` rounds or `seconds` at most.
 
     With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor,
-    and a round waits for the machine to be quiet, if there is time.
+    and in the first half of the time a round waits for the machine to be quiet.
     At least one round is always run.
     """
     out = Rounds()
@@ -109,6 +109,7 @@ def interleave(
     names = [name for name in samplers if name != anchor]
     rounds = rounds if samplers else 0
     deadline = time.monotonic() + seconds
+    patience = deadline - seconds / 2
     for turn in range(rounds):
         if turn and time.monotonic() > deadline:
             break
@@ -118,7 +119,7 @@ def interleave(
             for name in order:
                 out.add(name, Sample(seconds := samplers[name](), seconds))
             continue
-        load.wait_until_quiet(OTHERS_TOLERANCE, deadline)
+        load.wait_until_quiet(OTHERS_TOLERANCE, patience)
         load.restart()
         anchors, taken = [samplers[anchor]()], []
         for name in order:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -73,12 +74,17 @@ def is_dense(t: Tensor) -> bool:
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two indices may share memory (an expanded tensor): such a parameter cannot be stepped."""
+    """Whether two indices share memory (an expanded tensor): such a parameter cannot be stepped."""
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride <= reach:
-            return True
+        if size > 1 and stride <= reach:
+            return _shares_an_offset(t)
         reach += stride * (size - 1)
     return False
+
+
+def _shares_an_offset(t: Tensor) -> bool:
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in zip(t.stride(), t.shape, strict=True):
+        offsets = offsets[..., None] + stride * torch.arange(size)
+    return offsets.unique().numel() < t.numel()

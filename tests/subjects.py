@@ -13,10 +13,11 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-import fusedcalib
-from fusedcalib import reference
 from hypothesis import settings
 from hypothesis import strategies as st
+
+import fusedcalib
+from fusedcalib import reference
 
 EPS = torch.finfo(torch.float64).eps
 DRIFT = 1e-12

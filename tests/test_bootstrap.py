@@ -3,7 +3,6 @@
 import ast
 import ctypes
 import hashlib
-import importlib.util
 import io
 import os
 import re
@@ -18,23 +17,9 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
+from runner import ROOT, bootstrap
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU_TORCH = "torch==2.13.0+cpu"
-
-
-def load_runner():
-    """tests/run.py as a module; it reaches into sys.path, which the other tests must not see."""
-    spec = importlib.util.spec_from_file_location("tests_run", ROOT / "tests" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-runner = load_runner()
-bootstrap = runner.bootstrap
 
 
 def sentence(function, *arguments) -> str:
@@ -367,92 +352,3 @@ def test_an_old_python_is_told():
 @pytest.mark.parametrize("path", ["bench/bootstrap.py", "bench/run.py", "tests/run.py"])
 def test_an_old_python_can_read_that_far(path):
     ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 6))
-
-
-# tests/run.py
-
-
-REPORT = """<testsuites><testsuite tests="6">
-<testcase/><testcase><properties/><system-out/></testcase>
-<testcase><failure/></testcase><testcase><error/></testcase>
-<testcase><skipped/></testcase><testcase><skipped/></testcase><testcase><skipped/></testcase>
-</testsuite></testsuites>"""
-
-
-def test_the_report_is_read(tmp_path):
-    report = tmp_path / "report.xml"
-    assert runner.read(report) == []
-    report.write_text(REPORT)
-    assert runner.verdict([1], runner.read(report)) == (1, "2 passed, 2 failed, 3 skipped")
-
-
-@pytest.mark.parametrize(
-    ("codes", "outcomes", "code", "line"),
-    [
-        ([0, 0], ["passed", "skipped"], 0, "1 passed, 0 failed, 1 skipped"),
-        ([0, 5], ["passed"], 0, "1 passed, 0 failed, 0 skipped"),
-        ([5, 0], ["passed"], 0, "1 passed, 0 failed, 0 skipped"),
-        ([5, 5], [], 5, "0 passed, 0 failed, 0 skipped"),
-        ([0, 1], ["passed", "failed"], 1, "1 passed, 1 failed, 0 skipped"),
-        ([5, -11], [], -11, "0 passed, 1 failed, 0 skipped"),
-        ([0, 2], ["passed"], 2, "1 passed, 1 failed, 0 skipped"),
-    ],
-)
-def test_the_verdict_on_both_processes(codes, outcomes, code, line):
-    assert runner.verdict(codes, outcomes) == (code, line)
-
-
-def test_who_sets_the_number_of_threads_knows_better():
-    expected = {"OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": "2"}
-    assert runner.threaded({"OMP_NUM_THREADS": "7"}, 2) == expected
-
-
-TESTS = """
-import os, pytest
-def test_plain(): assert "TRITON_INTERPRET" not in os.environ
-@pytest.mark.interpreted
-def test_interpreted():
-    assert os.environ["TRITON_INTERPRET"] == "1"
-    assert os.environ["OMP_NUM_THREADS"] == "1"
-@pytest.mark.skip
-def test_skipped(): pass
-@pytest.mark.skipif("BREAK" not in os.environ, reason="on demand")
-def test_failing(): raise ValueError("seen " + "it")
-"""
-
-
-@pytest.mark.parametrize(
-    ("gpu", "arguments", "line"),
-    [
-        ("", [], "2 passed, 0 failed, 2 skipped"),
-        ("nvidia", [], "1 passed, 0 failed, 2 skipped"),
-        ("", ["-k", "test_interpreted"], "1 passed, 0 failed, 0 skipped"),
-        ("", ["tests/test_it.py", "-k", "test_failing"], "0 passed, 1 failed, 0 skipped"),
-    ],
-)
-def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, arguments, line):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_it.py").write_text(TESTS)
-    settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["interpreted"]\n'
-    options = 'addopts = "--strict-markers --benchmark-disable -p no:cacheprovider"\n'
-    (tmp_path / "pyproject.toml").write_text(settings + options)
-    # As in a Python that lacks every plugin, to which addopts has an option that it does not know.
-    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS"):
-        variables.pop(name, None)
-    fails = "test_failing" in arguments
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
-    monkeypatch.setattr(bootstrap, "gpu", lambda: gpu)
-    monkeypatch.setattr(bootstrap, "missing", lambda *names: ["pytest-benchmark"])
-    monkeypatch.setattr(
-        bootstrap,
-        "prepare",
-        lambda *needed: (sys.executable, variables | ({"BREAK": "1"} if fails else {})),
-    )
-    assert runner.work(arguments) == int(fails)
-    output = capfd.readouterr().out
-    assert output.splitlines()[-1] == line
-    assert ("ValueError: seen it" in output) == fails
-    assert ("no interpreted run" in output) == bool(gpu)
-    assert ("\ninterpreted run:" in output) == (not gpu)

@@ -47,7 +47,7 @@ def test_an_error_on_any_thread_is_raised(four_threads):
     def run(first, last):
         raise ValueError(first)
 
-    with pytest.raises(ValueError, match="0|4"):
+    with pytest.raises(ValueError, match=r"0|4"):
         spread_over_threads(run, 16, MANY)
 
 

@@ -1,7 +1,7 @@
 """Every rule, stage, storage and shape, on every executor, against the oracle in float64."""
 
 import pytest
-from kernel_cases import COVERING, PAIRWISE, PRODUCT, Case, matrix
+from kernel_cases import BACKENDS, COVERING, DTYPES, PAIRWISE, PRODUCT, Case, matrix
 from kernel_trial import Arrangement, Trial
 
 SMALL = [
@@ -67,7 +67,7 @@ def test_every_recipe_follows_its_oracle(backend: str, case: Case):
     Trial(backend, case, SMALL).step(3)
 
 
-@pytest.mark.parametrize(("backend", "case"), matrix(FEW, FEW, MORE))
+@pytest.mark.parametrize(("backend", "case"), matrix(FEW, FEW, FEW))
 def test_tile_edges(backend: str, case: Case):
     Trial(backend, case, EDGES).step(2)
 
@@ -76,3 +76,11 @@ def test_tile_edges(backend: str, case: Case):
 def test_arrangements_in_memory(backend: str, case: Case):
     """Tensors are paired by index, whatever their strides; nothing around a view is written."""
     Trial(backend, case, STRIDED).step(3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_outside_of_a_row_has_no_part_in_its_mean(backend: str):
+    """There p, g and state are 0; without eps the update of that is 0 / 0."""
+    shapes = [*SMALL, *(Arrangement((2, n)) for n in (8193, 32769))]
+    options = {"lr": 0.1, "eps": 0.0, "centralize": "update"}
+    Trial(backend, Case("Adam", options, DTYPES["fp32"]), shapes).step(2)

@@ -128,12 +128,12 @@ def test_grouping_changes_nothing(backend: str, grouping: str, case: Case):
 
 
 @cases
-@pytest.mark.parametrize("columns", [64, 200, 1000, 4096, 5000, 20000, 40000])
+@pytest.mark.parametrize("columns", [64, 200, 4096, 5000, 20000, 40000])
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_row_does_not_depend_on_its_neighbours(backend: str, columns: int, case: Case):
-    """Eight rows in one tensor, or in three: row means are added up in the same order."""
-    whole, gradient = parameter_values((8, columns)), gradient_values((8, columns))
-    sizes = [1, 5, 2]
+    """Five rows in one tensor, or in three: row means are added up in the same order."""
+    whole, gradient = parameter_values((5, columns)), gradient_values((5, columns))
+    sizes = [1, 3, 1]
     (together,) = run(backend, case, [whole], [[gradient]])
     apart = run(backend, case, whole.split(sizes), [gradient.split(sizes)])
     assert_same_bits([[torch.cat(t) for t in zip(*apart, strict=True)]], [together])
@@ -190,3 +190,17 @@ def test_no_decay_beside_decay_leaves_infinity_alone(backend: str, rule: str):
     assert found[0][0].eq(INF).all()
     assert found[1][0].isfinite().all()
     assert not any(t.isnan().any() for tensors in found for t in tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_amsgrad_keeps_a_nan_of_its_maximum(backend: str):
+    """As torch.maximum, though a comparison with NaN is false."""
+    p = torch.nn.Parameter(torch.ones(5, device=device_of(backend)))
+    p.grad = torch.ones_like(p)
+    optimizer = named("Adam", False).ours([p], amsgrad=True, backend=backend)
+    optimizer.step()
+    optimizer.state[p]["max_exp_avg_sq"][2] = NAN
+    optimizer.step()
+    for t in (p, optimizer.state[p]["max_exp_avg_sq"]):
+        assert t.isnan().tolist() == [False, False, True, False, False]
+    assert not optimizer.state[p]["exp_avg_sq"].isnan().any()

@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
-
 from subjects import (
     ADAM,
     DRIFT,

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-from fusedcalib import reference
 from hypothesis import given
 from hypothesis import strategies as st
-
 from subjects import (
     ADAM,
     EPS,
@@ -31,6 +29,8 @@ from subjects import (
     problem,
     same_bits,
 )
+
+from fusedcalib import reference
 
 
 @each_subject
