@@ -160,8 +160,10 @@ def writable_folder() -> Path:
     for folder in folders():
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            # An environment without our stamp is somebody else's, and stays as it is.
-            if (folder / STAMP).exists() or not any(folder.iterdir()):
+            # An environment without our stamp is somebody else's, and stays as it is. Looked at
+            # once: the stamp is the first thing that another set-up, just begun, puts there.
+            found = [file.name for file in folder.iterdir()]
+            if not found or STAMP in found:
                 (folder / STAMP).touch()
                 return folder
     fail(f"no environment can be made in {' or '.join(map(str, folders()))}: make one writable")
