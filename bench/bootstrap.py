@@ -30,7 +30,9 @@ DEBIAN = "on Debian and Ubuntu: apt install python3-venv"
 # What every command needs, with the lowest version. torch for ROCm brings Triton by other names.
 CORE = {"torch": (2, 11), "numpy": (1,)} | ({"triton": (3, 6)} if sys.platform == "linux" else {})
 ALSO = {"triton": ("triton-rocm", "pytorch-triton-rocm")}
-EXTRAS = "numpy numba rich matplotlib scikit-learn pytest pytest-benchmark pytest-timeout hypothesis expecttest"
+EXTRAS = (
+    "numpy numba rich matplotlib scikit-learn pytest pytest-benchmark pytest-timeout hypothesis expecttest"
+)
 
 
 def main(work: Callable[[list[str]], int]) -> NoReturn:

@@ -6,7 +6,8 @@ import os
 import time
 from pathlib import Path
 
-GLANCE = 0.1  # seconds; the system counts in hundredths
+TICK = 0.01  # seconds, in which the system counts
+GLANCE = 20 * TICK
 
 
 class Load:
@@ -21,7 +22,9 @@ class Load:
     def of_others(self) -> float:
         """Share of all cores since the last `restart`; 0 where the system does not tell."""
         busy, own, total = (b - a for a, b in zip(self._start, self._read(), strict=True))
-        return max(0.0, busy - own) / total if total > 0 else 0.0
+        # A tick is given whole to whoever has the core at its end: no more than that is known.
+        others = busy - own - 2 * TICK
+        return max(0.0, others) / total if total > 0 else 0.0
 
     def wait_until_quiet(self, share: float, deadline: float) -> None:
         """Return once others take no more than `share`, or at the deadline (of time.monotonic)."""

@@ -121,7 +121,8 @@ def _training_subtitle(results: Results) -> str:
 
 def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
-    cases = [case for case in results["cases"] if names is None or case["list"] in names]
+    fp32 = [case for case in results["cases"] if case["dtypes"] == "fp32"]
+    cases = [case for case in fp32 if names is None or case["list"] in names]
     rows = [_ratios(case) for case in cases]
     heights = [len(of) + 1.2 for of in rows]
     with mpl.rc_context(STYLE):
@@ -168,7 +169,7 @@ def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
     axes.set_yticks(range(len(rows)), [title for _, title, _ in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     for tick, (name, _, _) in zip(axes.get_yticklabels(), rows, strict=True):
-        own = name.startswith("own")
+        own = name in ("own_plain", "own_gc")
         tick.set(color=COLOURS[name] if own else INK, fontweight="bold" if own else "normal")
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -191,10 +192,10 @@ def _steps_title(cases: list[dict[str, Any]]) -> str:
     for case in cases:
         spread = next((s for name, _, s in _ratios(case) if name == "own_gc"), None)
         if spread is not None:
-            parts.append(f"{spread['median']:.2f}× on {case['list']}")  # noqa: RUF001
+            parts.append(f"{spread['median']:.2f} on {case['list']}")
     if not parts:
         return "Step times relative to torch's fused AdamW"
-    return "A centralized step against torch's plain fused step: " + ", ".join(parts[:2])
+    return "Step with GC / torch's fused step without: " + ", ".join(parts[:2])
 
 
 def _steps_subtitle(results: Results, cases: list[dict[str, Any]]) -> str:

@@ -56,7 +56,7 @@ def table(data: Results) -> tables.Table:
 def losses(data: Results) -> str:
     """Where fusedcalib is slower than torch's plain fused step, in a sentence."""
     worse = [
-        f"{case['list']} {'with' if row['name'] == 'own_gc' else 'without'} GC "
+        f"{case['list']} {case['dtypes']} {'with' if row['name'] == 'own_gc' else 'without'} GC "
         f"({row['ratio_to']['torch_fused']['median']:.2f})"
         for case in data["cases"]
         for row in case["methods"]

@@ -97,7 +97,7 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     log = Log()
     head = machine.describe(device)
     log(f"{machine.short_name(head)}, torch {torch.__version__}")
-    effort = Effort(rounds=30, seconds=5) if timing.on_gpu(device) else Effort(40, 20)
+    effort = Effort(rounds=30, seconds=5) if timing.on_gpu(device) else Effort(40, 40)
     ceil: dict[str, Any] = {}
     done: list[dict[str, Any]] = []
     more: dict[str, Any] = {"host": [], "failures": [], "left_out": []}

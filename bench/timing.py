@@ -101,11 +101,11 @@ def interleave(
     """Run every method once a round, in rotated order, for `rounds` rounds or `seconds` at most.
 
     With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor,
-    and in the first half of the time a round waits for the machine to be quiet.
+    and in the first half of the time a disturbed round is followed by waiting for quiet.
     At least one round is always run.
     """
     out = Rounds()
-    load = Load()
+    load, quiet = Load(), False
     names = [name for name in samplers if name != anchor]
     rounds = rounds if samplers else 0
     deadline = time.monotonic() + seconds
@@ -119,7 +119,8 @@ def interleave(
             for name in order:
                 out.add(name, Sample(seconds := samplers[name](), seconds))
             continue
-        load.wait_until_quiet(OTHERS_TOLERANCE, patience)
+        if not quiet:
+            load.wait_until_quiet(OTHERS_TOLERANCE, patience)
         load.restart()
         anchors, taken = [samplers[anchor]()], []
         for name in order:

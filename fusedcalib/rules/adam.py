@@ -16,8 +16,8 @@ from ..recipe import Group, Rule
 @jit
 def adam(p, g, state, h, VARIANT: tl.constexpr):
     beta1_rest, beta2, beta2_rest, correction, eps = h
-    m = state[0] + beta1_rest * (g - state[0])
     v = beta2 * state[1] + beta2_rest * g * g  # in this order g may be as large as torch allows
+    m = state[0] + beta1_rest * (g - state[0])
     if VARIANT == "amsgrad":
         largest = maximum(state[2], v)
         return divide(m, sqrt(largest) * correction + eps), (m, v, largest)

@@ -1,0 +1,158 @@
+"""What the benchmark writes: results, report, README, figures; and the job that writes them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from bench_subjects import CPU
+
+from fusedcalib.bench import case, digits, goals, job, machine, readme, report, results, tables
+
+# -- files ------------------------------------------------------------------------------------
+
+
+SPREAD = {"median": 0.9, "p10": 0.8, "p90": 1.1, "n": 7, "disturbed": False}
+
+
+def method_row(name, ratios, **changed):
+    numbers = {"wall_ms": 2.0, "kept": 7, "dropped": 1, "ratio_to": ratios, "wall_ratio_to": ratios}
+    return {**case.empty_row(name), **numbers, **changed}
+
+
+@pytest.fixture
+def data():
+    """A run as data, as small as can be."""
+    methods = [
+        method_row("torch_fused", {}),
+        method_row("own_plain", {"torch_fused": {**SPREAD, "median": 1.25}}),
+        method_row("own_gc", {"torch_fused": SPREAD, "eager_gc_fused": {**SPREAD, "median": 0.5}}),
+        method_row("own_gc_eager", {"torch_fused": {**SPREAD, "median": 9.0}}),
+        case.empty_row("apex") | {"reason": "apex is not installed"},
+    ]
+    one = {"list": "small-1000", "tensors": 1000, "params": 10_739_200, "dtypes": "fp32"}
+    one |= {"bytes_per_param": 28, "flush": "none", "clock": "wall", "methods": methods}
+    losses = [2.3 - 0.1 * i for i in range(20)]
+    runs = {
+        name: [digits.Run(losses, [40.0 + i + end for i in range(20)]) for _ in range(3)]
+        for name, end in (("torch", 0.0), ("plain", 0.0), ("gc", 2.5))
+    }
+    ceil = {"copy_gbs": 10.0, "stream_4r3w_gbs": None, "how": "by hand"}
+    head = machine.describe(CPU)
+    return results.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
+
+
+def test_schema_holds_and_survives_the_file(data, tmp_path):
+    path = results.save(data, tmp_path / "sub" / results.file_name(data))
+    assert path.name.endswith("Z-cpu.json")
+    assert results.load(path) == json.loads(json.dumps(data))
+    assert data["device"] is None
+
+
+def breakages():
+    yield "no 'ceil'", lambda d: d.pop("ceil")
+    yield "schema 2", lambda d: d.update(schema=2)
+    yield "no 'wall_ms'", lambda d: d["cases"][0]["methods"][0].pop("wall_ms")
+    yield "'host_us'", lambda d: d["cases"][0]["methods"][0].update(host_us="fast")
+    yield "has a speed", lambda d: d["cases"][0]["methods"][1].update(reason="wrong")
+    yield (
+        "no 'p90'",
+        lambda d: d["cases"][0]["methods"][1]["ratio_to"]["torch_fused"].pop("p90"),
+    )
+
+
+@pytest.mark.parametrize(("message", "break_it"), list(breakages()))
+def test_schema_refuses(data, message, break_it):
+    broken = copy.deepcopy(data)
+    break_it(broken)
+    with pytest.raises(ValueError, match=message):
+        results.check(broken)
+
+
+def test_nan_is_never_written(data, tmp_path):
+    data["cases"][0]["methods"][0]["wall_ms"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        results.save(data, tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_report_tells_numbers_device_and_what_is_missing(data):
+    text = report.text(data)
+    assert "| fusedcalib with GC | 2 | 0.90 (0.80-1.10) | 7 | - |" in text
+    assert "apex FusedAdam: apex is not installed" in text
+    assert f"torch {torch.__version__}" in text
+    assert "No GPU was used" in text
+    assert "+2.5 points" in text
+    assert "better on 3 of 3 seeds" in text
+
+
+def test_readme_section_replaces_itself_only(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "README.md"
+    page.write_text(f"top\n{readme.BEGIN}\nold\n{readme.END}\nbottom\n")
+    source = results.save(data, tmp_path / "results" / "r.json")
+    figure = readme.write(source, page)
+    text = page.read_text()
+    assert text.startswith("top\n")
+    assert text.endswith("\nbottom\n")
+    assert "old" not in text
+    assert "1.25 (0.80-1.10) | 0.90 (0.80-1.10) | 0.50 (0.80-1.10) |" in text
+    assert "Slower than torch's plain fused step: small-1000 fp32 without GC (1.25)" in text
+    assert f"(results/{figure.name})" in text
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    readme.write(source, page)
+    assert page.read_text() == text
+
+
+@pytest.mark.parametrize("page", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}"])
+def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "README.md"
+    file.write_text(page)
+    source = results.save(data, tmp_path / "r.json")
+    assert readme.main([str(source), "--readme", str(file)]) == 1
+    assert "was not changed" in capsys.readouterr().err
+    assert file.read_text() == page
+
+
+def test_disturbed_numbers_are_marked_and_reach_no_goal(data):
+    own = data["cases"][0]["methods"][1]["ratio_to"]["torch_fused"]
+    own |= {"median": 0.5}
+    met = {row["what"]: row["met"] for row in goals.judge(data)}
+    assert met["plain / torch fused, small-1000"] == "stretch"
+    assert met["% of stream, GC, gpt2-small-cpu"] == "not measured"
+    own |= {"disturbed": True}
+    met = {row["what"]: row["met"] for row in goals.judge(data)}
+    assert met["plain / torch fused, small-1000"] == "not measured"
+    assert tables.spread_text(own) == "~0.50 (0.80-1.10)"
+    assert tables.was_disturbed(data["cases"][0])
+
+
+def test_goal_marks_are_ordered():
+    for goal in (*goals.GPU, *goals.CPU):
+        must, target, stretch = goal.marks
+        assert must <= target <= stretch if goal.higher else must >= target >= stretch, goal.what
+        assert goal.verdict(stretch) == "stretch"
+        assert goal.verdict(must * (0.9 if goal.higher else 1.1)) == "missed"
+
+
+# -- the job --
+
+
+def test_job_without_its_libraries_says_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(job, "find_spec", lambda name: None if name == "rich" else object())
+    assert job.main([]) == 2
+    error = capsys.readouterr().err
+    assert error == "fusedcalib: the main job needs rich: pip install rich\n"
+
+
+def test_job_writes_everything(data, monkeypatch, tmp_path):
+    for name in ("rich", "matplotlib", "sklearn"):
+        pytest.importorskip(name)
+    parts = {key: data[key] for key in ("e1", "cases", "ceil")}
+    monkeypatch.setattr(job, "_measure", lambda options, device, console: parts)
+    assert job.main(["--out", str(tmp_path / "o"), "--device", "cpu"]) == 0
+    files = sorted(file.name for file in (tmp_path / "o").iterdir())
+    assert files == ["report.md", "results.json", "steps.png", "training.png"]
+    data["cases"][0]["methods"][2] = case.empty_row("own_gc") | {"reason": "wrong result"}
+    assert job.main(["--out", str(tmp_path / "o"), "--device", "cpu"]) == 1
