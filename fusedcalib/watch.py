@@ -35,7 +35,8 @@ class Watch:
         self._live = [p for p in params if p.grad is not None]
         self._params = [*params, *_END]
         self._entries = list(state.values())
-        self._states = [*_values(self._entries), *_END]
+        self._values = [entry.values() for entry in self._entries]  # views: they show what changes
+        self._states = [*chain.from_iterable(self._values), *_END]
         moments = (t for e in self._entries for k, t in e.items() if k != "step")
         self._tensors = [*self._live, *(t for t in moments if isinstance(t, Tensor))]
         self._entries += _END
@@ -51,7 +52,7 @@ class Watch:
             _same(chain.from_iterable(map(_params_of, groups)), self._params)
             and all(p.grad is None for p in self._idle)
             and _same(state.values(), self._entries)
-            and _same(_values(self._entries[:-1]), self._states)
+            and _same(chain.from_iterable(self._values), self._states)
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
             and self._take_over(list(map(_grad_of, self._live)))
         )
@@ -70,10 +71,6 @@ class Watch:
 
 def _same(now: Iterable[Any], then: list[Any]) -> bool:
     return all(map(is_, chain(now, _END), then))
-
-
-def _values(entries: Iterable[dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(map(dict.values, entries))
 
 
 def _geometry(params: list[Tensor], grads: list[Tensor]) -> list[Any]:

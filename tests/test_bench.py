@@ -1,8 +1,5 @@
 """The benchmark: its lists, its statistics, its gate. No speed is asserted anywhere."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,9 +7,7 @@ import pytest
 import torch
 from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
-from fusedcalib.bench import baselines, case, ceilings, gate, load, shapes, suite, timing
-
-ROOT = Path(__file__).resolve().parents[1]
+from fusedcalib.bench import baselines, case, gate, load, shapes, suite, timing
 
 # -- parameter lists --------------------------------------------------------------------------
 
@@ -225,45 +220,3 @@ def test_stacked_rows_are_judged_as_the_tensors_alone(monkeypatch):
     assert stacked.max_err == alone.max_err
     assert stacked.passed
     assert alone.passed
-
-
-# -- memory streams --
-
-
-def run_python(code, **variables):
-    """In a process of its own: Triton's interpreter is chosen when a kernel is decorated."""
-    pytest.importorskip("triton")
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-
-
-@pytest.mark.skipif(torch.version.hip is not None, reason="this Triton has no NVIDIA assembler")
-def test_triton_stream_compiles_to_wide_accesses():
-    run_python(
-        "from triton import compile; from triton.compiler import ASTSource;"
-        "from triton.backends.compiler import GPUTarget;"
-        "from fusedcalib.bench.stream_triton import BLOCK, _kernel;"
-        "types = {f'{name}_ptr': '*fp32' for name in 'abcd'} | {'BLOCK': 'constexpr'};"
-        "facts = {(i,): [['tt.divisibility', 16]] for i in range(4)};"
-        "source = ASTSource(_kernel, types, constexprs={(4,): BLOCK}, attrs=facts);"
-        "ptx = compile(source, target=GPUTarget('cuda', 90, 32)).asm['ptx'];"
-        "assert ptx.count('ld.global') == ptx.count('ld.global.v4') > 0, ptx",
-        TRITON_INTERPRET="0",
-    )
-
-
-def test_triton_stream_computes_what_it_says():
-    run_python(
-        "import torch; from fusedcalib.bench import ceilings;"
-        "from fusedcalib.bench.stream_triton import stream;"
-        "x = [torch.full((8192,), v) for v in ceilings.CHECK]; stream(*x); ceilings._check(x)",
-        TRITON_INTERPRET="1",
-    )
-
-
-def test_numba_stream_computes_what_it_says():
-    pytest.importorskip("numba")
-    ceilings.adamw_stream(CPU, 1000)
-    with pytest.raises(RuntimeError, match="wrong result"):
-        ceilings._check([torch.zeros(4)] * 4)

@@ -136,7 +136,7 @@ def test_goal_marks_are_ordered():
         assert goal.verdict(must * (0.9 if goal.higher else 1.1)) == "missed"
 
 
-# -- the job --
+# -- the job ----------------------------------------------------------------------------------
 
 
 def test_job_without_its_libraries_says_one_sentence(monkeypatch, capsys):

@@ -1,7 +1,10 @@
 """The benchmark at work: cases, a GPU that is none, the suite, the training."""
 
+import os
 import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +202,45 @@ def test_gpu_script_runs_on_after_a_failing_test_and_exits_non_zero(tmp_path):
     fake.write_text(fake.read_text().replace("exit 1", "exit 0"))
     assert subprocess.run(script, env=variables, capture_output=True).returncode == 0
     assert not (tmp_path / "o" / "failed.log").exists()
+
+
+# -- memory streams ---------------------------------------------------------------------------
+
+
+def run_python(code, **variables):
+    """In a process of its own: Triton's interpreter is chosen when a kernel is decorated."""
+    pytest.importorskip("triton")
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="this Triton has no NVIDIA assembler")
+def test_triton_stream_compiles_to_wide_accesses():
+    run_python(
+        "from triton import compile; from triton.compiler import ASTSource;"
+        "from triton.backends.compiler import GPUTarget;"
+        "from fusedcalib.bench.stream_triton import BLOCK, _kernel;"
+        "types = {f'{name}_ptr': '*fp32' for name in 'abcd'} | {'BLOCK': 'constexpr'};"
+        "facts = {(i,): [['tt.divisibility', 16]] for i in range(4)};"
+        "source = ASTSource(_kernel, types, constexprs={(4,): BLOCK}, attrs=facts);"
+        "ptx = compile(source, target=GPUTarget('cuda', 90, 32)).asm['ptx'];"
+        "assert ptx.count('ld.global') == ptx.count('ld.global.v4') > 0, ptx",
+        TRITON_INTERPRET="0",
+    )
+
+
+def test_triton_stream_computes_what_it_says():
+    run_python(
+        "import torch; from fusedcalib.bench import ceilings;"
+        "from fusedcalib.bench.stream_triton import stream;"
+        "x = [torch.full((8192,), v) for v in ceilings.CHECK]; stream(*x); ceilings._check(x)",
+        TRITON_INTERPRET="1",
+    )
+
+
+def test_numba_stream_computes_what_it_says():
+    pytest.importorskip("numba")
+    ceilings.adamw_stream(CPU, 1000)
+    with pytest.raises(RuntimeError, match="wrong result"):
+        ceilings._check([torch.zeros(4)] * 4)
