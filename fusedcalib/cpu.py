@@ -7,7 +7,7 @@ values. Without fast-math NaN and infinity keep their meaning and every element 
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any, cast
 
 import numba
@@ -16,8 +16,8 @@ import torch
 from llvmlite import binding
 from numba import njit
 
-from .cpu_memory import Memory, geometry_at, tile_at
-from .cpu_threads import spread_over_threads
+from .cpu_memory import Memory, fetch_add, geometry_at, tile_at, words_at
+from .cpu_threads import on_threads, threads_for
 from .kernels import stages
 from .layout import Layout
 from .rebind import Function, folded
@@ -25,6 +25,9 @@ from .recipe import Recipe
 from .tables import GEOMETRY, Bucket, Shape
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
+BLOCK = 512  # elements of a row summed in their own type, blocks in double: fast and accurate
+NEXT = 6  # word of a job: the next tile to take
+CHUNKS = 8  # for each thread: one that is held up leaves its chunks to the others
 _INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
@@ -85,10 +88,10 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
 def kernel_for(
     recipe: Recipe, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
 ) -> Function:
-    """The compiled loop of a recipe, whatever the hyperparameters.
+    """The compiled loop of a recipe, whatever the hyperparameters: a C function `void work(void *job)`.
 
-    `run(table, fields, tiles, scalars, first, last)` steps tiles first to last - 1; the tables are
-    addresses, laid out as kernels/table.py says.
+    A job is seven int64: the addresses and sizes of the tables (laid out as kernels/table.py says), how
+    many tiles there are, how many a thread takes at once, and the next to take.
     """
     measured, stepped = _stages(recipe)
     memory = Memory(dtypes, compute, count, inner)
@@ -101,9 +104,12 @@ def kernel_for(
     @njit(**_INNER, fastmath=_ADD_FREELY)
     def run_sum(addresses, strides, length, h):
         total = 0.0
-        for i in range(length):
-            values = load(addresses, strides, i)
-            total += measured(values[0], values[1], values[2:], h)
+        for first in range(0, length, BLOCK):
+            part = real(0.0)
+            for i in range(first, min(first + BLOCK, length)):
+                values = load(addresses, strides, i)
+                part += measured(values[0], values[1], values[2:], h)
+            total += part
         return total
 
     @njit(**_INNER)
@@ -135,7 +141,7 @@ def kernel_for(
         for run in range(runs):
             run_step(start_of_run(row, addresses, run), strides, length, h, mean)
 
-    @njit(error_model="numpy", nogil=True)
+    @njit(**_INNER)
     def run(table, fields, tiles, scalars, first, last):
         for t in range(first, last):
             slot, row_block, column_block = tile_at(tiles, t)
@@ -154,7 +160,15 @@ def kernel_for(
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 step_row(row, shift(addresses, along, r), strides, runs, length, h)
 
-    return run
+    @numba.cfunc(numba.void(numba.int64))
+    def work(job):
+        table, fields, tiles, scalars, count, chunk, _ = words_at(job)
+        first = fetch_add(job + 8 * NEXT, chunk)
+        while first < count:
+            run(table, fields, tiles, scalars, first, min(first + chunk, count))
+            first = fetch_add(job + 8 * NEXT, chunk)
+
+    return work
 
 
 class NumbaExecutor:
@@ -175,9 +189,12 @@ class NumbaExecutor:
             count = bucket.scalars.shape[1]
             cache["kernel"] = kernel_for(key.recipe, key.dtypes, bucket.compute, count, key.inner)
             cache["elements"] = sum(slot.param.numel() for slot in bucket.slots)
-        kernel, table, scalars = cache["kernel"], bucket.table, bucket.scalars
-        tables = (table.ctypes.data, table.shape[1], bucket.tiles.ctypes.data, scalars.ctypes.data)
-        spread_over_threads(partial(kernel, *tables), len(bucket.tiles), cache["elements"])
+        tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data)
+        count = len(bucket.tiles)
+        threads = threads_for(count, cache["elements"])
+        chunk = max(1, count // (threads * CHUNKS))
+        job = np.array([*tables, bucket.scalars.ctypes.data, count, chunk, 0])
+        on_threads(cache["kernel"].ctypes, job.ctypes.data, threads)
         return 1
 
 

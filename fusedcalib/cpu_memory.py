@@ -64,6 +64,23 @@ def tile_at(typing, tiles, t):
 
 
 @intrinsic
+def words_at(typing, address):
+    """The seven words of a job."""
+    return _reader(types.int64, 7, _I64)
+
+
+@intrinsic
+def fetch_add(typing, address, value):
+    """Adds to the integer at an address, one thread at a time; returns what it was."""
+
+    def codegen(context, builder, signature, args):
+        integer = _element(builder, _I64, args[0], _I64(0))
+        return builder.atomic_rmw("add", integer, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def geometry_at(typing, address):
     """Rows, columns, row of scalars, rows and columns of a tile."""
     return _reader(types.int64, GEOMETRY, _I64)

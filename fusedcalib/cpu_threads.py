@@ -1,55 +1,69 @@
-"""Tiles over threads. The loops release the GIL, so Python's own threads serve, also after a fork."""
+"""Work shared out over threads: torch's own where they can be had, Python's elsewhere.
+
+After each of its operations torch's OpenMP threads spin for a while, waiting for the next one. Threads of
+another pool would compete with them for the cores (10 to 15 % of a step that follows a backward pass);
+the same threads are already awake.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
+from functools import cache
+from typing import Any
 
 import torch
 
-_WORTH_A_THREAD = 32768  # elements; waking a thread costs as much as stepping about this many
-_SHARES = 4  # of the work for each thread: one that is held up leaves its share to the others
-
-_pool: ThreadPoolExecutor | None = None
-_pool_threads = 0
+WORTH_A_THREAD = 32768  # elements; waking a thread costs as much as stepping about this many
 
 
-def spread_over_threads(run: Callable[[int, int], object], tiles: int, elements: int) -> None:
-    """Calls `run(first, last)` over all tiles, on as many threads as torch may use, this one included."""
-    threads = min(torch.get_num_threads(), tiles, elements // _WORTH_A_THREAD)
-    if threads <= 1:
-        run(0, tiles)
-        return
-    shares = min(threads * _SHARES, tiles)
-    bounds = [tiles * k // shares for k in range(shares + 1)]
-    todo = iter(list(pairwise(bounds)))
+def threads_for(shares: int, elements: int) -> int:
+    """How many threads the work is worth: at most as many as torch may use."""
+    return max(1, min(torch.get_num_threads(), shares, elements // WORTH_A_THREAD))
 
-    def work() -> None:
-        for first, last in todo:  # each thread takes the next share; a list iterator is atomic
-            run(first, last)
 
-    run_beside = [_threads(threads - 1).submit(work) for _ in range(threads - 1)]
+def on_threads(work: Callable[[int], Any], data: int, threads: int) -> None:
+    """Calls `work(data)` once on each of `threads` threads, this one included.
+
+    Args:
+        work: C function `void work(void *data)`, as ctypes has it; takes its share of the work itself.
+        data: address that it is given.
+        threads: at least 1.
+    """
+    if threads == 1:
+        work(data)
+    elif parallel := _openmp():
+        parallel(work, data, threads, 0)
+    else:
+        beside = [_pool(threads - 1).submit(work, data) for _ in range(threads - 1)]
+        work(data)
+        wait(beside)
+
+
+@cache
+def _openmp() -> Callable[..., Any] | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded (GNU's, LLVM's and Intel's all have it)."""
     try:
-        work()
-    finally:
-        wait(run_beside)
-    for future in run_beside:
-        future.result()
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # no such runtime, or Windows
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
 
 
-def _threads(count: int) -> ThreadPoolExecutor:
-    global _pool, _pool_threads
-    if _pool is None or _pool_threads < count:
-        _pool, _pool_threads = ThreadPoolExecutor(count, "fusedcalib"), count
-    return _pool
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "fusedcalib")
 
 
-def _forget_threads() -> None:
-    global _pool
-    _pool = None
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and an OpenMP runtime that still counts on them."""
+    _pool.cache_clear()
+    globals()["_openmp"] = lambda: None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_after_fork)

@@ -87,4 +87,4 @@ def _shares_an_offset(t: Tensor) -> bool:
     offsets = torch.zeros((), dtype=torch.int64)
     for stride, size in zip(t.stride(), t.shape, strict=True):
         offsets = offsets[..., None] + stride * torch.arange(size)
-    return torch.unique(offsets).numel() < t.numel()
+    return int(torch.unique(offsets).numel()) < t.numel()

@@ -1,62 +1,82 @@
-"""Tiles over threads: each once, whatever goes wrong, also after a fork."""
+"""Work on threads: on each once, on torch's own or Python's, also after a fork."""
 
+import ctypes
 import os
 import threading
 
 import pytest
 import torch
 
-from fusedcalib.cpu_threads import spread_over_threads
+import fusedcalib
+from fusedcalib import cpu_threads
+from fusedcalib.cpu_threads import on_threads, threads_for
 
-MANY = 1 << 20  # elements: worth every thread
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+POOLS = {"python": lambda: None}
+if cpu_threads._openmp():
+    POOLS["openmp"] = cpu_threads._openmp
 
 
-@pytest.fixture
-def four_threads():
+@pytest.fixture(params=POOLS)
+def pool(request, monkeypatch):
+    monkeypatch.setattr(cpu_threads, "_openmp", POOLS[request.param])
     before = torch.get_num_threads()
     torch.set_num_threads(4)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("tiles", [1, 3, 16, 17, 1000])
-def test_every_tile_is_run_once(four_threads, tiles):
-    counts = [0] * tiles
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_thread_works_once(pool, threads):
+    together = threading.Barrier(threads, timeout=30)  # breaks unless all are in it at once
+    given = []
 
-    def run(first, last):
-        for tile in range(first, last):
-            counts[tile] += 1
+    @WORK
+    def work(data):
+        together.wait()
+        given.append(data)
 
-    spread_over_threads(run, tiles, MANY)
-    assert counts == [1] * tiles
-
-
-def test_several_threads_work(four_threads):
-    barrier = threading.Barrier(4, timeout=30)  # breaks unless four threads are in it at once
-    spread_over_threads(lambda first, last: barrier.wait() if first < 100 else None, 400, MANY)
-    assert not barrier.broken
+    on_threads(work, 1234, threads)
+    assert given == [1234] * threads
 
 
-def test_little_work_stays_here(four_threads):
-    seen = set()
-    spread_over_threads(lambda first, last: seen.add(threading.get_ident()), 100, 1000)
-    assert seen == {threading.get_ident()}
+@pytest.mark.parametrize(
+    ("shares", "elements", "threads"),
+    [(100, 1 << 20, 4), (3, 1 << 20, 3), (100, 1000, 1), (100, 2 * cpu_threads.WORTH_A_THREAD, 2), (0, 0, 1)],
+)
+def test_no_more_threads_than_the_work_is_worth(pool, shares, elements, threads):
+    assert threads_for(shares, elements) == threads
 
 
-def test_an_error_on_any_thread_is_raised(four_threads):
-    def run(first, last):
-        raise ValueError(first)
+def train(params):
+    optimizer = fusedcalib.AdamW(params, backend="numba", centralize=True)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.cos(p.detach())
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params])
 
-    with pytest.raises(ValueError, match=r"0|4"):
-        spread_over_threads(run, 16, MANY)
+
+def parameters():
+    shapes = [(300, 500), (7,), (4000, 33), (64, 3, 3, 3), (200000,)]
+    generator = torch.Generator().manual_seed(3)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def test_the_number_of_threads_changes_no_bit(pool):
+    pytest.importorskip("numba")
+    many = train(parameters())
+    torch.set_num_threads(1)
+    assert torch.equal(many, train(parameters()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_process_has_threads_of_its_own(four_threads):
-    spread_over_threads(lambda first, last: None, 16, MANY)
+def test_a_child_process_has_threads_of_its_own(pool):
+    """OpenMP would wait forever for threads that only the parent has."""
+    on_threads(WORK(lambda data: None), 0, 4)
     child = os.fork()
     if child == 0:
-        done = []
-        spread_over_threads(lambda first, last: done.append(last - first), 16, MANY)
-        os._exit(0 if sum(done) == 16 else 1)
+        together = threading.Barrier(4, timeout=30)
+        on_threads(WORK(lambda data: together.wait()), 0, 4)
+        os._exit(1 if together.broken or cpu_threads._openmp() else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -198,5 +198,3 @@ def test_nothing_is_compiled_again(backend: str):
     optimizer.step()
     many(backend, shapes * 3, True, lr=1.0).step()
     assert compiled(backend) == before
-    for bucket in optimizer._plan.buckets if backend == "numba" else ():
-        assert len(bucket.cache["kernel"].signatures) == 1
