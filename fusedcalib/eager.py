@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .kernels import stages
 from .layout import Layout
@@ -46,30 +48,50 @@ def _pipeline(recipe: Recipe) -> tuple[Function, Function]:
     )
 
 
+# Elements stepped at once: on a CPU few enough for the temporaries to stay in the cache, on a GPU few
+# enough for them not to matter. Rows are never divided.
+BLOCK = {"cpu": 1 << 16}
+LARGE_BLOCK = 1 << 24
+
+
 class EagerExecutor:
-    """Runs buckets as plain torch operations. Allocates temporaries of a parameter's size."""
+    """Runs buckets as plain torch operations, a block of rows at a time."""
 
     name = "eager"
 
     def shape(self, layout: Layout, centred: bool) -> Shape:
-        """One tile a slot: tensors are stepped whole."""
+        """One tile a slot: the table is not read."""
         return Shape(layout.rows, layout.columns, None)
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket."""
-        measured, stepped = _pipeline(bucket.key.recipe)
+        elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)
         for slot, row in zip(bucket.slots, bucket.scalar_rows, strict=True):
-            tensors = slot.tensors()
-            p, g, *state = (t.to(bucket.compute) for t in tensors)
             h = tuple(bucket.scalars[row].tolist())
-            mean: Any = 0.0
-            if bucket.key.recipe.centralize != "none":
-                x = measured(p, g, tuple(state), h)
-                mean = x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-            p, new = stepped(p, g, tuple(state), h, mean)
-            for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
-                target.copy_(value)
+            for block in _blocks(slot.tensors(), elements):
+                _step(bucket, block, h)
         return 0
+
+
+def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors of a slot in pieces of about so many elements, along their rows."""
+    param = tensors[0]
+    if param.ndim == 0 or param.numel() <= elements:
+        return [tensors]
+    rows = max(1, elements * param.shape[0] // param.numel())
+    return zip(*(torch.split(t, rows) for t in tensors), strict=True)
+
+
+def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...]) -> None:
+    measured, stepped = _pipeline(bucket.key.recipe)
+    p, g, *state = (t.to(bucket.compute) for t in tensors)
+    mean: Any = 0.0
+    if bucket.key.recipe.centralize != "none":
+        x = measured(p, g, tuple(state), h)
+        mean = x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+    p, new = stepped(p, g, tuple(state), h, mean)
+    for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
+        target.copy_(value)
 
 
 EXECUTOR = EagerExecutor()
