@@ -29,6 +29,7 @@ def section(data: Results, figure: str) -> str:
     """The text between the markers."""
     parts = [f"Ratios of the time of an AdamW step, {_clock(data)}: below 1 is faster."]
     parts += [tables.markdown(table(data)), f"![time of a step]({figure})", losses(data)]
+    parts += host_times(data)
     rounds = [s["n"] for c in data["cases"] for r in c["methods"] for s in r["ratio_to"].values()]
     parts.append(
         f"Median (10-90 %) of ratios within {min(rounds)} to {max(rounds)} interleaved rounds. "
@@ -66,6 +67,20 @@ def losses(data: Results) -> str:
     if not worse:
         return f"Slower than torch's plain fused step by more than {LOSS - 1:.0%}: nowhere here."
     return f"Slower than torch's plain fused step: {', '.join(worse)}."
+
+
+def host_times(data: Results) -> list[str]:
+    """What a step costs before the work itself: many tensors of one element."""
+    lines = []
+    for case in data["host"] or ():
+        for row in case["methods"]:
+            ratio = row["ratio_to"].get("torch_fused")
+            if row["name"] == "own_plain" and ratio:
+                lines.append(
+                    f"- gradients {case['variant']}: {ratio['median']:.2f} of torch's fused step, of which "
+                    f"{row['prepare_us'] / 1000:.2f} ms go into checking that nothing has moved"
+                )
+    return ["A step over 1000 tensors of one element each:\n\n" + "\n".join(lines)] if lines else []
 
 
 def _clock(data: Results) -> str:
