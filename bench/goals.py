@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .results import Results, find_row, ratio
+from .schema import Results, find_row, ratio
 
 Measure = Callable[[Results], float | None]
 

@@ -52,18 +52,18 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    from . import machine, plots, report, results
+    from . import machine, plots, report, schema
 
     start = time.monotonic()
     device = machine.pick_device(options.device)
     head = machine.describe(device)
     console.rule(f"fusedcalib on {machine.short_name(head)}")
     measured = _measure(options, device, console)
-    everything = results.assemble(head, **measured)
+    everything = schema.assemble(head, **measured)
     everything["seconds"] = round(time.monotonic() - start, 1)
     options.out.mkdir(parents=True, exist_ok=True)
     files = [
-        results.save(everything, options.out / "results.json"),
+        schema.save(everything, options.out / "results.json"),
         plots.training(everything, options.out / "training.png"),
         plots.steps(everything, options.out / "steps.png"),
         report.write(everything, options.out / "report.md"),

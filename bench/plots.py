@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import tables
-from .results import Results
+from .schema import Results
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours has the strong colours.
 INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"

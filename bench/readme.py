@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from . import machine, results, tables
-from .results import Results
+from . import machine, schema, tables
+from .schema import Results
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 FIGURE_LISTS = ("gpt2-124m", "gpt2-small-cpu", "resnet50", "small-1000")
@@ -104,7 +104,7 @@ def write(source: Path, readme: Path) -> Path:
     """Make the figure beside the results and put the section into the README."""
     from . import plots
 
-    data = results.load(source)
+    data = schema.load(source)
     names = [case["list"] for case in data["cases"] if case["dtypes"] == "fp32"]
     chosen = [name for name in FIGURE_LISTS if name in names] or names[:3]
     figure = plots.steps(data, source.parent / f"steps-{machine.slug(data)}.png", chosen)

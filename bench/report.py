@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tables
-from .results import Results
+from .schema import Results
 
 HOW = """\
 - Methods take turns in rotated rounds; a ratio is taken within a round, and the tables show the

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import ceilings, goals, host, machine, results, tables, timing
+from . import ceilings, goals, host, machine, schema, tables, timing
 from .baselines import CORE, METHODS, RIVALS
 from .case import Case, Effort, run
 
@@ -116,7 +116,7 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     ceil = guarded("ceilings", lambda: ceilings.measure(device)) or {}
     log(f"memory: {ceil}")
     more["host"] = guarded("host time", lambda: host.measure(device)) or []
-    path = out / results.file_name(head)
+    path = out / schema.file_name(head)
     for case in cases:
         title = f"{case.list} {case.dtypes} ({len(case.methods)} methods)"
         if log.seconds > seconds:
@@ -129,9 +129,9 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
             print(_text(measured), flush=True)
         readings.append(machine.sensors() if timing.on_gpu(device) else None)
         # After every case, so that a run that is killed leaves what it had.
-        results.save(_whole(head, ceil, done, more, readings), path)
+        schema.save(_whole(head, ceil, done, more, readings), path)
     whole = _whole(head, ceil, done, more, readings)
-    results.save(whole, path)
+    schema.save(whole, path)
     for goal in whole["goals"]:
         value = tables.number(goal["value"])
         log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
@@ -145,13 +145,13 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
 
 
 def _whole(
-    head: results.Results,
+    head: schema.Results,
     ceil: dict[str, Any],
     done: list[dict[str, Any]],
     more: dict[str, Any],
     readings: list[dict[str, float] | None],
-) -> results.Results:
-    whole = results.assemble(head, ceil, done, torch_mta=_multi_tensor(done), **more)
+) -> schema.Results:
+    whole = schema.assemble(head, ceil, done, torch_mta=_multi_tensor(done), **more)
     known = [reading for reading in readings if reading]
     if whole["device"] and known:
         clocks = [reading["mhz"] for reading in known]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import machine
-from .results import Results
+from .schema import Results
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 

@@ -76,9 +76,7 @@ def threaded(variables: dict[str, str], threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)} | variables
 
 
-def start(
-    mode: str, command: list[str], variables: dict[str, str], folder: Path
-) -> subprocess.Popen[bytes]:
+def start(mode: str, command: list[str], variables: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
     """pytest in one mode, which writes what it has to say into a file until its turn comes."""
     command = [*command, "-m", SELECTED[mode], f"--junitxml={folder / mode}.xml"]
     variables = variables | ({"TRITON_INTERPRET": "1"} if mode == "interpreted" else {})

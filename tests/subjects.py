@@ -50,9 +50,7 @@ class Facade:
     def __init__(self, backend: str, rule: str, params: Sequence[Any], **options: Any) -> None:
         self.device = "cuda" if backend == "triton" else "cpu"
         self.leaves: list[torch.nn.Parameter] = []
-        self.optimizer = getattr(fusedcalib, rule)(
-            [self.own(p) for p in params], backend=backend, **options
-        )
+        self.optimizer = getattr(fusedcalib, rule)([self.own(p) for p in params], backend=backend, **options)
 
     def own(self, entry: Any) -> Any:
         """Copy weights, strides and gaps between them included."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_subjects import CPU
 
-from fusedcalib.bench import case, digits, goals, job, machine, readme, report, results, tables
+from fusedcalib.bench import case, digits, goals, job, machine, readme, report, schema, tables
 
 # -- files ------------------------------------------------------------------------------------
 
@@ -39,13 +39,13 @@ def data():
     }
     ceil = {"copy_gbs": 10.0, "stream_4r3w_gbs": None, "how": "by hand"}
     head = machine.describe(CPU)
-    return results.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
+    return schema.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
 
 
 def test_schema_holds_and_survives_the_file(data, tmp_path):
-    path = results.save(data, tmp_path / "sub" / results.file_name(data))
+    path = schema.save(data, tmp_path / "sub" / schema.file_name(data))
     assert path.name.endswith("Z-cpu.json")
-    assert results.load(path) == json.loads(json.dumps(data))
+    assert schema.load(path) == json.loads(json.dumps(data))
     assert data["device"] is None
 
 
@@ -66,13 +66,13 @@ def test_schema_refuses(data, message, break_it):
     broken = copy.deepcopy(data)
     break_it(broken)
     with pytest.raises(ValueError, match=message):
-        results.check(broken)
+        schema.check(broken)
 
 
 def test_nan_is_never_written(data, tmp_path):
     data["cases"][0]["methods"][0]["wall_ms"] = float("nan")
     with pytest.raises(ValueError, match="JSON"):
-        results.save(data, tmp_path / "r.json")
+        schema.save(data, tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
 
 
@@ -90,7 +90,7 @@ def test_readme_section_replaces_itself_only(data, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "README.md"
     page.write_text(f"top\n{readme.BEGIN}\nold\n{readme.END}\nbottom\n")
-    source = results.save(data, tmp_path / "results" / "r.json")
+    source = schema.save(data, tmp_path / "results" / "r.json")
     figure = readme.write(source, page)
     text = page.read_text()
     assert text.startswith("top\n")
@@ -109,7 +109,7 @@ def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "README.md"
     file.write_text(page)
-    source = results.save(data, tmp_path / "r.json")
+    source = schema.save(data, tmp_path / "r.json")
     assert readme.main([str(source), "--readme", str(file)]) == 1
     assert "was not changed" in capsys.readouterr().err
     assert file.read_text() == page

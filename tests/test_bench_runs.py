@@ -18,7 +18,7 @@ from fusedcalib.bench import (
     goals,
     host,
     machine,
-    results,
+    schema,
     shapes,
     suite,
     timing,
@@ -118,10 +118,10 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
     assert row["device_ms_median"] == pytest.approx(1.0)  # one tick for each step
     assert row["peak_extra_bytes"] == 500
     assert row["launches"] is None  # the profiler saw none, and none is not 0
-    data = results.assemble(machine.describe(CPU), ceilings.measure(CPU, 2), [one])
+    data = schema.assemble(machine.describe(CPU), ceilings.measure(CPU, 2), [one])
     data["host"] = host.measure(CPU, rounds=1, seconds=1)
     data["goals"] = goals.judge(data)
-    results.check(data)
+    schema.check(data)
     assert data["device"]["name"] == "Fake GPU"
     moved = 28 * LITTLE.params / 1e-3 * 1e-9
     (copied,) = (r["pct_copy"] for r in one["methods"] if r["name"] == "own_gc")
@@ -177,7 +177,7 @@ def test_suite_keeps_what_it_has_when_a_case_breaks(measured, monkeypatch, tmp_p
     assert suite._suite((good,), CPU, tmp_path / "good", 60) == 0
     assert suite._suite((broken, good), CPU, tmp_path / "broken", 60) == 1
     (file,) = (tmp_path / "broken").iterdir()
-    written = results.load(file)
+    written = schema.load(file)
     assert [one["list"] for one in written["cases"]] == ["little"]
     assert "KeyError" in written["failures"][0]["error"]
     assert suite._suite((good,), CPU, tmp_path / "late", -1) == 1

@@ -57,9 +57,7 @@ def test_the_first_step_of_adam_is_the_sign(subject: Any, seed: int, power: int)
 @pytest.mark.parametrize("where", [False, "gradient", "update"])
 @PROPERTY
 @given(SEED, st.integers(-10, 10))
-def test_adam_does_not_see_the_scale_of_the_gradient(
-    subject: Any, where: Any, seed: int, power: int
-) -> None:
+def test_adam_does_not_see_the_scale_of_the_gradient(subject: Any, where: Any, seed: int, power: int) -> None:
     """g -> c g with eps -> 0; decoupled decay does not see g. To the last bit for a power of two,
     which rounds nothing.
 
@@ -71,8 +69,7 @@ def test_adam_does_not_see_the_scale_of_the_gradient(
     grads = [g + 0.5 * g.sign() for g in grads]
     options = ADAM | {"eps": 1e-30, "centralize": where}
     once, twofold, tenfold = (
-        follow(subject, "AdamW", w, [c * g for g in grads], **options)
-        for c in (1.0, 2.0**power, 10.0**power)
+        follow(subject, "AdamW", w, [c * g for g in grads], **options) for c in (1.0, 2.0**power, 10.0**power)
     )
     same_bits(twofold, once)
     if not where:
