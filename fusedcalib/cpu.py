@@ -84,21 +84,11 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
     )
 
 
-@cache
-def kernel_for(
-    recipe: Recipe, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
-) -> Function:
-    """The compiled loop of a recipe, whatever the hyperparameters: a C function `void work(void *job)`.
-
-    A job is seven int64: the addresses and sizes of the tables (laid out as kernels/table.py says), how
-    many tiles there are, how many a thread takes at once, and the next to take.
-    """
+def _row_loop(recipe: Recipe, memory: Memory) -> Function:
+    """`step_row(row, addresses, strides, runs, length, h)`: one row, centred first where that is asked."""
     measured, stepped = _stages(recipe)
-    memory = Memory(dtypes, compute, count, inner)
-    load, store, shift = memory.load, memory.store, memory.shift
-    integers, scalars_at, spread = memory.integers, memory.scalars_at, memory.spread
-    real = numba.float64 if compute == torch.float64 else numba.float32
-    geometry, strides_at = 8 * len(dtypes), 8 * (len(dtypes) + GEOMETRY + inner)
+    load, store, shift, integers = memory.load, memory.store, memory.shift, memory.integers
+    geometry, strides_at, inner, real = memory.geometry, memory.strides, memory.inner, memory.real
     centred = recipe.centralize != "none"
 
     @njit(**_INNER, fastmath=_ADD_FREELY)
@@ -140,6 +130,24 @@ def kernel_for(
             mean = real(total / (runs * length))
         for run in range(runs):
             run_step(start_of_run(row, addresses, run), strides, length, h, mean)
+
+    return cast(Function, step_row)
+
+
+@cache
+def kernel_for(
+    recipe: Recipe, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
+) -> Function:
+    """The compiled loop of a recipe, whatever the hyperparameters: a C function `void work(void *job)`.
+
+    A job is seven int64: the addresses and sizes of the tables (laid out as kernels/table.py says), how
+    many tiles there are, how many a thread takes at once, and the next to take.
+    """
+    memory = Memory(dtypes, compute, count, inner)
+    step_row = _row_loop(recipe, memory)
+    shift, spread = memory.shift, memory.spread
+    integers, scalars_at = memory.integers, memory.scalars_at
+    geometry, strides_at = memory.geometry, memory.strides
 
     @njit(**_INNER)
     def run(table, fields, tiles, scalars, first, last):

@@ -114,6 +114,9 @@ class Memory:
         tensors = len(dtypes)
         real = types.float64 if compute == torch.float64 else types.float32
         llvm_real = _F64 if compute == torch.float64 else _F32
+        self.real, self.inner = real, inner
+        self.geometry = 8 * tensors  # bytes into a row of the table
+        self.strides = 8 * (tensors + GEOMETRY + inner)
 
         def pointer(builder: Any, args: Any, k: int) -> Any:
             addresses, strides, i = args[:3]
