@@ -3,7 +3,8 @@
 A plan holds addresses. Between two steps a gradient may be reallocated, `.data` replaced, a state loaded
 or edited, a parameter exchanged. Each is seen here: nothing is ever stepped through a stale address.
 Not seen: one gradient object, kept over two steps at one address, that is given another shape or strides
-in place (`p.grad.t_()`); asking every tensor for those at every step would double the cost of the watch.
+in place (`p.grad.t_()`), or whose parameter is (`p.data = p.data.t()`); asking every tensor for those at
+every step would double the cost of the watch.
 """
 
 from __future__ import annotations
