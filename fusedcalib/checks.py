@@ -57,6 +57,8 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
             )
         if t.layout != torch.strided or (t.numel() and t.data_ptr() == 0):
             raise RuntimeError(f"{owner}: its {what} is not a dense tensor with memory of its own")
+    if param.is_neg() or param.is_conj():
+        raise RuntimeError(f"{owner} is a lazy negation or conjugate; resolve_neg() or resolve_conj() it")
     if param.dtype not in PARAMETERS:
         raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
     if recipe.centralize != "none" and param.is_complex():

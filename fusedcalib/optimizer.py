@@ -13,7 +13,7 @@ from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
 from .plan import Plan, new_state
 from .recipe import Recipe, Rule, merged, recipe_of
-from .tables import Slot
+from .tables import Executor, Slot
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -148,7 +148,7 @@ class FusedOptimizer(Optimizer):
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, recipes[group], self.state.get(param, {}))
-        executors = [choose(self._backend, param.device, param.dtype) for _, _, param in live]
+        executors = [self._executor(param) for _, _, param in live]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [self._make_state(param, recipes[group]) for group, _, param in live]
         slots = [
@@ -156,6 +156,12 @@ class FusedOptimizer(Optimizer):
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
         return Plan(slots, fresh, recipes, self.param_groups, self.state)
+
+    def _executor(self, param: Tensor) -> Executor:
+        """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
+        grad = param.grad
+        lazy = grad is not None and (grad.is_neg() or grad.is_conj())
+        return choose("eager" if lazy else self._backend, param.device, param.dtype)
 
     def _live(self) -> Iterator[tuple[int, int, Tensor]]:
         """(group, position in the group, parameter) of the parameters with a gradient."""

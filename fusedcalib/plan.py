@@ -81,7 +81,10 @@ def new_state(param: Tensor) -> Tensor:
 
 
 def _anchor(device: torch.device) -> Tensor:
-    return _anchors.setdefault(device, torch.empty(0, device=device))
+    if device not in _anchors:
+        with torch.inference_mode(False):
+            _anchors[device] = torch.empty(0, device=device)
+    return _anchors[device]
 
 
 def _without_shared_versions(slots: list[Slot]) -> list[Tensor]:

@@ -28,7 +28,8 @@ class Slot(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state...; complex ones as pairs of reals, as torch.optim's rules see them."""
         assert self.param.grad is not None
-        tensors = (self.param.detach(), self.param.grad.detach(), *self.states)
+        grad = self.param.grad.detach().resolve_conj().resolve_neg()  # copies only where it is lazy
+        tensors = (self.param.detach(), grad, *self.states)
         if self.param.is_complex():
             return tuple(torch.view_as_real(t) for t in tensors)
         return tensors

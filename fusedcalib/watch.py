@@ -15,6 +15,7 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 _params_of = itemgetter("params")
@@ -43,7 +44,7 @@ class Watch:
         self._entries += _END
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         grads = [p.grad for p in self._live]
-        self._grads = list(map(ref, grads))
+        self._grads = _weak(grads)
         self._geometry = _geometry(self._live, grads)
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
 
@@ -62,12 +63,21 @@ class Watch:
         """Whether these gradients can take the place of those in the plan."""
         if any(map(is_, grads, repeat(None))):
             return False
-        if not all(map(is_, [grad() for grad in self._grads], grads)):
-            if not all(map(_is_plain, grads)) or _geometry(self._live, grads) != self._geometry:
+        same = _same([grad() for grad in self._grads], [*grads, *_END])
+        if not same and not all(map(_is_plain, grads)):
+            return False
+        pointers = list(map(Tensor.data_ptr, grads))
+        if not same or pointers != self.grad_pointers:
+            if _geometry(self._live, grads) != self._geometry:
                 return False
-            self._grads = list(map(ref, grads))
-        self.grad_pointers = list(map(Tensor.data_ptr, grads))
+            self._grads = _weak(grads)
+            self.grad_pointers = pointers
         return True
+
+
+def _weak(grads: list[Tensor]) -> list[Any]:
+    """Weak references, or none where torch exchanges tensors in place, which it refuses for such."""
+    return [] if torch.__future__.get_swap_module_params_on_conversion() else list(map(ref, grads))
 
 
 def _same(now: Iterable[Any], then: list[Any]) -> bool:
@@ -81,4 +91,5 @@ def _geometry(params: list[Tensor], grads: list[Tensor]) -> list[Any]:
 
 
 def _is_plain(grad: Tensor) -> bool:
-    return type(grad) is Tensor and not grad.is_sparse
+    """Whether memory holds the very values: a lazy negation or conjugate would have to be undone."""
+    return type(grad) is Tensor and not (grad.is_sparse or grad.is_neg() or grad.is_conj())

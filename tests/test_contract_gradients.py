@@ -1,0 +1,86 @@
+"""The drop-in contract, C15: gradients that are not what the last step saw, or not what they seem."""
+
+import pytest
+import torch
+from cases import BACKENDS, RULES, tolerance, twins
+
+import fusedcalib
+
+LAZY = {
+    "negated": (torch.float32, lambda shape: torch.randn(shape, dtype=torch.cfloat).conj().imag),
+    "conjugated": (torch.complex64, lambda shape: torch.randn(shape, dtype=torch.cfloat).conj()),
+}
+
+
+def pair(rule, backend, shape, dtype=torch.float32):
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype))]
+    expected = twins(params)
+    ours = rule.ours(params, backend=backend, lr=0.1)
+    return params[0], ours, expected[0], rule.theirs(expected, lr=0.1, foreach=False)
+
+
+def check(p, q, steps):
+    rounding = tolerance(torch.float32, steps)
+    torch.testing.assert_close(p, q, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("kind", LAZY)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what the host decides is the same there")
+def test_a_lazy_gradient_means_its_values(rule, backend, kind):
+    """Memory holds the values before negation; ours once read that."""
+    dtype, make = LAZY[kind]
+    p, ours, q, theirs = pair(rule, backend, (4, 3), dtype)
+    for grad in (torch.ones(4, 3, dtype=dtype), make((4, 3)), make((4, 3)), torch.ones(4, 3, dtype=dtype)):
+        p.grad, q.grad = grad, grad.clone()
+        ours.step()
+        theirs.step()
+    check(p, q, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what the host decides is the same there")
+def test_data_of_another_dtype_or_layout_in_a_gradient_kept(backend):
+    p, ours, q, theirs = pair(RULES["SGD"], backend, (3, 3))
+    p.grad, q.grad = torch.randn(3, 3), torch.zeros(3, 3)
+    q.grad.copy_(p.grad)
+    for make in (
+        lambda: torch.randn(3, 3),
+        lambda: torch.randn(3, 3).t(),
+        lambda: torch.randn(3, 3).bfloat16(),
+    ):
+        data = make()
+        p.grad.data, q.grad.data = data, data.float()
+        ours.step()
+        theirs.step()
+    check(p, q, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what the host decides is the same there")
+def test_a_gradient_that_shrank_is_refused(backend):
+    """Stepping on would read beyond its memory."""
+    p, ours, _, _ = pair(RULES["SGD"], backend, (1000,))
+    p.grad = torch.ones(1000)
+    ours.step()
+    before = p.detach().clone()
+    p.grad.data = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"gradient is \(1,\)"):
+        ours.step()
+    assert torch.equal(p, before)
+
+
+def test_modules_may_exchange_their_tensors():
+    """`swap_tensors` refuses a tensor with weak references; `Module.to` may use it."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = torch.nn.Linear(2, 2)
+        optimizer = fusedcalib.SGD(module.parameters(), lr=0.1)
+        module(torch.ones(2)).sum().backward()
+        optimizer.step()
+        module.double()
+        optimizer.step()
+        assert module.weight.dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
