@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
-from .plan import Plan, new_state
+from .plan import Plan, Versions
 from .recipe import Recipe, Rule, merged, recipe_of
 from .tables import Executor, Slot
 
@@ -51,6 +51,7 @@ class FusedOptimizer(Optimizer):
         self._backend = backend
         self._extras = {"centralize": centralize, "centralize_min_ndim": centralize_min_ndim}
         self._plan: Plan | None = None
+        self._versions = Versions()
         super().__init__(params, **options)
         # Unscaling is the scaler's work: the step does not read grad_scale and found_inf.
         self._step_supports_amp_scaling = False
@@ -72,6 +73,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._versions = Versions()
         self._step_supports_amp_scaling = False
         for group in self.param_groups:  # a torch.optim checkpoint does not have our keys
             for key, value in self._extras.items():
@@ -155,7 +157,7 @@ class FusedOptimizer(Optimizer):
             Slot(param, self._states(param, recipes[group]), group, recipes[group], executor)
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
-        return Plan(slots, fresh, recipes, self.param_groups, self.state)
+        return Plan(slots, fresh, recipes, self.param_groups, self.state, self._versions)
 
     def _executor(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
@@ -179,7 +181,7 @@ class FusedOptimizer(Optimizer):
         if recipe.rule.counts and "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
         for name in missing:
-            entry[name] = new_state(param)
+            entry[name] = self._versions.new_state(param)
         return len(missing) == len(recipe.states)
 
     def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:

@@ -23,12 +23,13 @@ class Plan:
         recipes: list[Recipe],
         groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
+        versions: Versions,
     ) -> None:
         self.buckets = build_buckets(slots)
         self._recipes = recipes
         self._groups = np.array([slot.group for slot in slots], dtype=np.int64)
         self._group_rows = np.unique(self._groups, return_inverse=True)
-        self._written = _without_shared_versions(slots)
+        self._written = versions.to_count(slots)
         self._counter = _Counter(slots, fresh, state)
         self._watch = Watch(groups, state)
 
@@ -67,34 +68,32 @@ class Plan:
         return launches
 
 
-_anchors: dict[torch.device, Tensor] = {}
-
-
-def new_state(param: Tensor) -> Tensor:
-    """A state of zeros like the parameter, in memory of its own but with one version counter for all states.
+class Versions:
+    """One version counter for all states that an optimizer makes on a device.
 
     Autograd must be told of every tensor that a kernel writes; so it is told of all states at once.
     """
-    state = _anchor(param.device).detach()
-    state.data = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-    return state
 
+    def __init__(self) -> None:
+        self._anchors: dict[torch.device, Tensor] = {}
 
-def _anchor(device: torch.device) -> Tensor:
-    if device not in _anchors:
-        with torch.inference_mode(False):
-            _anchors[device] = torch.empty(0, device=device)
-    return _anchors[device]
+    def new_state(self, param: Tensor) -> Tensor:
+        """A state of zeros like the parameter, in memory of its own."""
+        if param.device not in self._anchors:
+            with torch.inference_mode(False):
+                self._anchors[param.device] = torch.empty(0, device=param.device)
+        state = self._anchors[param.device].detach()
+        state.data = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+        return state
 
-
-def _without_shared_versions(slots: list[Slot]) -> list[Tensor]:
-    """The tensors whose version counters a step must count up: one of those that share a counter."""
-    states = [t for slot in slots for t in slot.states]
-    before = [t._version for t in states]
-    anchors = [_anchor(device) for device in {slot.param.device for slot in slots}]
-    torch.autograd.graph.increment_version(anchors)
-    own = [t for t, version in zip(states, before, strict=True) if t._version == version]
-    return [*anchors, *own, *(slot.param for slot in slots)]
+    def to_count(self, slots: list[Slot]) -> list[Tensor]:
+        """The tensors whose counters a step must count up: one of those that share one."""
+        states = [t for slot in slots for t in slot.states]
+        before = [t._version for t in states]
+        anchors = list(self._anchors.values())
+        torch.autograd.graph.increment_version(anchors)
+        own = [t for t, version in zip(states, before, strict=True) if t._version == version]
+        return [*anchors, *own, *(slot.param for slot in slots)]
 
 
 class _Counter:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, RULES, tolerance, twins
+from cases import BACKENDS, DEVICE, RULES, tolerance, twins
 
 import fusedcalib
 
@@ -84,3 +84,19 @@ def test_modules_may_exchange_their_tensors():
         assert module.weight.dtype == torch.float64
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_c32_a_step_counts_its_own_states_versions_only(backend):
+    """States share a counter within an optimizer; another optimizer's step must not seem to write them."""
+    params = [torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2)]
+    first, second = (fusedcalib.Adam([p], backend=backend) for p in params)
+    for p, optimizer in zip(params, (first, second), strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    moment = first.state[params[0]]["exp_avg"]
+    before = moment._version
+    second.step()
+    assert moment._version == before
+    first.step()
+    assert moment._version > before
