@@ -123,6 +123,11 @@ class FusedOptimizer(Optimizer):
             RuntimeError, ValueError: a parameter, gradient or option cannot be stepped. Nothing has
                 been changed then: parameters, state and counters are as they were.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: its scalars come from "
+                "the host; use torch.optim's with capturable=True"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -136,7 +141,17 @@ class FusedOptimizer(Optimizer):
         recipes = merged([self._recipe(group) for group in self.param_groups])
         if self._plan is None or not self._plan.holds(recipes, self.param_groups, self.state):
             self._plan = None
-            self._plan = self._lay_out(recipes)
+            before = {param: dict(entry) for param, entry in self.state.items()}
+            try:
+                self._plan = self._lay_out(recipes)
+            except BaseException:  # as out of memory: take back the state that was made
+                for param in list(self.state):
+                    if param in before:
+                        self.state[param].clear()
+                        self.state[param].update(before[param])
+                    else:
+                        del self.state[param]
+                raise
         self._plan.refresh(self.param_groups)
         return self._plan
 

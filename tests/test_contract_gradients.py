@@ -100,3 +100,27 @@ def test_c32_a_step_counts_its_own_states_versions_only(backend):
     assert moment._version == before
     first.step()
     assert moment._version > before
+
+
+def test_a_step_that_fails_while_it_is_planned_leaves_no_state(monkeypatch):
+    """Else the next step would not be SGD's first, which is not dampened."""
+    p = torch.nn.Parameter(torch.zeros(2, device=DEVICE))
+    optimizer = fusedcalib.SGD([p], lr=1.0, momentum=0.9, dampening=0.5)
+    p.grad = torch.ones_like(p)
+    with monkeypatch.context() as patched:
+        patched.setattr("fusedcalib.optimizer.Plan", lambda *args: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert p.tolist() == [-1.0, -1.0]
+
+
+def test_capture_in_a_graph_is_refused(monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        fusedcalib.SGD([p]).step()
+    assert p.tolist() == [0.0, 0.0]
