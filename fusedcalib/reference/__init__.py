@@ -18,24 +18,59 @@ tensor([[ 0.5000, -0.5000]])
 import importlib
 import pkgutil
 
+from .adadelta import adadelta
+from .adagrad import adagrad
 from .adam import adam, adamw
+from .adamax import adamax
+from .adan import adan
+from .adopt import adopt
 from .momentum import ema_momentum, heavy_ball, nesterov, velocity_momentum
-from .sgd import sgd
-from .stages import Oracle, State, centralize, coupled_decay, decoupled_decay
+from .nadam import nadam, ruder_nadam
+from .pipeline import oracle
+from .radam import radam
+from .rmsprop import rmsprop
+from .sgd import sgd, sgdw
+from .sign import lion, signum
+from .stages import (
+    Oracle,
+    State,
+    centralize,
+    coupled_decay,
+    decoupled_decay,
+    l1_subgradient,
+    project_rows,
+    proximal_decay,
+)
 
 __all__ = [
     "ORACLES",
     "Oracle",
     "State",
+    "adadelta",
+    "adagrad",
     "adam",
+    "adamax",
     "adamw",
+    "adan",
+    "adopt",
     "centralize",
     "coupled_decay",
     "decoupled_decay",
     "ema_momentum",
     "heavy_ball",
+    "l1_subgradient",
+    "lion",
+    "nadam",
     "nesterov",
+    "oracle",
+    "project_rows",
+    "proximal_decay",
+    "radam",
+    "rmsprop",
+    "ruder_nadam",
     "sgd",
+    "sgdw",
+    "signum",
     "velocity_momentum",
 ]
 

@@ -1,51 +1,37 @@
 """Stochastic gradient descent with momentum: lecture eq. 1-2, GC algorithm 1, torch.optim.SGD."""
 
+from typing import Any
+
 from torch import Tensor
 
-from . import stages
-from .stages import Centralize, Oracle, State
+from .pipeline import direction_of, oracle
+from .stages import Oracle, State
 
 
+@oracle(lr=1e-3)
 def sgd(
-    param: Tensor,
-    grad: Tensor,
+    g: Tensor,
     state: State,
     *,
-    lr: float = 1e-3,
     momentum: float = 0,
     dampening: float = 0,
-    weight_decay: float = 0,
     nesterov: bool = False,
-    maximize: bool = False,
-    centralize: Centralize = False,
-    centralize_min_ndim: int = 2,
 ) -> tuple[Tensor, State]:
     r"""Take one step of SGD, with momentum in torch's form.
 
     .. math::
-        \hat g = P(\pm g + \lambda w), \qquad
-        b_t = \mu b_{t-1} + (1 - \tau) \hat g, \; b_1 = \hat g, \qquad
-        u = b_t \text{ or, Nesterov, } \hat g + \mu b_t, \qquad
-        w \leftarrow w - \eta u
+        b_t = \mu b_{t-1} + (1 - \tau) g, \; b_1 = g, \qquad
+        u = b_t \text{ or, Nesterov, } g + \mu b_t
 
     Args:
-        param: weights w, any shape.
-        grad: gradient g of the mean loss, the same shape.
+        g: gradient of the mean loss; for the step around the rule see `pipeline.oracle`.
         state: ``{}`` or ``{"momentum_buffer": b}``, b of the weights' shape.
-        lr: learning rate :math:`\eta`.
         momentum: :math:`\mu`; 0 keeps no state.
         dampening: :math:`\tau`; not applied on the first step.
-        weight_decay: :math:`\lambda`, coupled: added to the gradient before centring.
         nesterov: look ahead along the buffer.
-        maximize: ascend: the gradient changes sign, the decay does not.
-        centralize: False, True or "gradient" (:math:`P(g + \lambda w)`), "update" (:math:`P u`).
-        centralize_min_ndim: weights of fewer dimensions are not centred.
 
     Returns:
         New weights and new state; ``{}`` without momentum.
-
-    Raises:
-        ValueError: `centralize` is none of its four values.
 
     Source: Yao, lecture, eq. 1 and 2; Yong et al. 2020, algorithm 1 and section 3.4, in the form
     of the authors' code, ``a (1 - b)`` there being ``lr`` here; torch.optim.SGD.
@@ -56,17 +42,34 @@ def sgd(
     >>> w, state["momentum_buffer"]
     (tensor([-1.2500]), tensor([1.5000]))
     """
-    g = -grad if maximize else grad
-    g = stages.coupled_decay(g, param, weight_decay)
-    update = g = stages.centralize_at("gradient", g, centralize, centralize_min_ndim)
-    new_state: State = {}
-    if momentum != 0:
-        before = state.get("momentum_buffer")
-        buf = g.clone() if before is None else momentum * before + (1 - dampening) * g
-        update = g + momentum * buf if nesterov else buf
-        new_state["momentum_buffer"] = buf
-    update = stages.centralize_at("update", update, centralize, centralize_min_ndim)
-    return param - lr * update, new_state
+    if momentum == 0:
+        return g, {}
+    before = state.get("momentum_buffer")
+    b = g.clone() if before is None else momentum * before + (1 - dampening) * g
+    return g + momentum * b if nesterov else b, {"momentum_buffer": b}
 
 
-ORACLES: dict[str, Oracle] = {"SGD": sgd}
+@oracle(lr=1e-3, decay="decoupled")
+def sgdw(g: Tensor, state: State, **options: Any) -> tuple[Tensor | None, State]:
+    r"""Take one step of SGDW: SGD whose decay acts on the weights, not on the gradient.
+
+    .. math:: w \leftarrow (1 - \eta \lambda) w - \eta u, \qquad u \text{ as in } sgd(g)
+
+    Args:
+        g, state, options: as in `sgd`.
+
+    Returns:
+        New weights and new state, as `sgd`.
+
+    Source: Loshchilov and Hutter, ICLR 2019, algorithm 1, with the decay times the learning rate
+    as in torch.optim.AdamW.
+
+    >>> import torch
+    >>> w, state = sgdw(torch.ones(1), torch.ones(1), {}, lr=0.5, weight_decay=0.5)
+    >>> w
+    tensor([0.2500])
+    """
+    return direction_of(sgd)(g, state, **options)
+
+
+ORACLES: dict[str, Oracle] = {"SGD": sgd, "SGDW": sgdw}

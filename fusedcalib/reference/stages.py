@@ -1,9 +1,13 @@
-"""The stages around a rule: centring and weight decay. Sources are named per function."""
+"""The stages around a rule: penalties, decay, centring, projection. Sources are named per function.
+
+Pure functions of one tensor each; the order they take in a step stands in `pipeline.oracle`.
+"""
 
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Any]
@@ -11,6 +15,9 @@ State: TypeAlias = dict[str, Any]
 
 Oracle: TypeAlias = Callable[..., tuple[Tensor, State]]
 """One step of an optimizer: ``oracle(param, grad, state, *, lr=..., ...) -> (param, state)``."""
+
+Betas: TypeAlias = tuple[float, float]
+"""How much of an average survives a step, for the two averages of a rule."""
 
 Centralize: TypeAlias = bool | Literal["gradient", "update"]
 """Where centring happens: nowhere (False), on the gradient (True, "gradient"), on the update."""
@@ -87,6 +94,28 @@ def coupled_decay(grad: Tensor, param: Tensor, weight_decay: float) -> Tensor:
     return grad + weight_decay * param if weight_decay != 0 else grad
 
 
+def l1_subgradient(grad: Tensor, param: Tensor, l1: float) -> Tensor:
+    r"""Add a subgradient of an L1 penalty to the gradient.
+
+    .. math:: g + \lambda_1 \mathrm{sign}(w), \qquad \mathrm{sign}(0) = 0
+
+    With coupled decay it makes the elastic net: the penalty
+    :math:`\Lambda (\beta w^2 + |w|)` has :math:`\lambda = 2 \Lambda \beta, \lambda_1 = \Lambda`.
+
+    Args:
+        grad: gradient, any shape.
+        param: weights, the gradient's shape.
+        l1: :math:`\lambda_1`, in units of the gradient; 0 returns `grad` unchanged.
+
+    Source: Yao, lecture, regularization (L1, elastic net).
+
+    >>> import torch
+    >>> l1_subgradient(torch.zeros(3), torch.tensor([2.0, 0.0, -3.0]), 0.5)
+    tensor([ 0.5000,  0.0000, -0.5000])
+    """
+    return grad + l1 * param.sign() if l1 != 0 else grad
+
+
 def decoupled_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
     r"""Shrink the weights themselves, outside the gradient.
 
@@ -105,3 +134,47 @@ def decoupled_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
     tensor([1.5000])
     """
     return param * (1 - lr * weight_decay) if weight_decay != 0 else param
+
+
+def proximal_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
+    r"""Shrink the weights by the proximal step of an L2 penalty, after they moved.
+
+    .. math:: w / (1 + \eta \lambda)
+
+    Args:
+        param: weights after the step, any shape.
+        lr: learning rate :math:`\eta`.
+        weight_decay: :math:`\lambda`, per unit of learning rate; 0 returns `param` unchanged.
+
+    Source: Xie et al., Adan, TPAMI 2024 (arXiv 2208.06677), algorithm 1, line 7.
+
+    >>> import torch
+    >>> proximal_decay(torch.tensor([3.0]), lr=0.5, weight_decay=1.0)
+    tensor([2.])
+    """
+    return param / (1 + lr * weight_decay) if weight_decay != 0 else param
+
+
+def project_rows(param: Tensor, max_norm: float | None) -> Tensor:
+    r"""Pull every row that is longer than `max_norm` back onto the ball of that radius.
+
+    .. math:: w_r \leftarrow w_r \min(1, c / \|w_r\|_2)
+
+    A row is one index of dimension 0, all other dimensions flattened. Rows inside the ball keep
+    their bits; scalars and vectors have no rows and are returned unchanged.
+
+    Args:
+        param: weights after the step, ``[rows, ...]``, any shape.
+        max_norm: the radius c > 0; None returns `param` unchanged.
+
+    Source: Yao, lecture, regularization (max-norm); Srebro and Shraibman, COLT 2005.
+
+    >>> import torch
+    >>> project_rows(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000]])
+    """
+    if max_norm is None or param.ndim < 2:
+        return param
+    norm = torch.linalg.vector_norm(param, dim=tuple(range(1, param.ndim)), keepdim=True)
+    return torch.where(norm > max_norm, param * (max_norm / norm), param)
