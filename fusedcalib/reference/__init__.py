@@ -24,8 +24,9 @@ from .adam import adam, adamw
 from .adamax import adamax
 from .adan import adan
 from .adopt import adopt
-from .momentum import ema_momentum, heavy_ball, nesterov, velocity_momentum
+from .momentum import ema_momentum, heavy_ball, nag_c, nag_sc, nesterov, velocity_momentum
 from .nadam import nadam, ruder_nadam
+from .newton import newton
 from .pipeline import oracle
 from .radam import radam
 from .rmsprop import rmsprop
@@ -61,7 +62,10 @@ __all__ = [
     "l1_subgradient",
     "lion",
     "nadam",
+    "nag_c",
+    "nag_sc",
     "nesterov",
+    "newton",
     "oracle",
     "project_rows",
     "proximal_decay",

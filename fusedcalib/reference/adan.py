@@ -39,7 +39,7 @@ def adan(
         New weights and new state, its ``step`` an int.
 
     Source: Xie et al., Adan: Adaptive Nesterov Momentum Algorithm, arXiv 2208.06677, algorithm 1;
-    bias corrections and the first step as in the authors' code.
+    bias corrections, the place of eps and the first step as in the authors' code.
 
     >>> import torch
     >>> w, state = adan(torch.zeros(2), torch.tensor([3.0, -0.1]), {}, lr=0.5)

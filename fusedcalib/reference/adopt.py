@@ -38,7 +38,7 @@ def adopt(
         New weights and new state, its ``step`` an int.
 
     Source: Taniguchi et al., ADOPT: Modified Adam Can Converge with Any beta2 with the Optimal
-    Rate, NeurIPS 2024, algorithm 2 (clipped), with the code's defaults.
+    Rate, NeurIPS 2024, with clipping; defaults of the authors' code.
 
     >>> import torch
     >>> w, state = adopt(torch.zeros(1), torch.tensor([2.0]), {}, lr=0.5, betas=(0.5, 0.5))

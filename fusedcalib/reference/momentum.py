@@ -5,6 +5,8 @@ follows the same path as torch's form under a change of variables, named in its 
 how a result from the papers is reproduced with the classes.
 """
 
+import math
+
 from torch import Tensor
 
 
@@ -18,7 +20,8 @@ def velocity_momentum(
     With `grad` taken at :math:`\theta` it is the lecture's momentum: the path of
     ``sgd(momentum=gamma)`` as long as `lr` does not change (the velocity remembers the old one).
     With `grad` taken at :math:`\theta - \gamma v` it is Nesterov's method, and that point
-    follows the path of ``sgd(momentum=gamma, nesterov=True)``.
+    follows the path of ``sgd(momentum=gamma, nesterov=True)``: torch's weights look ahead, the
+    lecture's are those plus ``lr * gamma`` times torch's buffer.
 
     Args:
         theta: weights, any shape.
@@ -100,10 +103,9 @@ def nesterov(x: Tensor, y: Tensor, grad: Tensor, *, s: float, coefficient: float
 
     .. math:: y_{k+1} = x_k - s \nabla f(x_k), \qquad x_{k+1} = y_{k+1} + c_k (y_{k+1} - y_k)
 
-    NAG-SC has the constant :math:`c = (1 - \sqrt{\mu s}) / (1 + \sqrt{\mu s})`, and x is then
-    the path of ``sgd(lr=s, momentum=c, nesterov=True)``. NAG-C has :math:`c_k = k / (k + 3)`,
-    k = 0, 1, ..., which torch's form cannot follow: with
-    :math:`b \leftarrow c_{k-1} b + g, \; x \leftarrow x - s (g + c_k b)` it takes two
+    With a constant :math:`c_k = c`, x is the path of ``sgd(lr=s, momentum=c, nesterov=True)``.
+    With another one torch's form cannot follow: as
+    :math:`b \leftarrow c_{k-1} b + g, \; x \leftarrow x - s (g + c_k b)` the method takes two
     coefficients a step.
 
     Args:
@@ -124,3 +126,46 @@ def nesterov(x: Tensor, y: Tensor, grad: Tensor, *, s: float, coefficient: float
     """
     y_next = x - s * grad
     return y_next + coefficient * (y_next - y), y_next
+
+
+def nag_sc(x: Tensor, y: Tensor, grad: Tensor, *, s: float, mu: float) -> tuple[Tensor, Tensor]:
+    r"""Take one step of Nesterov's method for a strongly convex function (NAG-SC).
+
+    .. math:: nesterov, \qquad c = \frac{1 - \sqrt{\mu s}}{1 + \sqrt{\mu s}}
+
+    Args:
+        x, y, grad, s: as in `nesterov`.
+        mu: :math:`\mu`, modulus of strong convexity, at most 1 / s.
+
+    Returns:
+        Next x and next y.
+
+    Source: Yao, lecture, eq. 1.3.
+
+    >>> import torch
+    >>> nag_sc(torch.ones(1), torch.ones(1), torch.ones(1), s=0.25, mu=1.0)
+    (tensor([0.6667]), tensor([0.7500]))
+    """
+    q = math.sqrt(mu * s)
+    return nesterov(x, y, grad, s=s, coefficient=(1 - q) / (1 + q))
+
+
+def nag_c(x: Tensor, y: Tensor, grad: Tensor, *, s: float, k: int) -> tuple[Tensor, Tensor]:
+    r"""Take one step of Nesterov's method for a convex function (NAG-C).
+
+    .. math:: nesterov, \qquad c_k = \frac{k}{k + 3}
+
+    Args:
+        x, y, grad, s: as in `nesterov`.
+        k: steps taken before this one, 0 at first.
+
+    Returns:
+        Next x and next y.
+
+    Source: Yao, lecture, "Nesterov ODE: convex".
+
+    >>> import torch
+    >>> nag_c(torch.ones(1), torch.ones(1), torch.ones(1), s=0.5, k=3)
+    (tensor([0.2500]), tensor([0.5000]))
+    """
+    return nesterov(x, y, grad, s=s, coefficient=k / (k + 3))

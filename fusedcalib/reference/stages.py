@@ -146,7 +146,7 @@ def proximal_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
         lr: learning rate :math:`\eta`.
         weight_decay: :math:`\lambda`, per unit of learning rate; 0 returns `param` unchanged.
 
-    Source: Xie et al., Adan, TPAMI 2024 (arXiv 2208.06677), algorithm 1, line 7.
+    Source: Xie et al., Adan, TPAMI 2024 (arXiv 2208.06677), algorithm 1.
 
     >>> import torch
     >>> proximal_decay(torch.tensor([3.0]), lr=0.5, weight_decay=1.0)
