@@ -1,0 +1,233 @@
+"""Rules that torch has not, against their papers in plain numbers, and what the papers prove."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_reference import EPS, F64
+
+from fusedcalib import reference
+from fusedcalib.reference import ORACLES
+
+GRADIENTS = (0.7, -1.3, 2.1, 0.4)
+LR, DECAY = 0.1, 0.3
+
+
+def sign(x: float) -> float:
+    return (x > 0) - (x < 0)
+
+
+def lion(w: float) -> float:
+    """Chen et al. 2023, algorithm 2: c, then the weights, then m."""
+    m = 0.0
+    for g in GRADIENTS:
+        c = 0.6 * m + 0.4 * g
+        w = w - LR * (sign(c) + DECAY * w)
+        m = 0.8 * m + 0.2 * g
+    return w
+
+
+def signum(w: float) -> float:
+    """Bernstein et al. 2018, algorithm 2; decay as in majority vote, algorithm 1."""
+    m = 0.0
+    for g in GRADIENTS:
+        m = 0.6 * m + 0.4 * g
+        w = w - LR * (sign(m) + DECAY * w)
+    return w
+
+
+def sign_sgd(w: float) -> float:
+    """Bernstein et al. 2018, algorithm 1."""
+    for g in GRADIENTS:
+        w = w - LR * (sign(g) + DECAY * w)
+    return w
+
+
+def sgdw(w: float) -> float:
+    """Loshchilov and Hutter 2019, algorithm 1: eta = 1, alpha LR, the decay times LR, as in torch."""
+    m = 0.0
+    for g in GRADIENTS:
+        m = 0.9 * m + LR * g
+        w = w - m - LR * DECAY * w
+    return w
+
+
+def adan(w: float, no_prox: bool = False) -> float:
+    """Xie et al. 2022, algorithm 1 in the paper's betas; bias corrections and eps as in the code."""
+    b1, b2, b3 = 0.1, 0.3, 0.2
+    m = v = n = 0.0
+    before = GRADIENTS[0]
+    for k, g in enumerate(GRADIENTS, 1):
+        m = (1 - b1) * m + b1 * g
+        v = (1 - b2) * v + b2 * (g - before)
+        n = (1 - b3) * n + b3 * (g + (1 - b2) * (g - before)) ** 2
+        eta = LR / (math.sqrt(n / (1 - (1 - b3) ** k)) + 0.05)
+        move = eta * (m / (1 - (1 - b1) ** k) + (1 - b2) * v / (1 - (1 - b2) ** k))
+        w = (1 - LR * DECAY) * w - move if no_prox else (w - move) / (1 + LR * DECAY)
+        before = g
+    return w
+
+
+def adopt(w: float, exponent: float | None = 0.25, decoupled: bool = True, eps: float = 1e-6) -> float:
+    """Taniguchi et al. 2024: g_0 sets v_0, then k = 1, 2, ... with v_{k-1}; -1.3 / 0.7 is clipped."""
+    m = v = 0.0
+    for k, g in enumerate(GRADIENTS):
+        g = g if decoupled else g + DECAY * w
+        if k == 0:
+            v = g * g
+            continue
+        h = g / max(math.sqrt(v), eps)
+        if exponent is not None:
+            h = max(-(k**exponent), min(k**exponent, h))
+        m = 0.6 * m + 0.4 * h
+        w = (w - LR * DECAY * w if decoupled else w) - LR * m
+        v = 0.8 * v + 0.2 * g * g
+    return w
+
+
+ADAN = {"betas": (0.9, 0.7, 0.8), "eps": 0.05}
+BETAS = {"betas": (0.6, 0.8)}
+APART = {"decoupled_weight_decay": True, **BETAS}
+BY_HAND: list[tuple[Callable[[float], float], str, dict[str, Any]]] = [
+    (lion, "Lion", BETAS),
+    (signum, "Signum", {"momentum": 0.6}),
+    (sign_sgd, "Signum", {"momentum": 0.0}),
+    (sgdw, "SGDW", {"momentum": 0.9}),
+    (adan, "Adan", ADAN),
+    (partial(adan, no_prox=True), "Adan", {"no_prox": True, **ADAN}),
+    (adopt, "ADOPT", APART),
+    (partial(adopt, decoupled=False), "ADOPT", BETAS),
+    (partial(adopt, exponent=None), "ADOPT", {"clip_exponent": None, **APART}),
+    (partial(adopt, exponent=0.5, eps=1.1), "ADOPT", {"clip_exponent": 0.5, "eps": 1.1, **APART}),
+]
+
+
+def follow(name: str, w: torch.Tensor, grads: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
+    """The weights after one step per gradient."""
+    state: dict[str, Any] = {}
+    for g in grads:
+        w, state = ORACLES[name](w, g, state, **options)
+    return w
+
+
+@pytest.mark.parametrize("negated", [False, True])
+@pytest.mark.parametrize(("by_hand", "name", "options"), BY_HAND)
+def test_a_rule_is_that_of_its_paper(
+    by_hand: Callable[[float], float], name: str, options: dict[str, Any], negated: bool
+) -> None:
+    """Four steps on one number: 4 times about 20 roundings of numbers below 4, on two sides. Also
+    uphill, on the gradients of the negative of the function."""
+    grads = [torch.tensor(-g if negated else g, dtype=F64) for g in GRADIENTS]
+    around: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "maximize": negated}
+    got = follow(name, torch.tensor(1.5, dtype=F64), grads, **around, **options)
+    assert float(got) == pytest.approx(by_hand(1.5), rel=0, abs=2 * 4 * 20 * 4 * EPS)
+
+
+OWN_DEFAULTS = {
+    "SGDW": {"lr": 1e-3, "weight_decay": 0, "decoupled_weight_decay": True},
+    "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0, "decoupled_weight_decay": True},
+    "Signum": {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0, "decoupled_weight_decay": True},
+    "Adan": {"lr": 1e-3, "betas": (0.98, 0.92, 0.99), "eps": 1e-8, "weight_decay": 0, "no_prox": False},
+    "ADOPT": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.9999),
+        "eps": 1e-6,
+        "clip_exponent": 0.25,
+        "weight_decay": 0,
+        "decoupled_weight_decay": False,
+    },
+}
+OWN_STATE = {
+    "SGDW": {},
+    "Lion": {"exp_avg"},
+    "Signum": {"momentum_buffer"},
+    "Adan": {"step", "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"},
+    "ADOPT": {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+@pytest.mark.parametrize("name", OWN_DEFAULTS)
+def test_defaults_and_state_of_rules_that_torch_has_not(name: str) -> None:
+    """A step with the defaults spelled out is the step without."""
+    w, state, spelled_state = torch.tensor([1.0, -2.0]), {}, {}
+    spelled = w
+    for g in (torch.tensor([0.5, -0.3]), torch.tensor([2.0, 0.1]), torch.tensor([-9.0, 8.0])):
+        w, state = ORACLES[name](w, g, state)
+        spelled, spelled_state = ORACLES[name](spelled, g, spelled_state, **OWN_DEFAULTS[name])
+        assert torch.equal(w, spelled)
+        assert set(state) == set(OWN_STATE[name])
+    if name == "Adan":
+        assert torch.equal(state["previous_grad"], g)
+
+
+def test_the_sign_of_nothing_is_nothing() -> None:
+    w, zero = torch.tensor([1.0, -2.0]), torch.zeros(2)
+    for name in ("Lion", "Signum"):
+        assert torch.equal(ORACLES[name](w, zero, {}, lr=0.1)[0], w)
+
+
+def drawn(seed: int, steps: int = 12, shape: tuple[int, ...] = (4, 6)) -> tuple[torch.Tensor, Any]:
+    """Weights, and gradients of magnitudes in [0.5, 1.5]."""
+    generator = torch.Generator().manual_seed(seed)
+    w, *grads = (2 * torch.rand(shape, generator=generator, dtype=F64) - 1 for _ in range(steps + 1))
+    return w, [g + 0.5 * torch.where(g < 0, -1.0, 1.0) for g in grads]
+
+
+SMALL_EPS = {"eps": 1e-30}
+SCALE_FREE = [
+    ("Adam", {**SMALL_EPS, "amsgrad": True}),
+    ("Adam", {"eps": 1e-60, "eps_inside_sqrt": True}),
+    ("NAdam", SMALL_EPS),
+    ("Adamax", SMALL_EPS),
+    ("Adagrad", SMALL_EPS),
+    ("Adadelta", SMALL_EPS),
+    ("RMSprop", SMALL_EPS),
+    ("RMSprop", {**SMALL_EPS, "centered": True, "momentum": 0.9}),
+    ("Lion", {}),
+    ("Signum", {}),
+    ("Adan", SMALL_EPS),
+    ("ADOPT", SMALL_EPS),
+]
+
+
+@pytest.mark.parametrize("power", [-9, 7])
+@pytest.mark.parametrize("where", [False, "gradient", "update"])
+@pytest.mark.parametrize(("name", "options"), SCALE_FREE)
+def test_rules_that_do_not_see_the_scale_of_the_gradient(
+    name: str, options: dict[str, Any], where: Any, power: int
+) -> None:
+    """g -> 2^k g, which rounds nothing, with an eps that vanishes: no bit of the weights changes."""
+    w, grads = drawn(0)
+    ends = [follow(name, w, [c * g for g in grads], centralize=where, **options) for c in (1.0, 2.0**power)]
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], w)
+
+
+def test_the_learning_rate_of_adagrad_never_rises() -> None:
+    """The move over the gradient, element by element; the two are off by 4 roundings each."""
+    zero, grads = torch.zeros(4, 6, dtype=F64), drawn(1)[1]
+    state: dict[str, Any] = {}
+    rates = []
+    for g in grads:
+        move, state = reference.adagrad(zero, g, state, lr=-1.0)
+        rates.append(move / g)
+    for earlier, later in itertools.pairwise(rates):
+        assert bool((later <= earlier * (1 + 4 * EPS)).all())
+    assert bool((rates[-1] < 0.6 * rates[0]).all())
+
+
+def test_no_step_of_adamax_exceeds_its_bound() -> None:
+    """|step| <= lr (1 - b1) / (1 - b1/b2), which gradients that shrink like b2^t approach."""
+    bound = (1 - 0.9) / (1 - 0.9 / 0.999)
+    zero, grads = torch.zeros(4, 6, dtype=F64), drawn(2, steps=60)[1]
+    for paths, least in ((grads, 0.0), ([torch.full_like(zero, 0.999**t) for t in range(60)], 0.999)):
+        state: dict[str, Any] = {}
+        longest = 0.0
+        for g in paths:
+            move, state = reference.adamax(zero, g, state, lr=1.0, eps=1e-30)
+            longest = max(longest, float(move.abs().max()))
+        assert least * bound <= longest <= bound * (1 + 100 * EPS)
