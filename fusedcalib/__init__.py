@@ -9,24 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adam", "AdamW", "__version__", "reference"]
 
 if TYPE_CHECKING:
     from . import reference
-    from .rules.adam import Adam, AdamW
-    from .rules.sgd import SGD
+    from .factory import create, optimizers
+    from .frameworks import register_timm
+    from .groups import param_groups
+    from .optimizer import FusedOptimizer
 
-_HOMES = {"SGD": ".rules.sgd", "Adam": ".rules.adam", "AdamW": ".rules.adam"}
+_HOMES = {
+    "FusedOptimizer": ".optimizer",
+    "create": ".factory",
+    "optimizers": ".factory",
+    "param_groups": ".groups",
+    "register_timm": ".frameworks",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads an optimizer when it is first asked for: importing the package costs next to nothing."""
+    """Loads what is asked for: importing the package costs next to nothing. Optimizers are found in `rules`."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     if name == "reference":
         return import_module(".reference", __name__)
+    if name == "__all__":
+        return sorted([*_found(), *_HOMES, "reference", "__version__"])
+    if name[:1].isupper() and name in _found():
+        return _found()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+def _found() -> dict[str, Any]:
+    classes: dict[str, Any] = import_module(".factory", __name__).optimizers()
+    return classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,9 +30,17 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"Invalid centralize value: {centralize!r}, expected one of {CENTRALIZE}")
     if type(min_ndim) is not int or min_ndim < 1:
         raise ValueError(f"Invalid centralize_min_ndim value: {min_ndim!r}, expected an int >= 1")
+    l1, norm = group["l1"], group["max_row_norm"]
+    if not 0 <= l1 < math.inf:
+        raise ValueError(f"Invalid l1 value: {l1!r}, expected a finite number >= 0")
+    if norm is not None and not norm > 0:
+        raise ValueError(f"Invalid max_row_norm value: {norm!r}, expected a number > 0, or None for no limit")
     for flag in ("capturable", "differentiable"):
         if group.get(flag):
-            raise ValueError(f"{name} does not support {flag}=True; use torch.optim.{name}({flag}=True)")
+            instead = (
+                f"use torch.optim.{name}({flag}=True)" if hasattr(torch.optim, name) else "set it to False"
+            )
+            raise ValueError(f"{name} does not support {flag}=True; {instead}")
 
 
 def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
@@ -61,12 +70,16 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
         raise RuntimeError(f"{owner} is a lazy negation or conjugate; resolve_neg() or resolve_conj() it")
     if param.dtype not in PARAMETERS:
         raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
-    if recipe.centralize != "none" and param.is_complex():
-        raise ValueError(f"{owner} is complex, which cannot be centred; set centralize=False")
+    if recipe.flags.by_rows and param.is_complex():
+        raise ValueError(
+            f"{owner} is complex, which has no row means or norms; set centralize=False, max_row_norm=None"
+        )
     if overlaps_itself(param):
         raise RuntimeError(
             f"{owner} overlaps itself in memory (an expanded tensor); clone() it before optimizing it"
         )
+    if recipe.flags.l1 and param.is_complex():
+        raise ValueError(f"{owner} is complex, for which there is no L1 penalty; set l1=0")
     _check_like(f"{owner}: its gradient", grad, param)
     for name in recipe.states:
         if recipe.rule.counts and name not in state and state.get("step", 0) > 0:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from llvmlite import binding
 from numba import njit
+from numba.extending import overload
 
 from .cpu_memory import Memory, fetch_add, geometry_at, tile_at, words_at
 from .cpu_threads import on_threads, threads_for
@@ -43,6 +44,16 @@ def _sqrt(x):
 
 
 @njit(**_INNER)
+def _absolute(x):
+    return abs(x)
+
+
+@njit(**_INNER)
+def _minimum(x, y):
+    return x if (x < y or x != x) else y
+
+
+@njit(**_INNER)
 def _maximum(x, y):
     return x if (x > y or x != x) else y
 
@@ -52,8 +63,27 @@ def _where(condition, x, y):
     return x if condition else y
 
 
+def _sign(x):
+    """Stands for its overload: -1, 0 or 1 in the type of x."""
+
+
+@overload(_sign, jit_options=_INNER)
+def _sign_in(x):
+    real = {32: np.float32, 64: np.float64}[x.bitwidth]
+    minus, zero, one = real(-1), real(0), real(1)
+    return lambda x: one if x > 0 else (minus if x < 0 else zero)
+
+
 # The names of kernels/ops.py, for single elements.
-NAMES = {"divide": _divide, "sqrt": _sqrt, "maximum": _maximum, "where": _where}
+NAMES = {
+    "divide": _divide,
+    "sqrt": _sqrt,
+    "absolute": _absolute,
+    "sign": _sign,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "where": _where,
+}
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -63,14 +93,9 @@ def supports(dtype: torch.dtype) -> bool:
     return bool(binding.get_host_cpu_features().get("f16c")) or "x86" not in binding.get_process_triple()
 
 
-def _stages(recipe: Recipe) -> tuple[Function, Function]:
-    """`measured` and `stepped` of kernels/stages.py for a recipe, compiled for single elements."""
-    flags = {
-        "VARIANT": recipe.variant,
-        "MAXIMIZE": recipe.maximize,
-        "DECAY": recipe.decay,
-        "CENTRALIZE": recipe.centralize,
-    }
+def _stages(recipe: Recipe) -> tuple[Function, Function, Function]:
+    """`measured`, `stepped`, `projected` of kernels/stages.py for a recipe, compiled for single elements."""
+    flags = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
 
     def compiled(function: Any, **names: Any) -> Function:
         function = njit(folded(function, {**NAMES, **names}, flags), **_INNER)
@@ -81,15 +106,17 @@ def _stages(recipe: Recipe) -> tuple[Function, Function]:
     return (
         compiled(stages.measured, RULE=rule, prepared=prepared),
         compiled(stages.stepped, RULE=rule, prepared=prepared),
+        compiled(stages.projected),
     )
 
 
 def _row_loop(recipe: Recipe, memory: Memory) -> Function:
-    """`step_row(row, addresses, strides, runs, length, h)`: one row, centred first where that is asked."""
-    measured, stepped = _stages(recipe)
-    load, store, shift, integers = memory.load, memory.store, memory.shift, memory.integers
+    """`step_row(row, addresses, strides, runs, length, h)`: one row, centred and projected where asked."""
+    measured, stepped, projected = _stages(recipe)
+    load, store, store_param = memory.load, memory.store, memory.store_param
+    shift, integers = memory.shift, memory.integers
     geometry, strides_at, inner, real = memory.geometry, memory.strides, memory.inner, memory.real
-    centred = recipe.centralize != "none"
+    centred, project = recipe.flags.centralize != "none", recipe.flags.project
 
     @njit(**_INNER, fastmath=_ADD_FREELY)
     def run_sum(addresses, strides, length, h):
@@ -101,6 +128,23 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
                 part += measured(values[0], values[1], values[2:], h)
             total += part
         return total
+
+    @njit(**_INNER, fastmath=_ADD_FREELY)
+    def run_squares(addresses, strides, length):
+        total = 0.0
+        for first in range(0, length, BLOCK):
+            part = real(0.0)
+            for i in range(first, min(first + BLOCK, length)):
+                p = load(addresses, strides, i)[0]
+                part += p * p
+            total += part
+        return total
+
+    @njit(**_INNER)
+    def run_project(addresses, strides, length, squares, h):
+        for i in range(length):
+            p = load(addresses, strides, i)[0]
+            store_param(addresses, strides, i, projected(p, squares, h))
 
     @njit(**_INNER)
     def run_step(addresses, strides, length, h, mean):
@@ -130,6 +174,13 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
             mean = real(total / (runs * length))
         for run in range(runs):
             run_step(start_of_run(row, addresses, run), strides, length, h, mean)
+        if project:
+            squares = 0.0
+            for run in range(runs):
+                squares += run_squares(start_of_run(row, addresses, run), strides, length)
+            if np.sqrt(real(squares)) > h[3]:
+                for run in range(runs):
+                    run_project(start_of_run(row, addresses, run), strides, length, real(squares), h)
 
     return cast(Function, step_row)
 
@@ -184,9 +235,9 @@ class NumbaExecutor:
 
     name = "numba"
 
-    def shape(self, layout: Layout, centred: bool) -> Shape:
+    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
         """Tiles of about TILE elements: whole rows where rows matter, stretches elsewhere."""
-        if layout.sizes or centred:
+        if layout.sizes or by_rows:
             return Shape(max(1, TILE // layout.columns), layout.columns, None)
         return Shape(1, TILE, None)
 

@@ -143,6 +143,14 @@ class Memory:
             return types.void(addresses, strides, types.int64, real, state), codegen
 
         @intrinsic
+        def store_param(typing, addresses, strides, i, p):
+            def codegen(context, builder, signature, args):
+                builder.store(_narrowed(builder, args[3], stored[0]), pointer(builder, args, 0))
+                return context.get_dummy_value()
+
+            return types.void(addresses, strides, types.int64, real), codegen
+
+        @intrinsic
         def shift(typing, addresses, strides, n):
             """Addresses moved on by n strides each."""
 
@@ -175,5 +183,5 @@ class Memory:
             """The scalars of a slot."""
             return _reader(real, count, llvm_real, indexed=True)
 
-        self.load, self.store, self.shift = load, store, shift
+        self.load, self.store, self.store_param, self.shift = load, store, store_param, shift
         self.spread, self.integers, self.scalars_at = spread, integers, scalars_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
@@ -22,29 +23,37 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
     return torch.where(condition, x, y)
 
 
+def _over(function: Any) -> Any:
+    """A function of tensors as one of tensors and numbers."""
+
+    def of_both(x: Any, y: Any) -> Any:
+        like = x if isinstance(x, Tensor) else y
+        return function(*(torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (x, y)))
+
+    return of_both
+
+
 # The names of kernels/ops.py, in plain torch.
 NAMES = {
-    "divide": torch.div,
+    "divide": operator.truediv,
     "sqrt": torch.sqrt,
-    "maximum": torch.maximum,
+    "absolute": torch.abs,
+    "sign": torch.sign,
+    "maximum": _over(torch.maximum),
+    "minimum": _over(torch.minimum),
     "where": _where,
 }
 
 
 @cache
-def _pipeline(recipe: Recipe) -> tuple[Function, Function]:
-    """`measured` and `stepped` of kernels/stages.py for a recipe."""
-    flags = {
-        "RULE": rebound(recipe.rule.update, NAMES),
-        "VARIANT": recipe.variant,
-        "MAXIMIZE": recipe.maximize,
-        "DECAY": recipe.decay,
-        "CENTRALIZE": recipe.centralize,
-    }
+def _pipeline(recipe: Recipe) -> tuple[Function, Function, Function]:
+    """`measured`, `stepped` and `projected` of kernels/stages.py for a recipe."""
+    flags = {"RULE": rebound(recipe.rule.update, NAMES), "FLAGS": recipe.flags}
     names = {**NAMES, "prepared": rebound(stages.prepared, NAMES)}
     return (
         partial(rebound(stages.measured, names), **flags),
         partial(rebound(stages.stepped, names), **flags),
+        rebound(stages.projected, names),
     )
 
 
@@ -59,7 +68,7 @@ class EagerExecutor:
 
     name = "eager"
 
-    def shape(self, layout: Layout, centred: bool) -> Shape:
+    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
         """One tile a slot: the table is not read."""
         return Shape(layout.rows, layout.columns, None)
 
@@ -83,13 +92,16 @@ def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor
 
 
 def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...]) -> None:
-    measured, stepped = _pipeline(bucket.key.recipe)
+    measured, stepped, projected = _pipeline(bucket.key.recipe)
+    flags = bucket.key.recipe.flags
     p, g, *state = (t.to(bucket.compute) for t in tensors)
+    inner = tuple(range(1, p.ndim))
     mean: Any = 0.0
-    if bucket.key.recipe.centralize != "none":
-        x = measured(p, g, tuple(state), h)
-        mean = x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+    if flags.centralize != "none":
+        mean = measured(p, g, tuple(state), h).mean(dim=inner, keepdim=True)
     p, new = stepped(p, g, tuple(state), h, mean)
+    if flags.project:
+        p = projected(p, p.square().sum(dim=inner, keepdim=True), h)
     for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
         target.copy_(value)
 

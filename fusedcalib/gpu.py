@@ -22,15 +22,15 @@ def interpreted() -> bool:
 
 
 class TritonExecutor:
-    """Runs a bucket in one launch, in two where rows are centred that no tile can hold."""
+    """Runs a bucket in one launch, with one more for each sum over rows that no tile can hold."""
 
     name = "triton"
 
-    def shape(self, layout: Layout, centred: bool) -> Shape:
+    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
         """The tile of the slot's row class."""
-        tile = launch.tile_for(layout.rows, layout.columns, centred)
+        tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors)
         # A looping program walks its whole row: one tile a row in the list.
-        columns = layout.columns if tile.mean == "loop" else tile.columns
+        columns = layout.columns if tile.reduction == "loop" else tile.columns
         return Shape(tile.rows, columns, tile)
 
     def run(self, bucket: Bucket) -> int:
@@ -51,8 +51,8 @@ class _Resident:
         device = bucket.key.device
         self.spec = spec_of(bucket)
         self._tiles = _on(device, bucket.tiles)
-        pieces = len(bucket.tiles) if self.spec.tile.mean == "pieces" else 1
-        self._sums = torch.empty(pieces, dtype=bucket.compute, device=device)
+        pieces = len(bucket.tiles) if self.spec.tile.reduction == "pieces" else 0
+        self._sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
         self._versions = (-1, -1)
 
     def up_to_date(self, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,10 +72,7 @@ def spec_of(bucket: Bucket) -> launch.Spec:
     vector = 16 // min(dtype.itemsize for dtype in key.dtypes)
     return launch.Spec(
         rule=key.recipe.rule.update,
-        variant=key.recipe.variant,
-        maximize=key.recipe.maximize,
-        decay=key.recipe.decay,
-        centralize=key.recipe.centralize,
+        flags=key.recipe.flags,
         dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
         compute=launch.dtype_of(_name(bucket.compute)),
         fields=fields_of(len(key.dtypes), key.inner),

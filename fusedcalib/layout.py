@@ -24,11 +24,11 @@ class Layout(NamedTuple):
     strides: tuple[tuple[int, ...], ...] = ()
 
 
-def layout_of(tensors: Sequence[Tensor], centred: bool) -> Layout:
-    """The layout of tensors of one shape, paired by index. Rows (dim 0) matter only where `centred`."""
+def layout_of(tensors: Sequence[Tensor], by_rows: bool) -> Layout:
+    """The layout of tensors of one shape, paired by index. Rows (dim 0) matter only where `by_rows`."""
     first = tensors[0]
     count = first.numel()
-    rows = first.shape[0] if centred else 1
+    rows = first.shape[0] if by_rows else 1
     if all(t.is_contiguous() for t in tensors):
         return Layout(rows, count // rows)
     strides = first.stride()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .arguments import EXTRAS, limitless, signature_of
 from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
 from .plan import Plan, Versions
@@ -26,33 +27,61 @@ BACKENDS = ("auto", "triton", "numba", "eager")
 
 
 class FusedOptimizer(Optimizer):
-    """Base of every optimizer here. A subclass names its `rule` and its torch.optim-like arguments.
+    r"""Base of every optimizer here: `rule` between the stages of one fused pass over memory.
+
+    .. math::
+        \hat g &= P(g + \lambda \theta + \lambda_1 \mathrm{sign}(\theta)) \\
+        \theta &\leftarrow \Pi_c(\theta - \gamma\, u(\hat g))
+
+    with the direction :math:`u` of the rule. :math:`P` removes row means where `centralize` is set,
+    :math:`\Pi_c` shortens rows where `max_row_norm` is; both are the identity elsewhere. Where decay is
+    decoupled :math:`\lambda` is not in the gradient: :math:`\theta` is first scaled by
+    :math:`1 - \gamma \lambda`. A row is one index of dimension 0.
+
+    A subclass takes the arguments of the torch.optim class of its name, in their order. Also:
 
     Args:
-        params: as torch.optim.
-        centralize, centralize_min_ndim: defaults of the param groups, see `fusedcalib.SGD`.
+        params: parameters, named parameters or param groups, as torch.optim takes them.
+        maximize: ascend instead of descend: the gradient changes sign, penalties do not. Default False.
+        foreach, fused: accepted for compatibility; the step is always one fused pass.
+        capturable, differentiable: must be False.
+        centralize: remove the mean of each row from the gradient (True or "gradient") or from the update
+            ("update"); tensors of one dimension and rows of one element stay as they are. Default False.
+        centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
+            only. Default 2.
+        l1: L1 penalty :math:`\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in
+            units of the gradient; with `weight_decay` the elastic net. Default 0.
+        max_row_norm: largest Euclidean norm :math:`c` of a row after a step, in units of the parameter, for
+            tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
         backend: "auto", "triton", "numba" or "eager"; for the whole optimizer.
-        **options: arguments of the next class, usually the torch.optim class of that name.
+
+    All but `params` and `backend` may differ between param groups and change between steps.
+
+    Raises:
+        ValueError: an option out of range, as torch.optim.
+
+    Sources: centring: Yong et al., "Gradient Centralization", ECCV 2020; decoupled decay: Loshchilov and
+    Hutter, ICLR 2019; elastic net: Zou and Hastie 2005; largest norm: Srebro and Shraibman 2005.
     """
 
     rule: ClassVar[Rule]
 
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        centralize: bool | str = False,
-        centralize_min_ndim: int = 2,
-        backend: str = "auto",
-        **options: Any,
-    ) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        extras = {**EXTRAS, **cls.rule.extras, "backend": "auto"}
+        cls.__signature__ = signature_of(cls, extras)  # type: ignore[attr-defined]
+
+    def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
+        backend = options.pop("backend", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"Invalid backend: {backend!r}, expected one of {', '.join(BACKENDS)}")
         self._backend = backend
-        self._extras = {"centralize": centralize, "centralize_min_ndim": centralize_min_ndim}
+        own = {**EXTRAS, **self.rule.extras}
+        self._extras = limitless({key: options.pop(key, default) for key, default in own.items()})
         self._plan: Plan | None = None
         self._versions = Versions()
-        super().__init__(params, **options)
+        super().__init__(params, *args, **options)
+        self.state.clear()  # torch.optim.Adagrad makes its state at once
         # Unscaling is the scaler's work: the step does not read grad_scale and found_inf.
         self._step_supports_amp_scaling = False
 
@@ -63,6 +92,7 @@ class FusedOptimizer(Optimizer):
         for key, value in self._extras.items():
             self.defaults.setdefault(key, value)
         if isinstance(param_group, dict):
+            param_group.update(limitless({k: v for k, v in param_group.items() if k in self._extras}))
             check_group({**self.defaults, **param_group}, type(self).__name__)
         self._plan = None
         super().add_param_group(param_group)
@@ -167,7 +197,9 @@ class FusedOptimizer(Optimizer):
             check_parameter(owner, param, recipes[group], self.state.get(param, {}))
         executors = [self._executor(param) for _, _, param in live]
         check_slots(type(self).__name__, [param for _, _, param in live])
-        fresh = [self._make_state(param, recipes[group]) for group, _, param in live]
+        fresh = [
+            self._make_state(param, recipes[group], self.param_groups[group]) for group, _, param in live
+        ]
         slots = [
             Slot(param, self._states(param, recipes[group]), group, recipes[group], executor)
             for (group, _, param), executor in zip(live, executors, strict=True)
@@ -187,16 +219,20 @@ class FusedOptimizer(Optimizer):
                 if param.grad is not None:
                     yield group, index, param
 
-    def _make_state(self, param: Tensor, recipe: Recipe) -> bool:
+    def _make_state(self, param: Tensor, recipe: Recipe, group: dict[str, Any]) -> bool:
         """Makes the state that is missing; returns whether all of it was."""
-        if not recipe.states and not recipe.rule.counts:
+        rule = recipe.rule
+        if not recipe.states and not rule.counts:
             return True
         entry = self.state[param]
         missing = [name for name in recipe.states if entry.get(name) is None]
-        if recipe.rule.counts and "step" not in entry:
+        if rule.counts and "step" not in entry:
             entry["step"] = torch.zeros((), dtype=torch.float32)
+        if rule.product and rule.product[0] not in entry:
+            entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
         for name in missing:
-            entry[name] = self._versions.new_state(param)
+            value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
+            entry[name] = self._versions.new_state(param, value)
         return len(missing) == len(recipe.states)
 
     def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:

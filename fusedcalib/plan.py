@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recipe import Recipe, scalars_of
+from .recipe import Numbers, Recipe, scalars_of
 from .tables import Array, Slot, build_buckets
 from .watch import Watch
 
@@ -28,7 +28,7 @@ class Plan:
         self.buckets = build_buckets(slots)
         self._recipes = recipes
         self._groups = np.array([slot.group for slot in slots], dtype=np.int64)
-        self._group_rows = np.unique(self._groups, return_inverse=True)
+        self._group_rows = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         self._written = versions.to_count(slots)
         self._counter = _Counter(slots, fresh, state)
         self._watch = Watch(groups, state)
@@ -45,19 +45,26 @@ class Plan:
 
     def refresh(self, groups: list[dict[str, Any]]) -> None:
         """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
-        pairs, rows = self._pairs(self._counter.upcoming())
-        values = [scalars_of(self._recipes[g], groups[g], step) for g, step in pairs]
+        found, rows = self._distinct(self._counter.upcoming())
+        values, products = [], []
+        for group, step, *product in found:
+            recipe, options = self._recipes[int(group)], groups[int(group)]
+            if product and recipe.rule.product:
+                factor = recipe.rule.product[1](Numbers(options), float(step))
+                product = [np.float32(product[0]) * np.float32(factor)]  # rounded as torch.optim's
+                products += product
+            values.append(scalars_of(recipe, options, float(step), *map(float, product)))
+        self._counter.products = np.array(products, dtype=np.float32)[rows] if products else None
         for bucket in self.buckets:
             bucket.set_scalars(values, rows)
 
-    def _pairs(self, steps: Array) -> tuple[list[tuple[int, float]], Array]:
-        """The distinct (group, step) pairs, and which of them each slot has."""
-        if steps.size and steps.min() == steps.max():  # the usual case: a group is a row
-            step = float(steps[0])
-            return [(int(g), step) for g in self._group_rows[0]], self._group_rows[1]
-        both = np.stack([self._groups, steps], axis=1)
-        pairs, rows = np.unique(both, axis=0, return_inverse=True)
-        return [(int(g), float(s)) for g, s in pairs], rows.reshape(-1)
+    def _distinct(self, history: tuple[Array, ...]) -> tuple[Array, Array]:
+        """The distinct (group, step, ...) that occur, a row each, and which of them each slot has."""
+        firsts, rows = self._group_rows
+        if all(h.size and h.min() == h.max() for h in history):  # the usual case: a group is a row
+            return np.stack([self._groups[firsts], *(h[firsts] for h in history)], axis=1), rows
+        found, rows = np.unique(np.stack([self._groups, *history], axis=1), axis=0, return_inverse=True)
+        return found, rows.reshape(-1)
 
     def run(self) -> int:
         """Steps everything; returns the number of kernel launches."""
@@ -77,13 +84,14 @@ class Versions:
     def __init__(self) -> None:
         self._anchors: dict[torch.device, Tensor] = {}
 
-    def new_state(self, param: Tensor) -> Tensor:
-        """A state of zeros like the parameter, in memory of its own."""
+    def new_state(self, param: Tensor, value: float) -> Tensor:
+        """A state like the parameter, in memory of its own, filled with a value."""
         if param.device not in self._anchors:
             with torch.inference_mode(False):
                 self._anchors[param.device] = torch.empty(0, device=param.device)
         state = self._anchors[param.device].detach()
-        state.data = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+        fill = complex(value, value) if param.is_complex() else value  # as torch.optim
+        state.data = torch.full_like(param, fill, memory_format=torch.preserve_format, requires_grad=False)
         return state
 
     def to_count(self, slots: list[Slot]) -> list[Tensor]:
@@ -97,30 +105,38 @@ class Versions:
 
 
 class _Counter:
-    """The steps taken by each slot.
+    """The steps taken by each slot, and the running product of a rule that keeps one.
 
     Each `state["step"]` is a 0-dim tensor of its own, as torch.optim's, but all are views of one buffer:
     counting a step is one addition whatever the number of parameters.
     """
 
     def __init__(self, slots: list[Slot], fresh: list[bool], state: dict[Tensor, Any]) -> None:
-        self._counts = bool(slots) and slots[0].recipe.rule.counts
-        taken = [float(not new) for new in fresh]
-        if self._counts:
-            taken = [float(state[slot.param]["step"]) for slot in slots]
-        self._buffer = torch.tensor(taken, dtype=torch.float32)
-        self._taken: Array = self._buffer.numpy()
-        if self._counts:
-            for slot, step in zip(slots, self._buffer, strict=True):
-                state[slot.param]["step"] = step
+        rule = slots[0].recipe.rule if slots else None
+        entries = [state[slot.param] for slot in slots] if rule and rule.counts else []
+        self._counts = bool(entries)
+        self._taken = _shared(entries, "step") if entries else torch.tensor([float(not new) for new in fresh])
+        self._product = _shared(entries, rule.product[0]) if rule and rule.product else None
+        self.products: Array | None = None  # what the coming step makes of it
 
-    def upcoming(self) -> Array:
-        """The step that each slot takes next, from 1."""
-        return self._taken + 1
+    def upcoming(self) -> tuple[Array, ...]:
+        """The step that each slot takes next, from 1, and its product so far."""
+        step = self._taken.numpy() + 1
+        return (step,) if self._product is None else (step, self._product.numpy())
 
     def advance(self) -> None:
         """Counts a step; rules that keep no count only know the first from the later ones."""
         if self._counts:
-            self._buffer += 1
+            self._taken += 1
         else:
-            self._buffer.fill_(1)
+            self._taken.fill_(1)
+        if self._product is not None and self.products is not None:
+            self._product.copy_(torch.from_numpy(self.products))
+
+
+def _shared(entries: list[dict[str, Any]], name: str) -> Tensor:
+    """A buffer of the values of a 0-dim state, of which the states become views."""
+    buffer = torch.tensor([float(entry[name]) for entry in entries], dtype=torch.float32)
+    for entry, view in zip(entries, buffer, strict=True):
+        entry[name] = view
+    return buffer

@@ -39,6 +39,13 @@ def folded(device_function: Any, names: Mapping[str, Any], constants: Mapping[st
     return namespace[fn.__name__]  # type: ignore[no-any-return]
 
 
+def _is_constant(node: ast.expr) -> bool:
+    """Whether an argument is a compile-time one, or a field of one."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id.isupper()
+
+
 class _Fold(ast.NodeTransformer):
     """Drops arguments in capitals from definitions and calls, and the branches they rule out."""
 
@@ -53,7 +60,7 @@ class _Fold(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        node.args = [a for a in node.args if not (isinstance(a, ast.Name) and a.id.isupper())]
+        node.args = [a for a in node.args if not _is_constant(a)]
         return self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:

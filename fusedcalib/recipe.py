@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .kernels.stages import Flags
+
 Group = Mapping[str, Any]
+
+
+def decay_of(group: Group) -> str:
+    """Decay as torch.optim's classes have it: of the gradient, or of the parameter where that is asked for."""
+    return "decoupled" if group.get("decoupled_weight_decay") else "coupled"
+
+
+def epsilons(group: Group) -> tuple[float, float]:
+    """What is added under the root and what to the root: `eps` is one of them, the other is exactly nothing."""
+    return (group["eps"], 0.0) if group["eps_inside_sqrt"] else (0.0, group["eps"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,19 +29,28 @@ class Rule:
     Attributes:
         update: device function `(p, g, state, h, VARIANT) -> (direction, new state)` on loaded values.
             It never sees the learning rate, decay, centring or how values are stored.
-        states: the state tensors of each variant, by torch.optim's names; zeros when new.
-        variant: the variant that a param group asks for.
         scalars: `(group, step) -> (step size, *h)`, in double; `step` counts from 1. The new parameter is
-            `p - step_size * direction`.
+            `p - step_size * direction`. A step size of zero is no step: then nothing decays either.
+        states: the state tensors of each variant, by torch.optim's names.
+        variant: the variant that a param group asks for.
         counts: whether `step` is kept per parameter in the state. Where it is not, `step` is 1 for a
             parameter whose state is new and 2 afterwards.
+        starts: group keys that hold the initial value of a state; others start at zero.
+        product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
+            it; `scalars` gets its new value as a third argument.
+        decay: how `weight_decay` acts in a param group: "coupled", "decoupled" or "proximal".
+        extras: options of a param group, with defaults, that torch.optim's class of the name has not.
     """
 
     update: Any
-    states: Mapping[str, tuple[str, ...]]
-    variant: Callable[[Group], str]
-    scalars: Callable[[Group, float], tuple[float, ...]]
+    scalars: Callable[..., tuple[float, ...]]
+    states: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"plain": ()})
+    variant: Callable[[Group], str] = lambda group: "plain"
     counts: bool = True
+    starts: Mapping[str, str] = field(default_factory=dict)
+    product: tuple[str, Callable[[Group, float], float]] | None = None
+    decay: Callable[[Group], str] = decay_of
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,53 +58,71 @@ class Recipe:
     """What is compiled for a param group: a specialisation each. Holds no hyperparameter."""
 
     rule: Rule
-    variant: str
-    maximize: bool
-    decay: str  # "none" | "coupled" | "decoupled"
-    centralize: str  # "none" | "gradient" | "update"
-    min_ndim: int  # fewest dimensions of a tensor that is centred
+    flags: Flags
+    min_ndim: int = 2  # fewest dimensions of a tensor that is centred
 
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the state tensors, in the order the rule's device function takes them."""
-        return self.rule.states[self.variant]
+        return self.rule.states[self.flags.variant]
 
     def for_tensor(self, ndim: int, columns: int) -> Recipe:
-        """What is compiled for one tensor: vectors, scalars and rows of one element are never centred."""
+        """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""
         centred = ndim >= max(2, self.min_ndim) and columns >= 2
-        return replace(self, centralize=self.centralize if centred else "none", min_ndim=2)
+        centralize = self.flags.centralize if centred else "none"
+        flags = self.flags._replace(centralize=centralize, project=self.flags.project and ndim >= 2)
+        return Recipe(self.rule, flags)
 
 
 def recipe_of(rule: Rule, group: Group) -> Recipe:
     """The recipe that a param group asks for."""
-    kind = "decoupled" if group.get("decoupled_weight_decay") else "coupled"
     centralize = group["centralize"]
-    return Recipe(
-        rule=rule,
+    flags = Flags(
         variant=rule.variant(group),
         maximize=bool(group["maximize"]),
-        decay=kind if group["weight_decay"] != 0 else "none",
+        decay=rule.decay(group) if group["weight_decay"] != 0 else "none",
+        l1=group["l1"] != 0,
         centralize="gradient" if centralize is True else centralize or "none",
-        min_ndim=group["centralize_min_ndim"],
+        project=group["max_row_norm"] not in (None, math.inf),
     )
+    return Recipe(rule, flags, group["centralize_min_ndim"])
 
 
 def merged(recipes: list[Recipe]) -> list[Recipe]:
-    """One recipe for groups that differ only in having a decay: no decay is exact, a launch is not free."""
-    decaying = {replace(r, decay="none"): r for r in recipes if r.decay != "none"}
-    return [decaying.get(r, r) for r in recipes]
+    """One recipe for groups that differ in what a number can switch off: that is exact, a launch not free."""
+    alike: dict[Recipe, list[Flags]] = {}
+    for r in recipes:
+        alike.setdefault(_bare(r), []).append(r.flags)
+    return [replace(r, flags=_joined(r.flags, alike[_bare(r)])) for r in recipes]
 
 
-def scalars_of(recipe: Recipe, group: Group, step: float) -> tuple[float, ...]:
-    """The row of scalars of a group at a step, in double: decay, step size, then the rule's own."""
-    numbers = _Numbers(group)
-    decay = numbers["weight_decay"]
-    if recipe.decay == "decoupled":
-        decay = 1 - numbers["lr"] * decay
-    return (decay, *recipe.rule.scalars(numbers, step))
+def _bare(recipe: Recipe) -> Recipe:
+    return replace(recipe, flags=recipe.flags._replace(decay="none", l1=False, project=False))
 
 
-class _Numbers(Mapping[str, Any]):
+def _joined(own: Flags, others: list[Flags]) -> Flags:
+    """A group's flags with all that the others have switched on."""
+    decays = [flags.decay for flags in (own, *others) if flags.decay != "none"]
+    return own._replace(
+        decay=decays[0] if decays else "none",
+        l1=any(flags.l1 for flags in others),
+        project=any(flags.project for flags in others),
+    )
+
+
+def scalars_of(recipe: Recipe, group: Group, step: float, *product: float) -> tuple[float, ...]:
+    """The row of scalars of a group at a step, in double, as kernels/stages.py reads it."""
+    numbers = Numbers(group)
+    step_size, *own = recipe.rule.scalars(numbers, step, *product)
+    decay, norm = numbers["weight_decay"], numbers["max_row_norm"]
+    if recipe.flags.decay in ("decoupled", "proximal"):
+        decay *= numbers["lr"] if step_size else 0.0
+        decay = 1 - decay if recipe.flags.decay == "decoupled" else 1 / (1 + decay)
+    unlimited = norm is None or not step_size
+    return (decay, step_size, numbers["l1"], math.inf if unlimited else norm, *own)
+
+
+class Numbers(Mapping[str, Any]):
     """A param group whose hyperparameters read as Python numbers: lr and betas may be 0-dim tensors."""
 
     def __init__(self, group: Group) -> None:

@@ -48,8 +48,8 @@ class Executor(Protocol):
 
     name: str
 
-    def shape(self, layout: Layout, centred: bool) -> Shape:
-        """The tile for a slot of this layout."""
+    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
+        """The tile for a slot of this layout and so many tensors."""
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket; returns the number of kernel launches."""
@@ -127,9 +127,9 @@ def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
             continue
         columns = param.numel() // param.shape[0] if param.ndim else 1
         recipe = slot.recipe.for_tensor(param.ndim, columns)
-        centred = recipe.centralize != "none"
-        layout = layout_of(tensors, centred)
-        shape = slot.executor.shape(layout, centred)
+        by_rows = recipe.flags.by_rows
+        layout = layout_of(tensors, by_rows)
+        shape = slot.executor.shape(layout, by_rows, len(tensors))
         key = Key(
             slot.executor,
             param.device,

@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 
 from .language import AVAILABLE, tl
-from .rows import row_sums_kernel
+from .rows import project_kernel, row_sums_kernel
+from .stages import Flags
 from .step import step_kernel
 
-# (longest row, rows of a tile, columns of a tile, warps, where its mean comes from): sixteen elements a
+# (longest row, rows of a tile, columns of a tile, warps, how its rows are added up): sixteen elements a
 # thread. Few classes keep launches and compiled variants few. Up to 8192 columns a row stays in registers
 # without spilling; up to 32768 the gradients of all rows in flight stay in an L2 cache of 50 MB.
 ROW_CLASSES = (
@@ -18,25 +19,23 @@ ROW_CLASSES = (
     (32768, 1, 4096, 8, "loop"),
 )
 FLAT = (1, 4096, 8)
+HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
 
 
 class Tile(NamedTuple):
-    """Shape of a program's tile [rows, columns], the warps that work on it, where row means come from."""
+    """Shape of a program's tile [rows, columns], the warps that work on it, how rows are added up."""
 
     rows: int
     columns: int
     warps: int
-    mean: str  # "none" | "tile" | "loop" | "pieces"
+    reduction: str  # "none" | "tile" | "loop" | "pieces"
 
 
 class Spec(NamedTuple):
     """What is compiled: one specialisation of the kernel each. No hyperparameter is in it."""
 
     rule: object  # device function
-    variant: str
-    maximize: bool
-    decay: str  # "none" | "coupled" | "decoupled"
-    centralize: str  # "none" | "gradient" | "update"
+    flags: Flags
     dtypes: tuple[Any, ...]  # triton dtypes of parameter, gradient, state...
     compute: object
     fields: int
@@ -49,10 +48,7 @@ class Spec(NamedTuple):
         """Compile-time arguments of the kernels, by name."""
         return {
             "RULE": self.rule,
-            "VARIANT": self.variant,
-            "MAXIMIZE": self.maximize,
-            "DECAY": self.decay,
-            "CENTRALIZE": self.centralize,
+            "FLAGS": self.flags,
             "DTYPES": self.dtypes,
             "COMPUTE": self.compute,
             "FIELDS": self.fields,
@@ -61,7 +57,7 @@ class Spec(NamedTuple):
             "VECTOR": self.vector,
             "R": self.tile.rows,
             "C": self.tile.columns,
-            "MEAN": self.tile.mean,
+            "REDUCTION": self.tile.reduction,
         }
 
 
@@ -69,15 +65,16 @@ class Spec(NamedTuple):
 OPTIONS = {"enable_fp_fusion": False}
 
 
-def tile_for(rows: int, columns: int, centred: bool) -> Tile:
-    """The tile for a tensor: a plain function, never a search (an autotuned step would run several times).
+def tile_for(rows: int, columns: int, by_rows: bool, tensors: int) -> Tile:
+    """The tile for a slot of so many tensors: a plain function, never a search (an autotuned step would run several times).
 
-    Rows matter where they are centred, and where strides keep them apart (rows > 1).
+    Rows matter where they are added up (by_rows), and where strides keep them apart (rows > 1).
     """
-    for longest, tall, wide, warps, mean in ROW_CLASSES:
-        if columns <= longest and (centred or (rows > 1 and mean == "tile")):
-            return Tile(tall, wide, warps, mean if centred else "none")
-    return Tile(*FLAT, "pieces" if centred else "none")
+    for longest, tall, wide, warps, reduction in ROW_CLASSES:
+        fits = columns <= longest and (reduction != "tile" or tall * wide * tensors <= HELD)
+        if fits and (by_rows or (rows > 1 and reduction == "tile")):
+            return Tile(tall, wide, warps, reduction if by_rows else "none")
+    return Tile(*FLAT, "pieces" if by_rows else "none")
 
 
 def dtype_of(name: str):
@@ -92,14 +89,18 @@ def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
         table: int64 [slots, fields] on the device.
         tiles: int32 [programs, 3] on the device.
         scalars: compute dtype [rows, count] on the device.
-        sums: compute dtype [programs], scratch, where the row means come from pieces; else anything.
+        sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
     """
-    grid = (tiles.shape[0],)
+    pieces = spec.tile.reduction == "pieces"
+    kernels = [step_kernel]
+    if pieces and spec.flags.centralize != "none":
+        kernels.insert(0, row_sums_kernel)
+    if pieces and spec.flags.project:
+        kernels.append(project_kernel)
     constants = {**spec.constants(), "num_warps": spec.tile.warps, **OPTIONS}
-    if spec.tile.mean == "pieces":
-        row_sums_kernel[grid](table, tiles, scalars, sums, **constants)
-    step_kernel[grid](table, tiles, scalars, sums, **constants)
-    return 2 if spec.tile.mean == "pieces" else 1
+    for kernel in kernels:
+        kernel[(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
+    return len(kernels)
 
 
 __all__ = ["AVAILABLE", "OPTIONS", "Spec", "Tile", "dtype_of", "launch_step", "tile_for"]

@@ -29,9 +29,27 @@ def sqrt(x):
 
 
 @jit
+def absolute(x):
+    """|x|."""
+    return tl.abs(x)
+
+
+@jit
+def sign(x):
+    """-1, 0 or 1; 0 of NaN, as torch.sign."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@jit
 def maximum(x, y):
     """The larger operand; NaN if either is NaN, as torch.maximum."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def minimum(x, y):
+    """The smaller operand; NaN if either is NaN, as torch.minimum."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

@@ -1,8 +1,8 @@
-"""Row means for rows that a tile cannot hold.
+"""Row sums: in a tile, and for rows that a tile cannot hold.
 
-`mean_of_loop`: one program walks its row twice; the second walk finds the gradient in the L2 cache.
-`row_sums_kernel` and `mean_of_pieces`: rows too long, or too few, for that. A first launch leaves the sum
-of every tile in a place of its own, the step kernel adds those of its row in a fixed order.
+`mean_of_loop`, `project_row`: one program walks its row again; the other walk finds it in the L2 cache.
+`row_sums_kernel`, `mean_of_pieces`, `project_kernel`: rows too long, or too few, for that. A launch leaves
+the sum of every tile in a place of its own, the next one adds those of its row in a fixed order.
 
 No atomics: a result never depends on which program ran first. Only what the mean is taken of is read
 twice: the gradient (with coupled decay the parameter too; with `centralize="update"` also the state).
@@ -10,9 +10,15 @@ What `measured` does not use is never loaded: the compiler drops loads without a
 """
 
 from .language import jit, tl
-from .ops import divide
-from .stages import measured
-from .table import load_tile, scalars_of, tile_of
+from .ops import divide, sqrt
+from .stages import measured, projected
+from .table import columns_of, load_tile, scalars_of, store_tile, tile_of
+
+
+@jit
+def row_total(x, mask):
+    """Sums [R, 1] of the rows of a tile [R, C]."""
+    return tl.sum(tl.where(mask, x, 0), axis=1)[:, None]
 
 
 @jit
@@ -23,10 +29,7 @@ def mean_of_loop(
     columns,
     h,
     RULE: tl.constexpr,
-    VARIANT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DECAY: tl.constexpr,
-    CENTRALIZE: tl.constexpr,
+    FLAGS: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
@@ -37,9 +40,32 @@ def mean_of_loop(
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
         mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR)
-        x = measured(values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE)
+        x = measured(values[0], values[1], values[2:], h, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
     return divide(tl.sum(tl.sum(totals, axis=1), axis=0), columns.to(COMPUTE))
+
+
+@jit
+def project_row(
+    row,
+    r,
+    lane,
+    columns,
+    squares,
+    h,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Scales row r [1], just written by this program, down to its largest norm; most rows need nothing."""
+    if sqrt(squares) > h[3]:
+        tl.debug_barrier()  # what other threads wrote is read
+        for start in range(0, columns, C):
+            c = start + lane
+            mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+            store_tile(row, r, c, mask, columns, projected(values[0], squares, h), (), DTYPES, D, VECTOR)
 
 
 @jit
@@ -49,11 +75,8 @@ def row_sums_kernel(
     scalars,
     sums,
     RULE: tl.constexpr,
-    VARIANT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DECAY: tl.constexpr,
-    CENTRALIZE: tl.constexpr,
-    MEAN: tl.constexpr,
+    FLAGS: tl.constexpr,
+    REDUCTION: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -63,28 +86,69 @@ def row_sums_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """sums[program] = sum over its tile [1, C] of the measured quantity. Arguments as step_kernel's."""
+    """sums[0, program] = sum over its tile [1, C] of the measured quantity. Arguments as step_kernel's."""
     slot, row_block, column_block = tile_of(tiles)
     row = table + slot * FIELDS
-    columns = tl.load(row + len(DTYPES) + 1)
-    if VECTOR > 1:
-        columns = tl.multiple_of(columns, VECTOR)
+    columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
     r = row_block * R + tl.arange(0, R)
     c = column_block * C + tl.arange(0, C)
     mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-    x = measured(values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE)
-    total = tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0)
-    tl.store(sums + tl.program_id(0), total)
+    x = measured(values[0], values[1], values[2:], h, RULE, FLAGS)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))
 
 
 @jit
-def mean_of_pieces(sums, column_block, columns, COMPUTE: tl.constexpr, C: tl.constexpr):
-    """Mean of this program's row: the pieces of a row lie side by side in `sums`."""
+def square_total(sums, p, mask):
+    """sums[1, program] = sum of squares over its tile p [1, C]."""
+    total = tl.sum(tl.sum(tl.where(mask, p * p, 0), axis=1), axis=0)
+    tl.store(sums + tl.num_programs(0) + tl.program_id(0), total)
+
+
+@jit
+def project_kernel(
+    table,
+    tiles,
+    scalars,
+    sums,
+    RULE: tl.constexpr,
+    FLAGS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    COUNT: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Scales the pieces of rows, written by step_kernel, down to their largest norm. Arguments as there."""
+    slot, row_block, column_block = tile_of(tiles)
+    row = table + slot * FIELDS
+    columns = columns_of(row, len(DTYPES), VECTOR)
+    h = scalars_of(row, scalars, len(DTYPES), COUNT)
+    squares = total_of_pieces(sums + tl.num_programs(0), column_block, columns, COMPUTE, C)
+    if sqrt(squares) > h[3]:
+        r = row_block * R + tl.arange(0, R)
+        c = column_block * C + tl.arange(0, C)
+        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+        store_tile(row, r, c, mask, columns, projected(values[0], squares, h), (), DTYPES, D, VECTOR)
+
+
+@jit
+def total_of_pieces(sums, column_block, columns, COMPUTE: tl.constexpr, C: tl.constexpr):
+    """Sum over this program's row: the pieces of a row lie side by side in `sums`."""
     first = sums + tl.program_id(0) - column_block
     pieces = tl.cdiv(columns, C)
     lane = tl.arange(0, 128)
     total = tl.zeros([128], COMPUTE)
     for start in range(0, pieces, 128):
         total += tl.load(first + start + lane, start + lane < pieces, other=0)
-    return divide(tl.sum(total, axis=0), columns.to(COMPUTE))
+    return tl.sum(total, axis=0)
+
+
+@jit
+def mean_of_pieces(sums, column_block, columns, COMPUTE: tl.constexpr, C: tl.constexpr):
+    """Mean over this program's row."""
+    return divide(total_of_pieces(sums, column_block, columns, COMPUTE, C), columns.to(COMPUTE))

@@ -1,68 +1,81 @@
 """The stages around an update rule, in their one order. Pure functions of loaded values.
 
 `p, g` and the items of `state` are blocks of one shape (or single elements, on the CPU); `h` is the tuple
-of scalars of the parameter's group: h[0] the weight decay (coupled) or what it leaves of a parameter
-(decoupled, 1 - lr * weight_decay), h[1] the step size, h[2:] the rule's own.
+of scalars of the parameter's group:
 
-A row mean is taken of `measured(...)` and handed to `stepped(...)`. How it is taken is the kernel's
-business: in registers, over two launches, or by a loop.
+    h[0]   weight decay (coupled), or what it leaves of a parameter in a step
+    h[1]   step size
+    h[2]   L1 penalty
+    h[3]   largest norm of a row
+    h[4:]  the rule's own
+
+A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of a row is that of what
+`stepped` returns. How they are taken is the kernel's business: in registers, by a loop, over launches.
 """
 
+from typing import NamedTuple
+
 from .language import jit, tl
-from .ops import where
+from .ops import divide, sign, sqrt, where
+
+
+class Flags(NamedTuple):
+    """What is compiled of the stages, and the rule's variant. A stage that is off leaves no instruction."""
+
+    variant: str
+    maximize: bool
+    decay: str  # "none" | "coupled" | "decoupled" | "proximal"
+    l1: bool
+    centralize: str  # "none" | "gradient" | "update"
+    project: bool  # onto rows of a largest norm
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row is more than its elements."""
+        return self.centralize != "none" or self.project
 
 
 @jit
-def prepared(p, g, h, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr):
-    """The gradient before centring: sign, then coupled decay, hence P(g + lam p) (Yong et al. 2020, 3.4)."""
-    if MAXIMIZE:
+def prepared(p, g, h, FLAGS: tl.constexpr):
+    """The gradient before centring: sign, then penalties, hence P(g + lam p) (Yong et al. 2020, 3.4)."""
+    if FLAGS.maximize:
         g = -g
-    if DECAY == "coupled":
+    if FLAGS.decay == "coupled":
         # Not g + 0 * p: a group without decay beside one with it must not turn inf into NaN.
         g = where(h[0] != 0, g + h[0] * p, g)
+    if FLAGS.l1:
+        g = where(h[2] != 0, g + h[2] * sign(p), g)
     return g
 
 
 @jit
-def measured(
-    p,
-    g,
-    state,
-    h,
-    RULE: tl.constexpr,
-    VARIANT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DECAY: tl.constexpr,
-    CENTRALIZE: tl.constexpr,
-):
+def measured(p, g, state, h, RULE: tl.constexpr, FLAGS: tl.constexpr):
     """What the row mean is taken of: the prepared gradient, or the update direction."""
-    g = prepared(p, g, h, MAXIMIZE, DECAY)
-    if CENTRALIZE == "update":
-        g, state = RULE(p, g, state, h[2:], VARIANT)
+    g = prepared(p, g, h, FLAGS)
+    if FLAGS.centralize == "update":
+        g, state = RULE(p, g, state, h[4:], FLAGS.variant)
     return g
 
 
 @jit
-def stepped(
-    p,
-    g,
-    state,
-    h,
-    mean,
-    RULE: tl.constexpr,
-    VARIANT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DECAY: tl.constexpr,
-    CENTRALIZE: tl.constexpr,
-):
-    """The whole step of one block: the new parameter and state. `mean` broadcasts over its row."""
-    g = prepared(p, g, h, MAXIMIZE, DECAY)
-    if CENTRALIZE == "gradient":
+def stepped(p, g, state, h, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
+    """The step of one block: the new parameter, not yet projected, and state. `mean` broadcasts over its row."""
+    g = prepared(p, g, h, FLAGS)
+    if FLAGS.centralize == "gradient":
         g = g - mean
-    direction, state = RULE(p, g, state, h[2:], VARIANT)
-    if CENTRALIZE == "update":
+    direction, state = RULE(p, g, state, h[4:], FLAGS.variant)
+    if FLAGS.centralize == "update":
         direction = direction - mean
-    if DECAY == "decoupled":
+    if FLAGS.decay == "decoupled":
         p = h[0] * p
     p = p - h[1] * direction
+    if FLAGS.decay == "proximal":
+        p = h[0] * p
     return p, state
+
+
+@jit
+def projected(p, squares, h):
+    """p, scaled down where its row's sum of squares says that the row is longer than allowed."""
+    norm = sqrt(squares)
+    return where(norm > h[3], p * divide(h[3], norm), p)

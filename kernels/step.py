@@ -5,9 +5,9 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 
 from .language import jit, tl
 from .ops import divide
-from .rows import mean_of_loop, mean_of_pieces
-from .stages import measured, stepped
-from .table import load_tile, scalars_of, store_tile, tile_of
+from .rows import mean_of_loop, mean_of_pieces, project_row, row_total, square_total
+from .stages import measured, projected, stepped
+from .table import columns_of, load_tile, scalars_of, store_tile, tile_of
 
 
 @jit
@@ -15,13 +15,10 @@ def step_kernel(
     table,  # int64 [slots, FIELDS]
     tiles,  # int32 [programs, 3]
     scalars,  # COMPUTE [rows, COUNT]
-    sums,  # COMPUTE [programs], row sums of pieces; read where MEAN == "pieces" only
+    sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters
     RULE: tl.constexpr,
-    VARIANT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DECAY: tl.constexpr,
-    CENTRALIZE: tl.constexpr,
-    MEAN: tl.constexpr,  # where row means come from: "none", "tile", "loop", "pieces"
+    FLAGS: tl.constexpr,
+    REDUCTION: tl.constexpr,  # how rows are added up: "none", "tile", "loop", "pieces"
     DTYPES: tl.constexpr,  # of parameter, gradient, state...
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -33,57 +30,38 @@ def step_kernel(
 ):
     slot, row_block, column_block = tile_of(tiles)
     row = table + slot * FIELDS
-    columns = tl.load(row + len(DTYPES) + 1)
-    if VECTOR > 1:
-        columns = tl.multiple_of(columns, VECTOR)
+    columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
     r = row_block * R + tl.arange(0, R)
     lane = tl.arange(0, C)
     mean = 0.0
-    if MEAN == "loop":
-        mean = mean_of_loop(
-            row,
-            r,
-            lane,
-            columns,
-            h,
-            RULE,
-            VARIANT,
-            MAXIMIZE,
-            DECAY,
-            CENTRALIZE,
-            DTYPES,
-            COMPUTE,
-            D,
-            VECTOR,
-            C,
-        )
+    if REDUCTION == "loop":
+        if FLAGS.centralize != "none":
+            mean = mean_of_loop(row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, VECTOR, C)
+        squares = tl.zeros([1, C], COMPUTE)
         for start in range(0, columns, C):
             c = start + lane
             mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-            p, state = stepped(
-                values[0],
-                values[1],
-                values[2:],
-                h,
-                mean,
-                RULE,
-                VARIANT,
-                MAXIMIZE,
-                DECAY,
-                CENTRALIZE,
-            )
+            p, state = stepped(values[0], values[1], values[2:], h, mean, RULE, FLAGS)
+            if FLAGS.project:
+                squares += tl.where(mask, p * p, 0)
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
+        if FLAGS.project:
+            total = tl.sum(tl.sum(squares, axis=1), axis=0)
+            project_row(row, r, lane, columns, total, h, DTYPES, COMPUTE, D, VECTOR, C)
     else:
         c = column_block * C + lane
         mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-        if MEAN == "tile":
-            x = measured(values[0], values[1], values[2:], h, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE)
-            total = tl.sum(tl.where(mask, x, 0), axis=1)
-            mean = divide(total, columns.to(COMPUTE))[:, None]
-        elif MEAN == "pieces":
-            mean = mean_of_pieces(sums, column_block, columns, COMPUTE, C)
-        p, state = stepped(
-            values[0], values[1], values[2:], h, mean, RULE, VARIANT, MAXIMIZE, DECAY, CENTRALIZE
-        )
+        if FLAGS.centralize != "none":
+            if REDUCTION == "tile":
+                x = measured(values[0], values[1], values[2:], h, RULE, FLAGS)
+                mean = divide(row_total(x, mask), columns.to(COMPUTE))
+            else:
+                mean = mean_of_pieces(sums, column_block, columns, COMPUTE, C)
+        p, state = stepped(values[0], values[1], values[2:], h, mean, RULE, FLAGS)
+        if FLAGS.project:
+            if REDUCTION == "tile":
+                p = projected(p, row_total(p * p, mask), h)
+            else:
+                square_total(sums, p, mask)
         store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)

@@ -28,6 +28,15 @@ def tile_of(tiles):
 
 
 @jit
+def columns_of(row, K: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of the slot."""
+    columns = tl.load(row + K + 1)
+    if VECTOR > 1:
+        columns = tl.multiple_of(columns, VECTOR)
+    return columns
+
+
+@jit
 def scalars_of(row, scalars, K: tl.constexpr, COUNT: tl.constexpr):
     """The slot's scalars, a tuple of COUNT values."""
     base = scalars + tl.load(row + K + 2) * COUNT
@@ -87,9 +96,12 @@ def load_tile(
 def store_tile(
     row, r, c, mask, columns, p, state, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never."""
+    """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never.
+
+    With no state only the parameter is written.
+    """
     values = (p, p) + state
-    for i in tl.static_range(len(DTYPES)):
+    for i in tl.static_range(len(values)):
         if i != 1:
             offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
             pointer = pointer_of(row, i, DTYPES[i], VECTOR)

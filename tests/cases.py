@@ -1,7 +1,10 @@
 """Tables that several test files share, and a training run done twice: here and in torch."""
 
 import copy
+import functools
 import importlib.util
+import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 import fusedcalib
+from fusedcalib.reference import ORACLES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED = {"cuda": "triton", "cpu": "numba" if importlib.util.find_spec("numba") else None}[DEVICE]
@@ -30,18 +34,72 @@ class Rule:
 
     @property
     def theirs(self) -> type[torch.optim.Optimizer]:
-        return getattr(torch.optim, self.name)
+        """torch.optim's class of that name, or one made of the oracle where there is none."""
+        return getattr(torch.optim, self.name, None) or oracle_optimizer(self.name)
 
 
-ADAM = {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1}
+DECAY = {"lr": 0.02, "weight_decay": 0.1}
+ADAM = {**DECAY, "betas": (0.8, 0.95)}
+MOMENTUM = {**DECAY, "momentum": 0.9}
+BOTH = ("exp_avg", "exp_avg_sq")
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}, ("momentum_buffer",), False),
-        Rule("Adam", ADAM, ("exp_avg", "exp_avg_sq")),
-        Rule("AdamW", ADAM, ("exp_avg", "exp_avg_sq")),
+        Rule("SGD", {**MOMENTUM, "lr": 0.1}, ("momentum_buffer",), False),
+        Rule("SGDW", MOMENTUM, ("momentum_buffer",), False),
+        Rule("Adam", ADAM, BOTH),
+        Rule("AdamW", ADAM, BOTH),
+        Rule("Adagrad", {**DECAY, "initial_accumulator_value": 0.1}, ("sum",)),
+        Rule("Adadelta", {**DECAY, "lr": 1.0, "eps": 1e-3}, ("square_avg", "acc_delta")),
+        Rule("RMSprop", {**MOMENTUM, "alpha": 0.9, "eps": 0.1}, ("square_avg", "momentum_buffer")),
+        Rule("Adamax", ADAM, ("exp_avg", "exp_inf")),
+        Rule("NAdam", ADAM, BOTH),
+        Rule("RAdam", ADAM, BOTH),
+        Rule("Lion", {**ADAM, "lr": 0.01}, ("exp_avg",), False),
+        Rule("Signum", MOMENTUM, ("momentum_buffer",), False),
+        Rule(
+            "Adan",
+            {**DECAY, "betas": (0.8, 0.7, 0.95)},
+            ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
+        ),
+        Rule("ADOPT", {**ADAM, "eps": 0.1}, BOTH),
     )
 }
+
+
+@functools.cache
+def oracle_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """An optimizer that steps by an oracle, arguments and state as torch.optim's classes have them."""
+    ignored = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    oracle = ORACLES[name]
+    options = inspect.signature(getattr(fusedcalib, name)).parameters
+    defaults = {k: v.default for k, v in options.items() if k not in ("params", "backend")}
+    defaults = {k: math.inf if v is None else v for k, v in defaults.items()} | ignored
+
+    class Slow(torch.optim.Optimizer):
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, {**defaults, **options})
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            with torch.enable_grad():
+                loss = closure() if closure else None
+            for group in self.param_groups:
+                own = {k: v for k, v in group.items() if k in defaults.keys() - ignored.keys()}
+                for p in group["params"]:
+                    if p.grad is not None:
+                        value, state = oracle(p.clone(), p.grad, self.state[p], **own)
+                        p.copy_(value)
+                        if state:
+                            self.state[p] = {k: as_stored(k, v) for k, v in state.items()}
+            return loss
+
+    def as_stored(key: str, value: Any) -> torch.Tensor:
+        return value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+
+    Slow.__name__ = name
+    return Slow
+
 
 # A matrix, an odd vector, a scalar, nothing at all, a convolution's weight.
 SHAPES = ((5, 7), (33,), (), (0, 3), (4, 3, 2, 2))

@@ -60,7 +60,8 @@ def spec_of(config: Config) -> Any:
     recipe = recipe_of(optimizer.rule, group)
     states = tuple(states[: len(recipe.states)])
     (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)])
-    bucket.set_scalars([scalars_of(recipe, group, 1.0)], np.array([0]))
+    product = (0.5,) if recipe.rule.product else ()
+    bucket.set_scalars([scalars_of(recipe, group, 1.0, *product)], np.array([0]))
     return gpu.spec_of(bucket)
 
 

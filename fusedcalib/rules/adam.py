@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, sqrt
-from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Group, Rule
+from ..optimizer import FusedOptimizer
+from ..recipe import Group, Rule, epsilons
 
 
 @jit
 def adam(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, correction, eps = h
+    beta1_rest, beta2, beta2_rest, correction, inside, outside = h
     v = beta2 * state[1] + beta2_rest * g * g  # in this order g may be as large as torch allows
     m = state[0] + beta1_rest * (g - state[0])
     if VARIANT == "amsgrad":
         largest = maximum(state[2], v)
-        return divide(m, sqrt(largest) * correction + eps), (m, v, largest)
+        return divide(m, sqrt(largest + inside) * correction + outside), (m, v, largest)
     else:
-        return divide(m, sqrt(v) * correction + eps), (m, v)
+        return divide(m, sqrt(v + inside) * correction + outside), (m, v)
 
 
 def _variant(group: Group) -> str:
@@ -31,9 +30,10 @@ def _variant(group: Group) -> str:
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
+    unbias = 1 - beta2**step
+    inside, outside = epsilons(group)
     step_size = group["lr"] / (1 - beta1**step)
-    correction = 1 / math.sqrt(1 - beta2**step)
-    return step_size, 1 - beta1, beta2, 1 - beta2, correction, group["eps"]
+    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / math.sqrt(unbias), inside * unbias, outside
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -46,30 +46,21 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         \theta_t &= \theta_{t-1} - \gamma
             \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    :math:`P` removes the row mean where `centralize` is set, and is the identity elsewhere. With
-    `amsgrad` the largest :math:`v` so far takes the place of :math:`v_t` in the denominator.
+    With `amsgrad` the largest :math:`v` so far takes the place of :math:`v_t` in the denominator.
 
     Args:
-        params: parameters, named parameters or param groups, as torch.optim takes them.
         lr: learning rate :math:`\gamma`, a number or 0-dim tensor. Default 1e-3.
         betas: decay rates :math:`(\beta_1, \beta_2)`. Default (0.9, 0.999).
         eps: :math:`\epsilon`, in units of the gradient. Default 1e-8.
         weight_decay: :math:`\lambda`. Default 0.
         amsgrad: keep the largest second moment. Default False.
-        maximize: ascend instead of descend. Default False.
-        foreach, fused: accepted for compatibility; the step is always one fused pass.
-        capturable, differentiable: must be False.
         decoupled_weight_decay: decay the parameter, not the gradient (this is AdamW). Default False.
-        centralize: remove the mean of each row (dim 0) from the gradient ("gradient" or True) or from
-            the update ("update"). Default False.
-        centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
-            only. Default 2.
-        backend: "auto", "triton", "numba" or "eager".
+        eps_inside_sqrt: divide by :math:`\sqrt{\hat v_t + \epsilon}` instead, :math:`\epsilon` in units of
+            the gradient squared. Default False.
 
     State: `step` (0-dim), `exp_avg`, `exp_avg_sq` like the parameter; `max_exp_avg_sq` with amsgrad.
 
-    Raises:
-        ValueError: an argument out of range, as torch.optim.Adam.
+    Use it: for transformers and most else, at its default betas; prefer `AdamW` where there is decay.
 
     Source: Kingma and Ba, "Adam", ICLR 2015, Algorithm 1; Reddi et al., "On the Convergence of Adam and
     Beyond", ICLR 2018; centring: Yong et al., "Gradient Centralization", ECCV 2020, Algorithm 2.
@@ -91,40 +82,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         },
         variant=_variant,
         scalars=_scalars,
+        extras={"eps_inside_sqrt": False},
     )
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        **extras: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-            **extras,
-        )
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -137,9 +96,12 @@ class AdamW(Adam, torch.optim.AdamW):
     with :math:`m, v` of the gradient alone: decay is neither averaged nor centred.
 
     Args:
-        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
-            centralize, centralize_min_ndim, backend: as `Adam`.
-        weight_decay: :math:`\lambda`. Default 1e-2.
+        lr, betas, eps, amsgrad, eps_inside_sqrt: as `Adam`.
+        weight_decay: :math:`\lambda`, per unit of learning rate. Default 1e-2.
+
+    State: as `Adam`.
+
+    Use it: as the default choice for transformers.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
 
@@ -151,35 +113,3 @@ class AdamW(Adam, torch.optim.AdamW):
     >>> w.tolist()
     [[0.75, 0.75], [0.75, 0.75]]
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **extras: Any,
-    ) -> None:
-        FusedOptimizer.__init__(
-            self,
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            **extras,
-        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from ..kernels.language import jit, tl
-from ..optimizer import FusedOptimizer, ParamsT
+from ..optimizer import FusedOptimizer
 from ..recipe import Group, Rule
 
 
@@ -45,29 +45,19 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         b_t = \mu b_{t-1} + (1 - \tau) g_t \;(b_1 = g_1), \quad
         \theta_t = \theta_{t-1} - \gamma b_t
 
-    with Nesterov :math:`\theta_t = \theta_{t-1} - \gamma (g_t + \mu b_t)`. :math:`P` removes the row mean
-    where `centralize` is set, and is the identity elsewhere.
+    with Nesterov momentum :math:`\theta_t = \theta_{t-1} - \gamma (g_t + \mu b_t)`.
 
     Args:
-        params: parameters, named parameters or param groups, as torch.optim takes them.
         lr: learning rate :math:`\gamma`, a number or 0-dim tensor. Default 1e-3.
         momentum: :math:`\mu`. Default 0; then no state is kept.
         dampening: :math:`\tau`. Default 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient. Default 0.
         nesterov: Nesterov momentum; needs momentum and no dampening. Default False.
-        maximize: ascend instead of descend. Default False.
-        foreach, fused: accepted for compatibility; the step is always one fused pass.
-        differentiable: must be False.
-        centralize: remove the mean of each row (dim 0) from the gradient ("gradient" or True) or from
-            the update ("update"). Default False.
-        centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
-            only. Default 2.
-        backend: "auto", "triton", "numba" or "eager".
 
     State: `momentum_buffer`, like the parameter, where momentum is not 0.
 
-    Raises:
-        ValueError: an argument out of range, as torch.optim.SGD.
+    Use it: for convolutional networks, and wherever memory is scarce; it wants a tuned learning rate and
+    schedule.
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML
     2013; centring: Yong et al., "Gradient Centralization", ECCV 2020, Algorithm 1.
@@ -89,31 +79,33 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         counts=False,
     )
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | torch.Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | torch.Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **extras: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            **extras,
-        )
+
+class SGDW(SGD):
+    r"""SGDW: SGD with weight decay taken off the parameter first.
+
+    .. math::
+        \theta_t = (1 - \gamma \lambda) \theta_{t-1} - \gamma b_t
+
+    with :math:`b_t` of the gradient alone, as in `SGD`: decay is neither averaged nor centred.
+
+    Args:
+        lr, momentum, dampening, nesterov: as `SGD`.
+        weight_decay: :math:`\lambda`, per unit of learning rate. Default 0.
+
+    State: as `SGD`.
+
+    Use it: as `SGD`, where learning rate and decay are to be tuned apart.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 1; the
+    learning rate multiplies the decay as in torch.optim.AdamW.
+
+    >>> import torch, fusedcalib
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> w.grad = torch.zeros(2)
+    >>> opt = fusedcalib.SGDW([w], lr=0.5, momentum=0.9, weight_decay=0.5)
+    >>> opt.step()
+    >>> w.tolist()
+    [0.75, 0.75]
+    """
+
+    rule = replace(SGD.rule, decay=lambda group: "decoupled")

@@ -1,0 +1,87 @@
+"""The arguments of an optimizer class: what torch.optim's class of its name takes, and what is ours."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+
+# Options of every param group that torch.optim does not know, with their defaults.
+EXTRAS: dict[str, Any] = {
+    "centralize": False,
+    "centralize_min_ndim": 2,
+    "l1": 0.0,
+    "max_row_norm": None,  # in param groups infinity, for checkpoints hold numbers only
+}
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Options(Optimizer):
+    """In the place of torch.optim's class for optimizers that it does not have: checks and keeps options."""
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **own: Any,
+    ) -> None:
+        own = limitless(own)
+        for key, value in own.items():
+            check_range(key, value)
+        common = {
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, {**own, **common})
+
+
+def limitless(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which None stands for no limit, as numbers."""
+    return {key: math.inf if value is None else value for key, value in options.items()}
+
+
+_NAMES = {"lr": "learning rate"}  # as torch.optim's messages have them
+
+
+def check_range(key: str, value: Any) -> None:
+    """Raises ValueError for a number out of its range: averaging factors in [0, 1), others at least 0."""
+    name = _NAMES.get(key, key)
+    if key == "momentum":
+        if not 0 <= value < 1:
+            raise ValueError(f"Invalid {name} value: {value}, expected a number in [0, 1)")
+    elif key == "betas":
+        for index, beta in enumerate(value):
+            if not 0 <= beta < 1:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    elif key in ("lr", "eps", "weight_decay") and not value >= 0:
+        raise ValueError(f"Invalid {name}{'' if key == 'lr' else ' value'}: {value}")
+
+
+def signature_of(cls: type, extras: dict[str, Any]) -> inspect.Signature:
+    """What a class can be called with: its own arguments, those it hands on, and the extras."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        for p in parameters:
+            if p.kind not in _VARIADIC:
+                found.setdefault(p.name, p)
+        handed_on = any(p.kind in _VARIADIC for p in parameters)
+        if not handed_on and base.__module__.startswith("torch.optim."):
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            for name, default in extras.items():
+                found.setdefault(name, inspect.Parameter(name, keyword, default=default))
+        if not handed_on or base is Options:
+            break
+    return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
