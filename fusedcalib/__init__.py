@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import reference
-    from .factory import create, optimizers
-    from .frameworks import register_timm
-    from .groups import param_groups
-    from .optimizer import FusedOptimizer
+    from . import reference as reference
+    from .factory import create as create
+    from .factory import optimizers as optimizers
+    from .frameworks import register_timm as register_timm
+    from .groups import param_groups as param_groups
+    from .optimizer import FusedOptimizer as FusedOptimizer
 
 _HOMES = {
     "FusedOptimizer": ".optimizer",
@@ -27,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what is asked for: importing the package costs next to nothing. Optimizers are found in `rules`."""
+    """Loads what is asked for, optimizers from `rules`: importing the package costs next to nothing."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     if name == "reference":
