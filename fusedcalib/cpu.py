@@ -67,7 +67,7 @@ def _sign(x):
     """Stands for its overload: -1, 0 or 1 in the type of x."""
 
 
-@overload(_sign, jit_options=_INNER)
+@overload(_sign, jit_options=cast(Any, _INNER))
 def _sign_in(x):
     real = {32: np.float32, 64: np.float64}[x.bitwidth]
     minus, zero, one = real(-1), real(0), real(1)

@@ -13,12 +13,12 @@ Group = Mapping[str, Any]
 
 
 def decay_of(group: Group) -> str:
-    """Decay as torch.optim's classes have it: of the gradient, or of the parameter where that is asked for."""
+    """Decay as torch.optim has it: of the gradient, or of the parameter where that is asked for."""
     return "decoupled" if group.get("decoupled_weight_decay") else "coupled"
 
 
 def epsilons(group: Group) -> tuple[float, float]:
-    """What is added under the root and what to the root: `eps` is one of them, the other is exactly nothing."""
+    """What is added under the root, and what to it: `eps` is one of them, the other exactly nothing."""
     return (group["eps"], 0.0) if group["eps_inside_sqrt"] else (0.0, group["eps"])
 
 

@@ -59,7 +59,7 @@ def measured(p, g, state, h, RULE: tl.constexpr, FLAGS: tl.constexpr):
 
 @jit
 def stepped(p, g, state, h, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
-    """The step of one block: the new parameter, not yet projected, and state. `mean` broadcasts over its row."""
+    """The step of one block: the new parameter, yet to be projected, and state. `mean` is its row's."""
     g = prepared(p, g, h, FLAGS)
     if FLAGS.centralize == "gradient":
         g = g - mean

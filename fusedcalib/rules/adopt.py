@@ -38,7 +38,8 @@ class ADOPT(FusedOptimizer, Options):
     r"""ADOPT: Adam that divides by the past second moment first and averages then; converges for any beta2.
 
     .. math::
-        c_t &= \mathrm{clip}\Bigl(\frac{g_t}{\max(\sqrt{v_{t-1}}, \epsilon)},\, \pm (t - 1)^\kappa \Bigr), \quad
+        c_t &= \mathrm{clip}\Bigl(\frac{g_t}{\max(\sqrt{v_{t-1}}, \epsilon)},\,
+            \pm (t - 1)^\kappa \Bigr), \quad
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) c_t \\
         \theta_t &= \theta_{t-1} - \gamma m_t, \quad
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2

@@ -46,7 +46,8 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             \rho_\infty = \frac{2}{1 - \beta_2} - 1, \quad
             r_t^2 = \frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2) \rho_t} \\
         \theta_t &= \theta_{t-1} - \frac{\gamma\, m_t}{1 - \beta_1^t} \cdot
-            \begin{cases} r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else} \end{cases}
+            \begin{cases} r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\
+            1 & \text{else} \end{cases}
 
     Args:
         lr: learning rate :math:`\gamma`, a number or 0-dim tensor. Default 1e-3.
