@@ -72,7 +72,7 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
         raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
     if recipe.flags.by_rows and param.is_complex():
         raise ValueError(
-            f"{owner} is complex, which cannot be centred or projected; set centralize=False, max_row_norm=None"
+            f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None"
         )
     if overlaps_itself(param):
         raise RuntimeError(

@@ -68,7 +68,8 @@ OPTIONS = {"enable_fp_fusion": False}
 def tile_for(rows: int, columns: int, by_rows: bool, tensors: int) -> Tile:
     """The tile for a slot of so many tensors.
 
-    A plain function, never a search: an autotuned in-place step would be taken several times. Rows matter where they are added up (by_rows), and where strides keep them apart (rows > 1).
+    A plain function, never a search: an autotuned in-place step would be taken several times. Rows matter
+    where they are added up (by_rows), and where strides keep them apart (rows > 1).
     """
     for longest, tall, wide, warps, reduction in ROW_CLASSES:
         fits = columns <= longest and (reduction != "tile" or tall * wide * tensors <= HELD)
