@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["param_groups"]
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm)  # their weights can be matrices, those of other norms are vectors
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 # A shared parameter has several names.
@@ -123,11 +123,8 @@ def _is_bias(name: str) -> bool:
 
 
 def _named_by_parts(model: nn.Module) -> Iterator[str]:
-    """What `no_weight_decay()` of the model and of its parts returns, as names in the model.
-
-    Looked for in the class: torch.compile's wrapper hands attributes on, but has names of its own.
-    """
+    """What `no_weight_decay()` of the model and of its parts returns, as names in the model."""
     for prefix, module in model.named_modules():
-        if callable(getattr(type(module), "no_weight_decay", None)):
-            for name in module.no_weight_decay():
-                yield f"{prefix}.{name}" if prefix else name
+        method = getattr(module, "no_weight_decay", None)
+        for name in method() if callable(method) else ():
+            yield f"{prefix}.{name}" if prefix else name
