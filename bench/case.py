@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from . import gate, probe, shapes, timing
-from .baselines import HYPER, METHODS, Built, NotAvailableError
-from .ceilings import adamw_stream
+from .baselines import METHODS, SUBJECTS, Built, NotAvailableError, Subject
+from .ceilings import stream_of
 from .timing import Rounds, Sampler, Spread, device_sampler, interleave, repeats_for, wall_sampler
 
 ANCHOR = "torch_fused"
-STREAM = "stream_4r3w"
-REFERENCES = (ANCHOR, "eager_gc_fused", "compiled_gc", "own_plain", STREAM)
+REFERENCES = (ANCHOR, "torch_foreach", "eager_gc_fused", "compiled_gc", "own_plain")
+SAMPLE = 2**20  # elements of a list that the gate judges, but for AdamW's: there all
 
-# Bytes that AdamW must move for each parameter: p, m and v both ways and g once.
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype, int]] = {
-    "fp32": (torch.float32, torch.float32, 28),
-    "bf16": (torch.bfloat16, torch.bfloat16, 14),
-    "bf16+fp32-state": (torch.bfloat16, torch.float32, 22),
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32-state": (torch.bfloat16, torch.float32),
 }
 
 
@@ -34,6 +33,11 @@ class Case:
     list: str
     methods: tuple[str, ...]
     dtypes: str = "fp32"
+    subject: str = "AdamW"
+
+    @property
+    def title(self) -> str:
+        return f"{self.list} {self.subject} {self.dtypes}"
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,16 @@ class Effort:
 def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Measure a case. A method that cannot run, or fails the gate, gets a reason and no numbers."""
     spec = shapes.get(case.list)
-    dtype, state_dtype, width = DTYPES[case.dtypes]
+    subject = SUBJECTS[case.subject]
+    dtype, state_dtype = DTYPES[case.dtypes]
+    states = subject.states()
+    # p and the states go both ways, g one way.
+    width = 3 * dtype.itemsize + 2 * states * state_dtype.itemsize
     flush = timing.on_gpu(device) and spec.params * width < 400e6
-    built, reasons = _build(case, spec, device, dtype, state_dtype)
+    built, reasons = _build(case, spec, device, subject)
     gated = {name: (METHODS[name].gc, params, b.step) for name, (params, b) in built.items()}
-    verdicts = gate.check(spec, gated, HYPER) if built else {}
+    every = 1 if case.subject == "AdamW" else max(1, spec.params // SAMPLE)
+    verdicts = gate.check(spec, gated, subject, every) if built else {}
     for name, verdict in verdicts.items():
         if not verdict.passed:
             reasons[name] = verdict.reason or (
@@ -60,7 +69,8 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
             )
             del built[name]
     methods = {name: b for name, (_, b) in built.items()}
-    rows = _time(spec, width, methods, device, effort, flush) if methods else {}
+    reads = 2 + states if case.dtypes == "fp32" and spec.params >= 2**20 else None
+    rows = _time(spec, reads, methods, device, effort, flush) if methods else {}
     for name, verdict in verdicts.items():
         if name in rows:
             rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
@@ -73,15 +83,20 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
         "tensors": spec.tensors,
         "params": spec.params,
         "dtypes": case.dtypes,
+        "subject": case.subject,
         "bytes_per_param": width,
         "flush": "write" if flush else "none",
         "clock": "device" if timing.on_gpu(device) else "wall",
         "methods": [
             empty_row(name) | rows.get(name, {}) | {"reason": reasons.get(name)}
-            for name in (*case.methods, STREAM)
-            if name in METHODS or name in rows
+            for name in (*case.methods, *(name for name in rows if name not in METHODS))
         ],
     }
+
+
+def stream_name(reads: int) -> str:
+    """As `stream_4r3w`: arrays read and written."""
+    return f"stream_{reads}r{reads - 1}w"
 
 
 def empty_row(name: str) -> dict[str, Any]:
@@ -105,17 +120,17 @@ def _build(
     case: Case,
     spec: shapes.ParamList,
     device: torch.device,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
+    subject: Subject,
 ) -> tuple[dict[str, tuple[list[Tensor], Built]], dict[str, str]]:
     """Each method on its own copy of the list, and why the others are not there."""
     built: dict[str, tuple[list[Tensor], Built]] = {}
     reasons: dict[str, str] = {}
     source: list[Tensor] | None = None
+    dtype, state_dtype = DTYPES[case.dtypes]
     for name in case.methods:
         params = shapes.build(spec, device, dtype, source)
         try:
-            made = METHODS[name].make(spec, params)
+            made = METHODS[name].make(spec, params, subject)
             if state_dtype != dtype:
                 _widen_state(made, params, state_dtype)
         except NotAvailableError as error:
@@ -139,25 +154,25 @@ def _widen_state(made: Built, params: list[Tensor], dtype: torch.dtype) -> None:
 
 def _time(
     spec: shapes.ParamList,
-    width: int,
+    reads: int | None,
     methods: dict[str, Built],
     device: torch.device,
     effort: Effort,
     flush: bool,
 ) -> dict[str, dict[str, Any]]:
-    """All numbers of the methods that passed, by name."""
+    """All numbers of the methods that passed, by name; `reads`: arrays of the stream beside them."""
     gpu = timing.on_gpu(device)
     steps = {name: built.step for name, built in methods.items()}
-    if width == 28 and spec.params >= 2**20:
+    if reads:
         with suppress(ImportError):  # no ceiling then; `ceil.how` says why
-            steps[STREAM] = adamw_stream(device, spec.params)
+            steps[stream_name(reads)] = stream_of(device, spec.params, reads)
     for step in steps.values():
         for _ in range(effort.warmup if gpu else 1):
             step()
     probes = {name: probe.measure(step, device) for name, step in steps.items()} if gpu else {}
     first = next(iter(steps))
     repeat = 1 if gpu else repeats_for(wall_sampler(steps[first], device, 3)())
-    anchor = ANCHOR if ANCHOR in steps and not gpu else None
+    anchor = None if gpu else next((name for name in (ANCHOR, "torch_foreach") if name in steps), first)
     wall = interleave(
         {name: wall_sampler(step, device, repeat, name == anchor) for name, step in steps.items()},
         rounds=effort.rounds,
@@ -176,11 +191,12 @@ def _time(
 def _row(name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe | None, gpu: bool) -> dict[str, Any]:
     main = on_device if gpu else wall
     device_time, wall_time = on_device.time(name), wall.time(name)
-    to_stream = main.ratio(STREAM, name)
+    streams = [other for other in main.samples if other.startswith("stream_")]
+    to_stream = main.ratio(streams[0], name) if streams else None
     row: dict[str, Any] = {
         "wall_ms": 1e3 * wall_time.median if wall_time else None,
-        "ratio_to": _ratios(main, name),
-        "wall_ratio_to": _ratios(wall, name),
+        "ratio_to": _ratios(main, name, streams),
+        "wall_ratio_to": _ratios(wall, name, streams),
         "pct_stream": 100 * to_stream.median if to_stream else None,
         "kept": main.kept(name),
         "dropped": main.dropped(name),
@@ -190,6 +206,6 @@ def _row(name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe | None,
     return row | (asdict(probed) if probed else {})
 
 
-def _ratios(rounds: Rounds, name: str) -> dict[str, Any]:
-    spreads: dict[str, Spread | None] = {to: rounds.ratio(name, to) for to in REFERENCES}
+def _ratios(rounds: Rounds, name: str, streams: list[str]) -> dict[str, Any]:
+    spreads: dict[str, Spread | None] = {to: rounds.ratio(name, to) for to in (*REFERENCES, *streams)}
     return {to: asdict(spread) for to, spread in spreads.items() if spread and to != name}

@@ -121,7 +121,7 @@ def _training_subtitle(results: Results) -> str:
 
 def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
-    fp32 = [case for case in results["cases"] if case["dtypes"] == "fp32"]
+    fp32 = [case for case in results["cases"] if (case["dtypes"], case["subject"]) == ("fp32", "AdamW")]
     cases = [case for case in fp32 if names is None or case["list"] in names]
     rows = [_ratios(case) for case in cases]
     heights = [len(of) + 1.2 for of in rows]
@@ -141,6 +141,43 @@ def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     return path
 
 
+RULE_METHODS = (
+    ("torch_fused", "torch fused", INK),
+    ("torch_foreach", "torch foreach", "#999999"),
+    ("own_plain", "fusedcalib", COLOURS["own_plain"]),
+    ("own_gc", "fusedcalib with GC", COLOURS["own_gc"]),
+)
+
+
+def rules(results: Results, path: Path) -> Path:
+    """Step time of each rule over that of a stream of the bytes which it must move; bars are 10-90 %."""
+    cases = tables.rule_cases(results)[::-1]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 0.9 + 0.34 * len(cases)))
+        axes = figure.subplots(1, 1, gridspec_kw={"left": 0.2, "top": 0.93})
+        spreads = []
+        for name, title, colour in RULE_METHODS:
+            found = [(y, tables.over_stream(case, name)) for y, case in enumerate(cases)]
+            known = [(y, spread) for y, spread in found if spread]
+            for y, spread in known:
+                axes.plot([spread["p10"], spread["p90"]], [y, y], color=colour, linewidth=5, alpha=0.35)
+            medians = [spread["median"] for _, spread in known]
+            axes.plot(medians, [y for y, _ in known], "o", color=colour, markersize=7, label=title)
+            spreads += [spread for _, spread in known]
+        axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
+        axes.set_yticks(range(len(cases)), [case["subject"] for case in cases])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        _ratio_axis(axes, min(s["p10"] for s in spreads), max(s["p90"] for s in spreads))
+        axes.set_xlabel("time of a step / time of a memory stream of its bytes, log scale")
+        figure.legend(loc="upper right", ncols=4, frameon=False, bbox_to_anchor=(0.92, 0.0), fontsize=9)
+        title = "Every rule at the speed of memory"
+        _heading(figure, title, f"{cases[0]['list']}, fp32\n{tables.measured_on(results)}")
+        figure.savefig(path, bbox_inches="tight")
+    return path
+
+
 Row = tuple[str, str, dict[str, Any]]  # method, title, spread
 
 
@@ -149,7 +186,7 @@ def _ratios(case: dict[str, Any]) -> list[Row]:
     rows = [
         (row["name"], row["title"], row["ratio_to"]["torch_fused"])
         for row in case["methods"]
-        if "torch_fused" in row["ratio_to"] and row["name"] != "stream_4r3w"
+        if "torch_fused" in row["ratio_to"] and not row["name"].startswith("stream_")
     ]
     return sorted(rows, key=lambda row: -row[2]["median"])
 

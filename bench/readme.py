@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import machine, schema, tables
 from .schema import Results
@@ -25,11 +26,12 @@ COLUMNS = (
 )
 
 
-def section(data: Results, figure: str) -> str:
+def section(data: Results, figure: str, of_rules: str) -> str:
     """The text between the markers."""
     parts = [f"Ratios of the time of an AdamW step, {_clock(data)}: below 1 is faster."]
     parts += [tables.markdown(table(data)), f"![time of a step]({figure})", losses(data)]
     parts += host_times(data)
+    parts += rules(data, of_rules)
     rounds = [s["n"] for c in data["cases"] for r in c["methods"] for s in r["ratio_to"].values()]
     parts.append(
         f"Median (10-90 %) of ratios within {min(rounds)} to {max(rounds)} interleaved rounds. "
@@ -44,7 +46,7 @@ def table(data: Results) -> tables.Table:
     header = ["parameters", *(title for title, _, _ in COLUMNS)]
     rows = []
     for case in data["cases"]:
-        if case["dtypes"] != "fp32":
+        if (case["dtypes"], case["subject"]) != ("fp32", "AdamW"):
             continue
         by_name = {row["name"]: row for row in case["methods"]}
         spreads = [by_name.get(name, {"ratio_to": {}})["ratio_to"].get(to) for _, name, to in COLUMNS]
@@ -57,7 +59,8 @@ def table(data: Results) -> tables.Table:
 def losses(data: Results) -> str:
     """Where fusedcalib is slower than torch's plain fused step, in a sentence."""
     worse = [
-        f"{case['list']} {case['dtypes']} {'with' if row['name'] == 'own_gc' else 'without'} GC "
+        f"{_subject(case)}{case['list']} {case['dtypes']} "
+        f"{'with' if row['name'] == 'own_gc' else 'without'} GC "
         f"({row['ratio_to']['torch_fused']['median']:.2f})"
         for case in data["cases"]
         for row in case["methods"]
@@ -67,6 +70,36 @@ def losses(data: Results) -> str:
     if not worse:
         return f"Slower than torch's plain fused step by more than {LOSS - 1:.0%}: nowhere here."
     return f"Slower than torch's plain fused step: {', '.join(worse)}."
+
+
+def _subject(case: dict[str, Any]) -> str:
+    return "" if case["subject"] == "AdamW" else f"{case['subject']} on "
+
+
+RULE_COLUMNS = (
+    ("fusedcalib / torch fused", "own_plain", "torch_fused"),
+    ("/ torch foreach", "own_plain", "torch_foreach"),
+)
+
+
+def rules(data: Results, figure: str) -> list[str]:
+    """Every rule against torch.optim's class of its name, and against the memory stream of its bytes."""
+    cases = tables.rule_cases(data)
+    if not cases:
+        return []
+    header = ["rule", "bytes", *(title for title, _, _ in RULE_COLUMNS), "/ stream", "with GC / stream"]
+    rows = []
+    for case in cases:
+        by_name = {row["name"]: row["ratio_to"] for row in case["methods"]}
+        over_torch = [by_name.get(name, {}).get(to) for _, name, to in RULE_COLUMNS]
+        streams = [tables.over_stream(case, name) for name in ("own_plain", "own_gc")]
+        cells = map(tables.spread_text, (*over_torch, *streams))
+        rows.append([case["subject"], str(case["bytes_per_param"]), *cells])
+    about = (
+        f"Every rule on {cases[0]['list']}, fp32. `bytes`: what a step must move for each parameter; "
+        "`stream`: reading and writing as many and computing nothing; `-`: torch.optim has no such form."
+    )
+    return [about, tables.markdown((header, rows)), f"![every rule]({figure})"]
 
 
 def host_times(data: Results) -> list[str]:
@@ -108,8 +141,11 @@ def write(source: Path, readme: Path) -> Path:
     names = [case["list"] for case in data["cases"] if case["dtypes"] == "fp32"]
     chosen = [name for name in FIGURE_LISTS if name in names] or names[:3]
     figure = plots.steps(data, source.parent / f"steps-{machine.slug(data)}.png", chosen)
-    relative = Path(os.path.relpath(figure, readme.parent)).as_posix()
-    readme.write_text(insert(readme.read_text(), section(data, relative)))
+    of_rules = source.parent / f"rules-{machine.slug(data)}.png"
+    if tables.rule_cases(data):
+        plots.rules(data, of_rules)
+    names = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_rules)]
+    readme.write_text(insert(readme.read_text(), section(data, *names)))
     return figure
 
 

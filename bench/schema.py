@@ -30,6 +30,7 @@ CASE: dict[str, tuple[type, ...]] = {
     "tensors": (int,),
     "params": (int,),
     "dtypes": (str,),
+    "subject": (str,),
     "bytes_per_param": (int,),
     "flush": (str,),
     "clock": (str,),
@@ -115,7 +116,7 @@ def load(path: Path) -> Results:
 def find_row(results: Results, name: str, method: str, dtypes: str = "fp32") -> Results | None:
     """The row of a method on a list, or None if that was not measured."""
     for case in results["cases"]:
-        if case["list"] == name and case["dtypes"] == dtypes:
+        if (case["list"], case["dtypes"], case["subject"]) == (name, dtypes, "AdamW"):
             for row in case["methods"]:
                 if row["name"] == method and row["reason"] is None:
                     found: Results = row

@@ -1,7 +1,9 @@
-"""The traffic of AdamW without its arithmetic, on the CPU: reads four arrays, writes three."""
+"""The traffic of an optimizer without its arithmetic, on the CPU: reads arrays, writes all but the last."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba
@@ -10,17 +12,25 @@ import torch
 from torch import Tensor
 
 
-@numba.njit(parallel=True, fastmath=True)
-def _loop(a: Any, b: Any, c: Any, d: Any) -> None:
-    for i in numba.prange(a.size):
-        mean = (a[i] + b[i] + c[i] + d[i]) * np.float32(0.25)
-        a[i] = mean
-        b[i] = mean
-        c[i] = mean
+@cache
+def _loop(count: int) -> Callable[..., None]:
+    """The loop over so many arrays, written out: indexing a tuple of them would not be vectorized."""
+    names = [f"a{k}" for k in range(count)]
+    total = " + ".join(f"{name}[i]" for name in names)
+    lines = [
+        f"def loop({', '.join(names)}):",
+        "    for i in prange(a0.size):",
+        f"        mean = ({total}) * share",
+        *(f"        {name}[i] = mean" for name in names[:-1]),
+    ]
+    space: dict[str, Any] = {"prange": numba.prange, "share": np.float32(1 / count)}
+    exec("\n".join(lines), space)
+    loop: Callable[..., None] = numba.njit(parallel=True, fastmath=True)(space["loop"])
+    return loop
 
 
-def stream(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
-    """Write the mean of four flat float32 arrays to the first three, on torch's threads."""
+def stream(*arrays: Tensor) -> None:
+    """Write the mean of flat float32 arrays to all but the last, on torch's threads."""
     limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(min(torch.get_num_threads(), limit))
-    _loop(a.numpy(), b.numpy(), c.numpy(), d.numpy())
+    _loop(len(arrays))(*(array.numpy() for array in arrays))

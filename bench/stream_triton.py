@@ -1,4 +1,4 @@
-"""The traffic of AdamW without its arithmetic, on the GPU: reads four arrays, writes three."""
+"""The traffic of an optimizer without its arithmetic, on the GPU: reads arrays, writes all but the last."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ BLOCK = 4096
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(a_ptr, b_ptr, c_ptr, d_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(arrays, share, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of flat float32 arrays whose length is a multiple of BLOCK."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(a_ptr + offset)
-    b = tl.load(b_ptr + offset)
-    c = tl.load(c_ptr + offset)
-    mean = (a + b + c + tl.load(d_ptr + offset)) * 0.25
-    tl.store(a_ptr + offset, mean)
-    tl.store(b_ptr + offset, mean)
-    tl.store(c_ptr + offset, mean)
+    mean = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(len(arrays)):
+        mean += tl.load(arrays[k] + offset)
+    mean *= share
+    for k in tl.static_range(len(arrays) - 1):
+        tl.store(arrays[k] + offset, mean)
 
 
-def stream(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
-    """Write the mean of four flat float32 arrays to the first three; length a multiple of 4096."""
-    _kernel[(a.numel() // BLOCK,)](a, b, c, d, BLOCK=BLOCK, num_warps=8)
+def stream(*arrays: Tensor) -> None:
+    """Write the mean of flat float32 arrays to all but the last; length a multiple of 4096."""
+    _kernel[(arrays[0].numel() // BLOCK,)](arrays, 1 / len(arrays), BLOCK=BLOCK, num_warps=8)

@@ -13,13 +13,14 @@ import re
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import ceilings, goals, host, machine, schema, tables, timing
-from .baselines import CORE, METHODS, RIVALS
+from .baselines import CORE, METHODS, RIVALS, SUBJECTS
 from .case import Case, Effort, run
 
 OWN = ("torch_fused", "own_plain", "own_gc")
@@ -63,6 +64,15 @@ CPU_CASES = (
     Case("unaligned", OWN),
 )
 
+RULE_METHODS = ("torch_fused", "torch_foreach", "own_plain", "own_gc")
+RULE_LISTS = {"cpu": "gpt2-small-cpu", "cuda": "gpt2-124m"}
+
+
+def rule_cases(device: torch.device) -> tuple[Case, ...]:
+    """Every rule on one list; AdamW's case is in the others."""
+    name = RULE_LISTS[device.type]
+    return tuple(Case(name, RULE_METHODS, subject=subject) for subject in SUBJECTS if subject != "AdamW")
+
 
 class Log:
     """Prints with the time since the start: a run that is cut short says how far it came."""
@@ -83,13 +93,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=machine.HERE / "results")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=480.0, help="start no case after this")
-    parser.add_argument("--only", default="", help="regular expression that a list's name contains")
+    parser.add_argument("--only", default="", help="regular expression for `list rule dtypes`")
     options = parser.parse_args(arguments)
     device = machine.pick_device(options.device)
     cases: tuple[Case, ...] = CPU_CASES
     if timing.on_gpu(device):
         cases = (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
-    cases = tuple(case for case in cases if re.search(options.only, case.list))
+    cases = tuple(case for case in (*cases, *rule_cases(device)) if re.search(options.only, case.title))
     return _suite(cases, device, options.out, options.seconds)
 
 
@@ -118,12 +128,13 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     more["host"] = guarded("host time", lambda: host.measure(device)) or []
     path = out / schema.file_name(head)
     for case in cases:
-        title = f"{case.list} {case.dtypes} ({len(case.methods)} methods)"
+        title = f"{case.title} ({len(case.methods)} methods)"
         if log.seconds > seconds:
             more["left_out"].append(title)
             continue
         log(title)
-        measured = guarded(title, lambda case=case: run(case, device, effort))
+        short = replace(effort, seconds=effort.seconds / 4) if case.subject != "AdamW" else effort
+        measured = guarded(title, lambda case=case, effort=short: run(case, device, effort))
         if measured is not None:
             done.append(measured)
             print(_text(measured), flush=True)
@@ -190,7 +201,7 @@ def _reasons(case: dict[str, Any]) -> list[str]:
 def _wrong(done: list[dict[str, Any]]) -> list[str]:
     """Our own methods that did not pass: of others it is news, of ours a defect."""
     return [
-        f"{row['title']} on {case['list']} {case['dtypes']}: {row['reason']}"
+        f"{row['title']} on {case['list']} {case['subject']} {case['dtypes']}: {row['reason']}"
         for case in done
         for row in case["methods"]
         if row["name"] in METHODS and row["name"].startswith("own") and row["reason"]

@@ -26,14 +26,34 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 def share_text(row: dict[str, Any]) -> str:
     """Bandwidth in % of the memory stream's, which ran in the same rounds."""
-    spread = row["ratio_to"].get("stream_4r3w", {"disturbed": False})
+    spread = stream_ratio(row) or {"disturbed": False}
     return (DISTURBED if spread["disturbed"] else "") + number(row["pct_stream"], ".0f")
+
+
+def stream_ratio(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Time over that of the memory stream with the same traffic."""
+    found: list[dict[str, Any]] = [s for to, s in row["ratio_to"].items() if to.startswith("stream_")]
+    return found[0] if found else None
+
+
+def rule_cases(results: Results) -> list[dict[str, Any]]:
+    """The cases of all rules on the list that they share, AdamW's first."""
+    others = [case for case in results["cases"] if case["subject"] != "AdamW"]
+    shared = {(case["list"], case["dtypes"]) for case in others}
+    own = [case for case in results["cases"] if (case["list"], case["dtypes"]) in shared]
+    return sorted(own, key=lambda case: case["subject"] != "AdamW")
+
+
+def over_stream(case: dict[str, Any], method: str) -> dict[str, Any] | None:
+    """A method's time over that of the stream of the same bytes."""
+    rows = [row for row in case["methods"] if row["name"] == method]
+    return stream_ratio(rows[0]) if rows else None
 
 
 def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
     """One list: each method's time, its ratio to `to`, and its share of the machine's limit."""
     gpu = case["clock"] == "device"
-    header = ["AdamW step", "ms", "/ torch fused (10-90 %)", "n", "% of stream"]
+    header = [f"{case['subject']} step", "ms", "/ torch fused (10-90 %)", "n", "% of stream"]
     if gpu:
         header += ["wall / torch fused", "host µs", "launches"]
     rows = []
@@ -77,7 +97,7 @@ def markdown(table: Table) -> str:
 
 def case_title(case: dict[str, Any]) -> str:
     millions = f"{case['params'] / 1e6:.3g}M parameters"
-    return f"{case['list']}: {case['tensors']} tensors, {millions}, {case['dtypes']}"
+    return f"{case['subject']}, {case['list']}: {case['tensors']} tensors, {millions}, {case['dtypes']}"
 
 
 def was_disturbed(case: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
+import fusedcalib
 from fusedcalib.bench import baselines, case, gate, load, shapes, suite, timing
 
 # -- parameter lists --------------------------------------------------------------------------
@@ -53,8 +54,10 @@ def test_build_offsets_views_and_separates_groups():
 
 
 def test_every_case_of_the_suite_names_what_exists():
-    for one in (*suite.GPU_CASES, *suite.GPU_COMPILED, *suite.CPU_CASES):
+    rules = (case for kind in ("cpu", "cuda") for case in suite.rule_cases(torch.device(kind)))
+    for one in (*suite.GPU_CASES, *suite.GPU_COMPILED, *suite.CPU_CASES, *rules):
         assert shapes.get(one.list).tensors
+        assert one.subject in baselines.SUBJECTS
         assert set(one.methods) <= set(baselines.METHODS)
         assert one.dtypes in case.DTYPES
 
@@ -134,7 +137,7 @@ def test_own_work_is_no_load_of_others(monkeypatch):
 
 def judge(make, gc, dtype=torch.float32):
     params = shapes.build(LITTLE, CPU, dtype)
-    return gate.check(LITTLE, {"it": (gc, params, make(params))}, baselines.HYPER)["it"]
+    return gate.check(LITTLE, {"it": (gc, params, make(params))}, baselines.ADAMW)["it"]
 
 
 def torch_adamw(**changed):
@@ -174,6 +177,24 @@ def test_gate_lets_right_methods_through(make, gc, dtype):
 )
 def test_gate_refuses_wrong_methods(make, gc):
     assert not judge(make, gc).passed
+
+
+def judged(name, gc, **changed):
+    """The verdict over our step of a rule, its options perhaps changed."""
+    subject = baselines.SUBJECTS[name]
+    params = shapes.build(LITTLE, CPU)
+    options = {**subject.options, **changed}
+    optimizer = getattr(fusedcalib, subject.cls)(params, **options, centralize=gc)
+    return gate.check(LITTLE, {"it": (gc, params, optimizer.step)}, subject)["it"]
+
+
+@pytest.mark.parametrize("gc", [False, True], ids=["plain", "gc"])
+@pytest.mark.parametrize("name", baselines.SUBJECTS)
+def test_gate_knows_every_rule(name, gc):
+    lr = baselines.SUBJECTS[name].options["lr"]
+    assert judged(name, gc).passed
+    assert not judged(name, gc, lr=1.001 * lr).passed
+    assert not judged(name, gc, weight_decay=0.0).passed
 
 
 def test_gate_refuses_a_method_that_raises():

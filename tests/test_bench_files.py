@@ -31,6 +31,7 @@ def data():
         case.empty_row("apex") | {"reason": "apex is not installed"},
     ]
     one = {"list": "small-1000", "tensors": 1000, "params": 10_739_200, "dtypes": "fp32"}
+    one["subject"] = "AdamW"
     one |= {"bytes_per_param": 28, "flush": "none", "clock": "wall", "methods": methods}
     losses = [2.3 - 0.1 * i for i in range(20)]
     runs = {
@@ -40,6 +41,42 @@ def data():
     ceil = {"copy_gbs": 10.0, "stream_4r3w_gbs": None, "how": "by hand"}
     head = machine.describe(CPU)
     return schema.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
+
+
+@pytest.fixture
+def data_of_rules(data):
+    """The same with a case of another rule on the same list."""
+    stream = {"stream_3r2w": {**SPREAD, "median": 1.07}}
+    methods = [
+        method_row("torch_fused", {}, reason="torch.optim has no Lion", wall_ms=None, wall_ratio_to={}),
+        method_row("own_plain", stream),
+        method_row("own_gc", {"stream_3r2w": {**SPREAD, "median": 1.3}}),
+        case.empty_row("stream_3r2w"),
+    ]
+    methods = [{**row, "pct_copy": None} for row in methods]
+    lion = {**copy.deepcopy(data["cases"][0]), "subject": "Lion", "bytes_per_param": 20, "methods": methods}
+    data["cases"].append(lion)
+    schema.check(data)
+    return data
+
+
+def test_rules_have_a_table_and_a_figure(data_of_rules, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "README.md"
+    page.write_text(f"{readme.BEGIN}{readme.END}")
+    readme.write(schema.save(data_of_rules, tmp_path / "r.json"), page)
+    text = page.read_text()
+    assert "| Lion | 20 | - | - | 1.07 (0.80-1.10) | 1.30 (0.80-1.10) |" in text
+    assert "| AdamW | 28 | 1.25 (0.80-1.10) | - | - | - |" in text
+    (figure,) = tmp_path.glob("rules-*.png")
+    assert f"({figure.name})" in text
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_are_of_adamw(data_of_rules):
+    """A second case on the same list must not be taken for it."""
+    data_of_rules["cases"].reverse()
+    assert schema.ratio(data_of_rules, "small-1000", "own_plain", "torch_fused")["median"] == 1.25
 
 
 def test_schema_holds_and_survives_the_file(data, tmp_path):

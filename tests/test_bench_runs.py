@@ -102,7 +102,7 @@ def fake_gpu(monkeypatch):
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value, raising=False)
     stream = torch.ones(8)
-    monkeypatch.setattr(ceilings, "adamw_stream", lambda device, count: stream.sin)
+    monkeypatch.setattr(ceilings, "stream_of", lambda device, count, reads: stream.sin)
     monkeypatch.setattr(ceilings, "GPU_ELEMENTS", 64)
     monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
     monkeypatch.setattr(host, "TENSORS", 20)
@@ -221,9 +221,9 @@ def test_triton_stream_compiles_to_wide_accesses():
         "from triton import compile; from triton.compiler import ASTSource;"
         "from triton.backends.compiler import GPUTarget;"
         "from fusedcalib.bench.stream_triton import BLOCK, _kernel;"
-        "types = {f'{name}_ptr': '*fp32' for name in 'abcd'} | {'BLOCK': 'constexpr'};"
-        "facts = {(i,): [['tt.divisibility', 16]] for i in range(4)};"
-        "source = ASTSource(_kernel, types, constexprs={(4,): BLOCK}, attrs=facts);"
+        "types = {'arrays': ('*fp32',) * 4, 'share': 'fp32', 'BLOCK': 'constexpr'};"
+        "facts = {(0, i): [['tt.divisibility', 16]] for i in range(4)};"
+        "source = ASTSource(_kernel, types, constexprs={(2,): BLOCK}, attrs=facts);"
         "ptx = compile(source, target=GPUTarget('cuda', 90, 32)).asm['ptx'];"
         "assert ptx.count('ld.global') == ptx.count('ld.global.v4') > 0, ptx",
         TRITON_INTERPRET="0",
@@ -234,13 +234,14 @@ def test_triton_stream_computes_what_it_says():
     run_python(
         "import torch; from fusedcalib.bench import ceilings;"
         "from fusedcalib.bench.stream_triton import stream;"
-        "x = [torch.full((8192,), v) for v in ceilings.CHECK]; stream(*x); ceilings._check(x)",
+        "x = [torch.full((8192,), float(v)) for v in range(5)]; stream(*x); ceilings._check(x)",
         TRITON_INTERPRET="1",
     )
 
 
 def test_numba_stream_computes_what_it_says():
     pytest.importorskip("numba")
-    ceilings.adamw_stream(CPU, 1000)
-    with pytest.raises(RuntimeError, match="wrong result"):
+    for reads in (2, 7):
+        ceilings.stream_of(CPU, 1000, reads)
+    with pytest.raises(RuntimeError, match="3 writes computed a wrong result"):
         ceilings._check([torch.zeros(4)] * 4)
