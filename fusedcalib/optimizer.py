@@ -27,7 +27,7 @@ BACKENDS = ("auto", "triton", "numba", "eager")
 
 
 class FusedOptimizer(Optimizer):
-    r"""Base of every optimizer here: `rule` between the stages of one fused pass over memory.
+    r"""What every optimizer here does: the direction of its `rule`, between stages, in one pass over memory.
 
     .. math::
         \hat g &= P(g + \lambda \theta + \lambda_1 \mathrm{sign}(\theta)) \\

@@ -39,7 +39,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     State: `step` (0-dim), `sum` like the parameter; made in the first step, not when constructed.
 
-    Use it: for sparse features and convex problems; in long trainings its steps become too small.
+    Use it: for features that are seldom active, and convex problems; in long trainings its steps become
+    too small.
 
     Source: Duchi, Hazan, Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
     Optimization", JMLR 2011, Figure 1.

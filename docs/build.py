@@ -1,0 +1,163 @@
+"""Writes the pages of the optimizers, and the README's table of them, from the classes themselves.
+
+python docs/build.py           writes them
+python docs/build.py --check   only says which are out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import fusedcalib  # noqa: E402
+from fusedcalib.arguments import EXTRAS  # noqa: E402
+from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
+
+BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
+SECTIONS = ("Args", "State", "Use it", "Raises", "Source", "Sources")
+FP32 = 4  # bytes
+
+
+def parts(doc: str) -> dict[str, str]:
+    """A docstring by its sections: "" is what stands before the first, "Example" the doctest."""
+    found: dict[str, list[str]] = {"": []}
+    section = ""
+    for line in inspect.cleandoc(doc).splitlines():
+        head, colon, rest = line.partition(":")
+        if line.startswith(">>>"):
+            section = "Example"
+        elif colon and head in SECTIONS:
+            section, line = head, rest.strip()
+        found.setdefault(section, []).append(line)
+    return {name: "\n".join(lines).strip() for name, lines in found.items()}
+
+
+def markdown(text: str) -> str:
+    """A docstring's text with its formulas and names as GitHub's Markdown has them."""
+    text = re.sub(r"^\.\. math::\n((?:    .*\n?|\n)+)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r":math:`([^`]*)`", r"$`\1`$", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _formula(match: re.Match[str]) -> str:
+    body = inspect.cleandoc(match[1]).strip()
+    if "&" in body:
+        body = f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
+    return f"```math\n{body}\n```\n\n"
+
+
+def arguments(text: str) -> str:
+    """The entries of an Args section as a list."""
+    entries = re.findall(
+        r"^(?:    )?([\w, ]+): ((?:.*\n?)(?:        .*\n?|\s{8,}.*\n?)*)", text, re.MULTILINE
+    )
+    lines = [f"- `{names.strip()}`: {markdown(' '.join(words.split()))}" for names, words in entries]
+    return "\n".join(lines)
+
+
+def bytes_moved(states: tuple[str, ...], size: int = FP32) -> int:
+    """Bytes that a step must move for each parameter: it and its states both ways, the gradient one."""
+    return (3 + 2 * len(states)) * size
+
+
+def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, int]]:
+    """(state, bytes kept, bytes moved) of each kind of state that the options make, fewest first."""
+    kinds = sorted({tuple(states) for states in cls.rule.states.values()}, key=len)
+    return [
+        (", ".join(f"`{name}`" for name in states) or "none", FP32 * len(states), bytes_moved(states))
+        for states in kinds
+    ]
+
+
+def page(name: str, cls: type[FusedOptimizer]) -> str:
+    """The page of one optimizer."""
+    about = parts(cls.__doc__ or "")
+    costs = [f"| {state} | {kept} | {moved} |" for state, kept, moved in _costs(cls)]
+    example = about["Example"]
+    blocks = [
+        f"# {name}",
+        markdown(about[""]),
+        f"**Use it** {markdown(about['Use it'])}",
+        "## Arguments",
+        "`params`: parameters, named parameters or param groups.",
+        arguments(about["Args"]),
+        f"Besides, as every optimizer here, [{_shared()}](options.md).",
+        "## State",
+        markdown(about["State"]),
+        "\n".join(
+            ["| states in fp32 | bytes kept a parameter | bytes moved a step |", "|---|---|---|", *costs]
+        ),
+        "## Example",
+        f"```pycon\n{example}\n```",
+        f"Source: {markdown(about['Source'])}",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _shared() -> str:
+    return ", ".join(f"`{name}`" for name in (*EXTRAS, "backend"))
+
+
+def options_page() -> str:
+    """What all optimizers share: the docstring of their base class."""
+    about = parts(FusedOptimizer.__doc__ or "")
+    after = about["Args"].partition("\n\n")
+    blocks = [
+        "# Options of every optimizer",
+        markdown(about[""]),
+        arguments(after[0]),
+        markdown(after[2]),
+        f"Sources: {markdown(about['Sources'])}",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def table() -> str:
+    """The README's table."""
+    lines = ["| class | as | bytes moved a parameter | use it |", "|---|---|---|---|"]
+    for name, cls in fusedcalib.optimizers().items():
+        costs = ", ".join(str(moved) for moved in sorted({moved for _, _, moved in _costs(cls)}))
+        theirs = f"`torch.optim.{name}`" if hasattr(torch.optim, name) else "its paper"
+        use = markdown(parts(cls.__doc__ or "")["Use it"]).replace("\n", " ")
+        lines.append(f"| [{name}](docs/{name.lower()}.md) | {theirs} | {costs} | {use} |")
+    return "\n".join(lines)
+
+
+def files() -> dict[Path, str]:
+    """What every generated file should hold."""
+    pages = {HERE / f"{name.lower()}.md": page(name, cls) for name, cls in fusedcalib.optimizers().items()}
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    return {**pages, HERE / "options.md": options_page(), readme: text}
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="docs/build.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if something is out of date"
+    )
+    options: Any = parser.parse_args(given)
+    stale = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
+        if options.check:
+            print(f"out of date: {path.relative_to(ROOT)}; run python docs/build.py", file=sys.stderr)
+        else:
+            path.write_text(text)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
