@@ -1,5 +1,6 @@
 """Nadam: Dozat 2016 (lecture, "Adam Extensions"), torch.optim.NAdam, and Ruder's simpler form."""
 
+import torch
 from torch import Tensor
 
 from .adam import averages
@@ -24,7 +25,9 @@ def nadam(
         + \frac{\mu_{t+1}}{1 - \prod_{i \le t+1} \mu_i} m_t \Bigr) / (\sqrt{\hat v} + \epsilon)
 
     with m and v as in `adam`. As :math:`\psi \to \infty` all :math:`\mu_t` become
-    :math:`\beta_1`; with :math:`\psi = 0` they are half of that.
+    :math:`\beta_1`; with :math:`\psi = 0` they are half of that. Whatever the dtype of the weights
+    the product up to t is one of torch's scalars: each factor and each product is rounded to float32,
+    to float64 only where that is the default dtype.
 
     Args:
         g: gradient of the mean loss; for the step around the rule see `pipeline.oracle`.
@@ -47,7 +50,9 @@ def nadam(
     """
     t, m, v = averages(g, state, betas)
     mu, mu_next = (betas[0] * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1))
-    product = float(state.get("mu_product", 1.0)) * mu
+    double = torch.get_default_dtype() == torch.float64
+    before = torch.as_tensor(state.get("mu_product", 1.0), dtype=torch.float64 if double else torch.float32)
+    product = (before * mu).item()
     ahead = (1 - mu) / (1 - product) * g + mu_next / (1 - product * mu_next) * m
     update = ahead / root(v / (1 - betas[1] ** t), eps, inside=False)
     return update, {"step": t, "mu_product": product, "exp_avg": m, "exp_avg_sq": v}
