@@ -53,6 +53,14 @@ def _cast(builder: Any, value: Any, target: Any) -> Any:
     return value
 
 
+def _wide(builder: Any) -> None:
+    """Has the function vectorized in 512 bits where the CPU has them: half the instructions in flight.
+
+    LLVM prefers 256 for the sake of older CPUs' clocks. llvmlite knows no such attribute, hence set.add.
+    """
+    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+
+
 def _element(builder: Any, stored: Any, address: Any, index: Any) -> Any:
     return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
 
@@ -90,6 +98,7 @@ def _reader(real: Any, count: int, stored: Any, decode: Any = None, indexed: boo
     """An intrinsic's signature and code: `count` neighbours from an address, or entry i of a list of such."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _wide(builder)
         first = builder.mul(args[1], _I64(count)) if indexed else _I64(0)
         values = []
         for k in range(count):
@@ -126,6 +135,7 @@ class Memory:
         @intrinsic
         def load(typing, addresses, strides, i):
             def codegen(context, builder, signature, args):
+                _wide(builder)
                 loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
                 values = [_widened(builder, value, llvm_real) for value in loaded]
                 return context.make_tuple(builder, signature.return_type, values)
