@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,6 +16,8 @@ EXTRAS: dict[str, Any] = {
     "l1": 0.0,
     "max_row_norm": None,  # in param groups infinity, for checkpoints hold numbers only
 }
+# Options in which None stands for no limit.
+LIMITS = frozenset({"max_row_norm", "clip_exponent"})
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -24,17 +27,16 @@ class Options(Optimizer):
     def __init__(
         self,
         params: Any,
+        own: dict[str, Any],
+        /,
         *,
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **own: Any,
     ) -> None:
-        own = limitless(own)
-        for key, value in own.items():
-            check_range(key, value)
+        check_ranges(own, type(self))
         common = {
             "foreach": foreach,
             "maximize": maximize,
@@ -42,19 +44,28 @@ class Options(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, {**own, **common})
+        super().__init__(params, {**limitless(own), **common})
 
 
 def limitless(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in which None stands for no limit, as numbers."""
-    return {key: math.inf if value is None else value for key, value in options.items()}
+    """Options with infinity for a limit of None."""
+    return {k: math.inf if v is None and k in LIMITS else v for k, v in options.items()}
 
 
 _NAMES = {"lr": "learning rate"}  # as torch.optim's messages have them
 
 
-def check_range(key: str, value: Any) -> None:
-    """Raises ValueError for a number out of its range: averaging factors in [0, 1), others at least 0."""
+def check_ranges(options: Mapping[str, Any], cls: type) -> None:
+    """Raises ValueError for an option out of its range: averaging factors in [0, 1), others at least 0."""
+    for key, value in options.items():
+        _check_range(key, value)
+    signature: inspect.Signature = cls.__signature__  # type: ignore[attr-defined]
+    betas = signature.parameters.get("betas")
+    if betas and isinstance(betas.default, tuple) and len(options["betas"]) != len(betas.default):
+        raise ValueError(f"Invalid betas: {options['betas']}, expected {len(betas.default)} numbers")
+
+
+def _check_range(key: str, value: Any) -> None:
     name = _NAMES.get(key, key)
     if key == "momentum":
         if not 0 <= value < 1:
@@ -63,7 +74,7 @@ def check_range(key: str, value: Any) -> None:
         for index, beta in enumerate(value):
             if not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    elif key in ("lr", "eps", "weight_decay") and not value >= 0:
+    elif key in ("lr", "eps", "weight_decay", "clip_exponent") and value is not None and not value >= 0:
         raise ValueError(f"Invalid {name}{'' if key == 'lr' else ' value'}: {value}")
 
 
@@ -75,13 +86,13 @@ def signature_of(cls: type, extras: dict[str, Any]) -> inspect.Signature:
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         for p in parameters:
-            if p.kind not in _VARIADIC:
+            if p.kind not in (*_VARIADIC, p.POSITIONAL_ONLY):
                 found.setdefault(p.name, p)
         handed_on = any(p.kind in _VARIADIC for p in parameters)
-        if not handed_on and base.__module__.startswith("torch.optim."):
+        if not handed_on and (base is Options or base.__module__.startswith("torch.optim.")):
             keyword = inspect.Parameter.KEYWORD_ONLY
             for name, default in extras.items():
                 found.setdefault(name, inspect.Parameter(name, keyword, default=default))
-        if not handed_on or base is Options:
+        if not handed_on:
             break
     return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))

@@ -81,12 +81,13 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
     if recipe.flags.l1 and param.is_complex():
         raise ValueError(f"{owner} is complex, for which there is no L1 penalty; set l1=0")
     _check_like(f"{owner}: its gradient", grad, param)
-    for name in recipe.states:
+    for name in (*recipe.states, *(recipe.rule.product or ())[:1]):
         if recipe.rule.counts and name not in state and state.get("step", 0) > 0:
             raise KeyError(
                 f"{owner} has been stepped without the state {name!r}: an option was switched on late "
                 "or another optimizer's checkpoint was loaded; clear its state to start anew"
             )
+    for name in recipe.states:
         if isinstance(state.get(name), Tensor):
             _check_like(f"{owner}: its state {name!r}", state[name], param)
             if overlaps_itself(state[name]):

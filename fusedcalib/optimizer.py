@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import EXTRAS, limitless, signature_of
+from .arguments import EXTRAS, Options, check_ranges, limitless, signature_of
 from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
 from .plan import Plan, Versions
@@ -62,6 +62,10 @@ class FusedOptimizer(Optimizer):
 
     Sources: centring: Yong et al., "Gradient Centralization", ECCV 2020; decoupled decay: Loshchilov and
     Hutter, ICLR 2019; elastic net: Zou and Hastie 2005; largest norm: Srebro and Shraibman 2005.
+
+    >>> import fusedcalib
+    >>> all(issubclass(cls, fusedcalib.FusedOptimizer) for cls in fusedcalib.optimizers().values())
+    True
     """
 
     rule: ClassVar[Rule]
@@ -92,8 +96,8 @@ class FusedOptimizer(Optimizer):
         for key, value in self._extras.items():
             self.defaults.setdefault(key, value)
         if isinstance(param_group, dict):
-            param_group.update(limitless({k: v for k, v in param_group.items() if k in self._extras}))
-            check_group({**self.defaults, **param_group}, type(self).__name__)
+            self._check({**self.defaults, **param_group})
+            param_group.update(limitless(param_group))
         self._plan = None
         super().add_param_group(param_group)
 
@@ -102,6 +106,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._extras = {**limitless({**EXTRAS, **self.rule.extras}), **self._extras}
         self._plan = None
         self._versions = Versions()
         self._step_supports_amp_scaling = False
@@ -168,12 +173,14 @@ class FusedOptimizer(Optimizer):
 
     def _prepare(self) -> Plan:
         """All host work of a step but the launches."""
-        recipes = merged([self._recipe(group) for group in self.param_groups])
+        own = [self._recipe(group) for group in self.param_groups]
+        recipes = merged(own)
         if self._plan is None or not self._plan.holds(recipes, self.param_groups, self.state):
             self._plan = None
             before = {param: dict(entry) for param, entry in self.state.items()}
             try:
-                self._plan = self._lay_out(recipes)
+                plan = self._lay_out(own, recipes)
+                plan.refresh(self.param_groups)
             except BaseException:  # as out of memory: take back the state that was made
                 for param in list(self.state):
                     if param in before:
@@ -182,19 +189,26 @@ class FusedOptimizer(Optimizer):
                     else:
                         del self.state[param]
                 raise
-        self._plan.refresh(self.param_groups)
+            self._plan = plan
+        else:
+            self._plan.refresh(self.param_groups)
         return self._plan
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
-        check_group(group, type(self).__name__)
+        self._check(group)
         return recipe_of(self.rule, group)
 
-    def _lay_out(self, recipes: list[Recipe]) -> Plan:
+    def _check(self, group: dict[str, Any]) -> None:
+        check_group(group, type(self).__name__)
+        if isinstance(self, Options):  # torch.optim's own classes check what they are constructed with
+            check_ranges(group, type(self))
+
+    def _lay_out(self, own: list[Recipe], recipes: list[Recipe]) -> Plan:
         """Checks everything, then makes missing state, then plans."""
         live = list(self._live())
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
-            check_parameter(owner, param, recipes[group], self.state.get(param, {}))
+            check_parameter(owner, param, own[group], self.state.get(param, {}))
         executors = [self._executor(param) for _, _, param in live]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [

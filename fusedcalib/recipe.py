@@ -13,8 +13,8 @@ Group = Mapping[str, Any]
 
 
 def decay_of(group: Group) -> str:
-    """Decay as torch.optim has it: of the gradient, or of the parameter where that is asked for."""
-    return "decoupled" if group.get("decoupled_weight_decay") else "coupled"
+    """Decay of the gradient, or of the parameter where that is asked for."""
+    return "decoupled" if group["decoupled_weight_decay"] else "coupled"
 
 
 def epsilons(group: Group) -> tuple[float, float]:
@@ -49,7 +49,7 @@ class Rule:
     counts: bool = True
     starts: Mapping[str, str] = field(default_factory=dict)
     product: tuple[str, Callable[[Group, float], float]] | None = None
-    decay: Callable[[Group], str] = decay_of
+    decay: Callable[[Group], str] = lambda group: "coupled"
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ import torch
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, sqrt
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule, epsilons
+from ..recipe import Group, Rule, decay_of, epsilons
 
 
 @jit
@@ -82,6 +82,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         },
         variant=_variant,
         scalars=_scalars,
+        decay=decay_of,
         extras={"eps_inside_sqrt": False},
     )
 

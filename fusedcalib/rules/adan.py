@@ -85,5 +85,5 @@ class Adan(FusedOptimizer, Options):
         no_prox: bool = False,
         **options: Any,
     ) -> None:
-        options["no_prox"] = no_prox
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
+        super().__init__(params, own, **options)

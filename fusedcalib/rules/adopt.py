@@ -11,7 +11,7 @@ from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, minimum, sqrt, where
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Group, Rule
+from ..recipe import Group, Rule, decay_of
 
 
 @jit
@@ -28,7 +28,7 @@ def adopt(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     exponent = group["clip_exponent"]
-    bound = math.inf if exponent == math.inf else (step - 1) ** exponent
+    bound = math.inf if exponent in (None, math.inf) else (step - 1) ** exponent
     # The first gradient is only measured: no step is taken.
     step_size = 0.0 if step == 1 else group["lr"]
     return step_size, 1 - beta1, beta2, 1 - beta2, group["eps"], bound, float(step == 1)
@@ -73,7 +73,7 @@ class ADOPT(FusedOptimizer, Options):
     [-0.25, 0.25]
     """
 
-    rule = Rule(update=adopt, scalars=_scalars, states={"plain": ("exp_avg", "exp_avg_sq")})
+    rule = Rule(update=adopt, scalars=_scalars, states={"plain": ("exp_avg", "exp_avg_sq")}, decay=decay_of)
 
     def __init__(
         self,
@@ -86,5 +86,6 @@ class ADOPT(FusedOptimizer, Options):
         clip_exponent: float | None = 0.25,
         **options: Any,
     ) -> None:
-        options.update(decoupled_weight_decay=decoupled_weight_decay, clip_exponent=clip_exponent)
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own |= {"decoupled_weight_decay": decoupled_weight_decay, "clip_exponent": clip_exponent}
+        super().__init__(params, own, **options)

@@ -70,4 +70,4 @@ class Lion(FusedOptimizer, Options):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, **options)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options)

@@ -9,7 +9,7 @@ import torch
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule
+from ..recipe import Group, Rule, decay_of
 
 
 @jit
@@ -70,4 +70,5 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         scalars=_scalars,
         states={"plain": ("exp_avg", "exp_avg_sq")},
         product=("mu_product", _mu),
+        decay=decay_of,
     )

@@ -9,7 +9,7 @@ import torch
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule
+from ..recipe import Group, Rule, decay_of
 
 
 @jit
@@ -72,4 +72,4 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
     -1.5
     """
 
-    rule = Rule(update=radam, scalars=_scalars, states={"plain": ("exp_avg", "exp_avg_sq")})
+    rule = Rule(update=radam, scalars=_scalars, states={"plain": ("exp_avg", "exp_avg_sq")}, decay=decay_of)

@@ -10,7 +10,7 @@ from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import sign
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Group, Rule
+from ..recipe import Group, Rule, decay_of
 
 
 @jit
@@ -63,6 +63,7 @@ class Signum(FusedOptimizer, Options):
         states={"plain": (), "momentum": ("momentum_buffer",)},
         variant=lambda group: "momentum" if group["momentum"] else "plain",
         counts=False,
+        decay=decay_of,
     )
 
     def __init__(
@@ -74,5 +75,6 @@ class Signum(FusedOptimizer, Options):
         decoupled_weight_decay: bool = True,
         **options: Any,
     ) -> None:
-        options["decoupled_weight_decay"] = decoupled_weight_decay
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, **options)
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        own["decoupled_weight_decay"] = decoupled_weight_decay
+        super().__init__(params, own, **options)
