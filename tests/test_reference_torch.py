@@ -103,6 +103,24 @@ def test_a_step_is_that_of_torch(name: str, options: dict[str, Any], where: bool
                 torch.testing.assert_close(torch.as_tensor(new_state[key]), value, rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize("default", [torch.float32, F64])
+def test_the_product_of_nadam_has_the_bits_of_torch(default: torch.dtype) -> None:
+    """A scalar of the default dtype beside weights of any; each step starts from its own before."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        p = torch.nn.Parameter(torch.ones(2, dtype=F64))
+        p.grad = torch.ones_like(p)
+        opt = torch.optim.NAdam([p], momentum_decay=0.1)
+        state: dict[str, Any] = {}
+        for _ in range(8):
+            opt.step()
+            state = reference.nadam(p.detach(), p.grad, state, momentum_decay=0.1)[1]
+            assert state["mu_product"] == opt.state[p]["mu_product"].item()
+    finally:
+        torch.set_default_dtype(before)
+
+
 # What torch has not, and what it has that is about how a step is carried out.
 OWN = {
     "l1": 0.0,

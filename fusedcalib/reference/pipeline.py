@@ -11,7 +11,8 @@ from . import stages
 from .stages import Centralize, Oracle, State
 
 Direction: TypeAlias = Callable[..., tuple[Tensor | None, State]]
-"""A rule proper: ``direction(g, state, *, ...) -> (update, state)``, an update of None: stay."""
+"""A rule proper: ``direction(g, state, *, ...) -> (update, state)``. An update of None takes no
+step: neither decay nor projection moves the weights then."""
 
 Decay: TypeAlias = Literal["coupled", "decoupled", "proximal"]
 """Where weight decay acts: on the gradient, on the weights before the move, or after it."""
@@ -41,19 +42,8 @@ def oracle(
       returns; `centralize_min_ndim` (2): weights of fewer dimensions are not centred.
     * `max_row_norm` (None): the radius c of the ball the rows are projected on at last.
 
-    A rule that returns None as its update takes no step: its state changes, the weights do not,
-    whatever the decay and the projection.
-
-    Args:
-        lr: default of the learning rate.
-        weight_decay: default of the decay.
-        decay: where it acts by default.
-
-    Returns:
-        A decorator. What it makes is pure, computes in the dtype it is given, raises TypeError for
-        an option it does not know and ValueError for a value of `centralize` that is not one.
-
-    Source: Yong et al. 2020, section 3.4 (decay before P); torch.optim.AdamW (decay before step).
+    What the decorator makes is pure, computes in the dtype it is given, raises TypeError for an
+    option it does not know and ValueError for a value of `centralize` that is not one.
 
     >>> import torch
     >>> @oracle(lr=0.5)
@@ -63,53 +53,70 @@ def oracle(
     (tensor([0.5000]), {})
     """
     switch = "no_prox" if decay == "proximal" else "decoupled_weight_decay"
-    default_lr, default_decay = lr, weight_decay
+    defaults = {"lr": lr, "weight_decay": weight_decay, switch: decay == "decoupled"}
 
     def decorate(direction: Direction) -> Oracle:
         @functools.wraps(direction, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
-        def step(
-            param: Tensor,
-            grad: Tensor,
-            state: State,
-            *,
-            lr: float = default_lr,
-            weight_decay: float = default_decay,
-            maximize: bool = False,
-            l1: float = 0.0,
-            max_row_norm: float | None = None,
-            centralize: Centralize = False,
-            centralize_min_ndim: int = 2,
-            **options: Any,
-        ) -> tuple[Tensor, State]:
-            decoupled = options.pop(switch, decay == "decoupled")
-            kind = "decoupled" if decoupled else "proximal" if decay == "proximal" else "coupled"
+        def step(param: Tensor, grad: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
+            options = defaults | options
+            kind: Decay = "proximal" if decay == "proximal" else "coupled"
+            kind = "decoupled" if options.pop(switch) else kind
+            return _take_step(direction, kind, param, grad, state, **options)
 
-            g = -grad if maximize else grad
-            g = stages.coupled_decay(g, param, weight_decay if kind == "coupled" else 0)
-            g = stages.l1_subgradient(g, param, l1)
-            g = stages.centralize_at("gradient", g, centralize, centralize_min_ndim)
-            update, new_state = direction(g, state, **options)
-            if update is None:
-                return param.clone(), new_state
-            update = stages.centralize_at("update", update, centralize, centralize_min_ndim)
-            param = stages.decoupled_decay(param, lr, weight_decay if kind == "decoupled" else 0)
-            param = param - lr * update
-            param = stages.proximal_decay(param, lr, weight_decay if kind == "proximal" else 0)
-            return stages.project_rows(param, max_row_norm), new_state
-
-        step.__signature__ = _signature(step, switch, decay, direction)  # type: ignore[attr-defined]
+        step.__signature__ = _signature(direction, defaults)  # type: ignore[attr-defined]
         return step
 
     return decorate
 
 
-def _signature(step: Oracle, switch: str, decay: Decay, direction: Direction) -> inspect.Signature:
-    """The arguments of `step` as `help` should show them: those of the rule by name."""
-    *around, _ = inspect.signature(step, follow_wrapped=False).parameters.values()
+def _take_step(
+    direction: Direction,
+    decay: Decay,
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    *,
+    lr: float,
+    weight_decay: float,
+    maximize: bool = False,
+    l1: float = 0.0,
+    max_row_norm: float | None = None,
+    centralize: Centralize = False,
+    centralize_min_ndim: int = 2,
+    **options: Any,
+) -> tuple[Tensor, State]:
+    """The stages in their order. A rule without an update only changes its state.
+
+    Source: Yong et al. 2020, section 3.4 (decay before P); torch.optim.AdamW (decay before the
+    move); Xie et al. 2022, algorithm 1 (proximal decay after it).
+    """
+    g = -grad if maximize else grad
+    if decay == "coupled":
+        g = stages.coupled_decay(g, param, weight_decay)
+    g = stages.l1_subgradient(g, param, l1)
+    g = stages.centralize_at("gradient", g, centralize, centralize_min_ndim)
+
+    update, new_state = direction(g, state, **options)
+    if update is None:
+        return param.clone(), new_state
+    update = stages.centralize_at("update", update, centralize, centralize_min_ndim)
+
+    if decay == "decoupled":
+        param = stages.decoupled_decay(param, lr, weight_decay)
+    param = param - lr * update
+    if decay == "proximal":
+        param = stages.proximal_decay(param, lr, weight_decay)
+    return stages.project_rows(param, max_row_norm), new_state
+
+
+def _signature(direction: Direction, defaults: dict[str, Any]) -> inspect.Signature:
+    """The arguments of a step as `help` should show them: by name, the rule's own at last."""
+    _, _, *around, _ = inspect.signature(_take_step).parameters.values()
     _, _, *own = inspect.signature(direction).parameters.values()
-    choice = inspect.Parameter(switch, inspect.Parameter.KEYWORD_ONLY, default=decay == "decoupled")
-    options = sorted([*around, choice, *own], key=lambda p: p.kind)
-    return inspect.Signature(options, return_annotation=tuple[Tensor, State])
+    named = {p.name: p.replace(default=defaults.get(p.name, p.default)) for p in [*around, *own]}
+    for name in defaults.keys() - named.keys():
+        named[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name])
+    return inspect.Signature(sorted(named.values(), key=lambda p: p.kind))
 
 
 def direction_of(step: Oracle) -> Direction:
