@@ -30,7 +30,7 @@ def register_timm(prefix: str = "fused-") -> list[str]:
 
     >>> import fusedcalib
     >>> fusedcalib.register_timm()[:2]  # doctest: +SKIP
-    ['fused-adadelta', 'fused-adagrad']
+    ['fused-adopt', 'fused-adadelta']
     """
     if "_" in prefix:
         raise ValueError(
@@ -43,23 +43,22 @@ def register_timm(prefix: str = "fused-") -> list[str]:
         if not (error.name or "").startswith("timm"):  # timm is there, what it needs is not
             raise
         raise ImportError("register_timm needs timm 1.0.12 or newer: pip install 'timm>=1.0.12'") from error
-    taken = default_registry._optimizers
+    known = {name: default_registry.get_optimizer_info(name) for name in default_registry.list_optimizers()}
     infos = []
     for name, cls in optimizers().items():
-        own = taken.get(name.lower())
-        changed = own.defaults if own and own.defaults else {}
-        infos.append(OptimInfo(name=(prefix + name).lower(), opt_class=cls, **_described(cls, changed)))
-    for info in infos:
-        if taken.get(info.name, info).opt_class is not info.opt_class:
+        own = known.get(name.lower())
+        info = OptimInfo((prefix + name).lower(), cls, **_described(cls, own and own.defaults))
+        if known.get(info.name, info).opt_class is not cls:
             raise ValueError(f"prefix {prefix!r}: timm has another {info.name!r}; use another prefix")
+        infos.append(info)
     for info in infos:
-        if info.name not in taken:
+        if info.name not in known:
             default_registry.register(info)
     return [info.name for info in infos]
 
 
-def _described(cls: type[FusedOptimizer], changed: dict[str, Any]) -> dict[str, Any]:
-    """What timm asks of an optimizer: which of its command line's options to hand on."""
+def _described(cls: type[FusedOptimizer], changed: dict[str, Any] | None) -> dict[str, Any]:
+    """What timm wants to know of an optimizer: which of the options that it may be given to hand on."""
     options = options_of(cls)
     return {
         "description": f"fusedcalib.{cls.__name__}: the whole step in one pass over memory",
@@ -67,5 +66,5 @@ def _described(cls: type[FusedOptimizer], changed: dict[str, Any]) -> dict[str, 
         "has_momentum": "momentum" in options,
         "has_betas": "betas" in options,
         "num_betas": len(options.get("betas", (0, 0))),
-        "defaults": {key: value for key, value in changed.items() if key in options},
+        "defaults": {key: value for key, value in (changed or {}).items() if key in options},
     }
