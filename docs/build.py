@@ -72,7 +72,7 @@ def bytes_moved(states: tuple[str, ...], size: int = FP32) -> int:
 
 def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, int]]:
     """(state, bytes kept, bytes moved) of each kind of state that the options make, fewest first."""
-    kinds = sorted({tuple(states) for states in cls.rule.states.values()}, key=len)
+    kinds = sorted(dict.fromkeys(cls.rule.states.values()), key=len)
     return [
         (", ".join(f"`{name}`" for name in states) or "none", FP32 * len(states), bytes_moved(states))
         for states in kinds

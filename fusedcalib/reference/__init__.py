@@ -5,7 +5,8 @@ to judge another implementation). Nothing is modified in place, nothing else of 
 imported: a reference that shared a line with what it judges could not find a fault in it.
 
 `ORACLES` maps the name of an optimizer class to the function that takes one step of it. A new rule
-is one new file here that declares its own ``ORACLES``; it is found by itself.
+is one new file here that declares its own ``ORACLES``; it is found by itself, and its function is exported
+from here.
 
 >>> import torch
 >>> from fusedcalib.reference import ORACLES
@@ -18,20 +19,10 @@ tensor([[ 0.5000, -0.5000]])
 import importlib
 import pkgutil
 
-from .adadelta import adadelta
-from .adagrad import adagrad
-from .adam import adam, adamw
-from .adamax import adamax
-from .adan import adan
-from .adopt import adopt
 from .momentum import ema_momentum, heavy_ball, nag_c, nag_sc, nesterov, velocity_momentum
-from .nadam import nadam, ruder_nadam
+from .nadam import ruder_nadam
 from .newton import newton
 from .pipeline import oracle
-from .radam import radam
-from .rmsprop import rmsprop
-from .sgd import sgd, sgdw
-from .sign import lion, signum
 from .stages import (
     Oracle,
     State,
@@ -47,21 +38,12 @@ __all__ = [
     "ORACLES",
     "Oracle",
     "State",
-    "adadelta",
-    "adagrad",
-    "adam",
-    "adamax",
-    "adamw",
-    "adan",
-    "adopt",
     "centralize",
     "coupled_decay",
     "decoupled_decay",
     "ema_momentum",
     "heavy_ball",
     "l1_subgradient",
-    "lion",
-    "nadam",
     "nag_c",
     "nag_sc",
     "nesterov",
@@ -69,12 +51,7 @@ __all__ = [
     "oracle",
     "project_rows",
     "proximal_decay",
-    "radam",
-    "rmsprop",
     "ruder_nadam",
-    "sgd",
-    "sgdw",
-    "signum",
     "velocity_momentum",
 ]
 
@@ -91,3 +68,5 @@ def _discover() -> dict[str, Oracle]:
 
 
 ORACLES: dict[str, Oracle] = _discover()
+globals().update({function.__name__: function for function in ORACLES.values()})
+__all__ += sorted(function.__name__ for function in ORACLES.values())
