@@ -173,13 +173,12 @@ class FusedOptimizer(Optimizer):
 
     def _prepare(self) -> Plan:
         """All host work of a step but the launches."""
-        own = [self._recipe(group) for group in self.param_groups]
-        recipes = merged(own)
+        recipes = [self._recipe(group) for group in self.param_groups]
         if self._plan is None or not self._plan.holds(recipes, self.param_groups, self.state):
             self._plan = None
             before = {param: dict(entry) for param, entry in self.state.items()}
             try:
-                plan = self._lay_out(own, recipes)
+                plan = self._lay_out(recipes)
                 plan.refresh(self.param_groups)
             except BaseException:  # as out of memory: take back the state that was made
                 for param in list(self.state):
@@ -203,12 +202,13 @@ class FusedOptimizer(Optimizer):
         if isinstance(self, Options):  # torch.optim's own classes check what they are constructed with
             check_ranges(group, type(self))
 
-    def _lay_out(self, own: list[Recipe], recipes: list[Recipe]) -> Plan:
+    def _lay_out(self, asked: list[Recipe]) -> Plan:
         """Checks everything, then makes missing state, then plans."""
         live = list(self._live())
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
-            check_parameter(owner, param, own[group], self.state.get(param, {}))
+            check_parameter(owner, param, asked[group], self.state.get(param, {}))
+        recipes = merged(asked)
         executors = [self._executor(param) for _, _, param in live]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [
@@ -218,7 +218,7 @@ class FusedOptimizer(Optimizer):
             Slot(param, self._states(param, recipes[group]), group, recipes[group], executor)
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
-        return Plan(slots, fresh, recipes, self.param_groups, self.state, self._versions)
+        return Plan(slots, fresh, asked, recipes, self.param_groups, self.state, self._versions)
 
     def _executor(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""

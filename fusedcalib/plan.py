@@ -20,23 +20,25 @@ class Plan:
         self,
         slots: list[Slot],
         fresh: list[bool],
+        asked: list[Recipe],
         recipes: list[Recipe],
         groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
         versions: Versions,
     ) -> None:
         self.buckets = build_buckets(slots)
-        self._recipes = recipes
+        self._asked = asked  # of each group
+        self._recipes = recipes  # compiled for it
         self._groups = np.array([slot.group for slot in slots], dtype=np.int64)
         self._group_rows = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         self._written = versions.to_count(slots)
         self._counter = _Counter(slots, fresh, state)
         self._watch = Watch(groups, state)
 
-    def holds(self, recipes: list[Recipe], groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+    def holds(self, asked: list[Recipe], groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
         """Whether the plan still fits; takes over gradients that moved."""
         before = self._watch.grad_pointers
-        if recipes != self._recipes or not self._watch.holds(groups, state):
+        if asked != self._asked or not self._watch.holds(groups, state):
             return False
         if self._watch.grad_pointers == before:
             return True

@@ -1,104 +1,18 @@
-"""Tables that several test files share, and a training run done twice: here and in torch."""
+"""What several test files share, and a training run done twice: here and in torch."""
 
 import copy
-import functools
 import importlib.util
-import inspect
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rule_cases import Rule
 
 import fusedcalib
-from fusedcalib.reference import ORACLES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED = {"cuda": "triton", "cpu": "numba" if importlib.util.find_spec("numba") else None}[DEVICE]
 BACKENDS = [name for name in (FUSED, "eager") if name]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One optimizer class, an ordinary run's options, and the state that torch makes for them."""
-
-    name: str
-    options: dict[str, Any]
-    moments: tuple[str, ...]
-    counted: bool = True
-
-    @property
-    def ours(self) -> type[torch.optim.Optimizer]:
-        return getattr(fusedcalib, self.name)
-
-    @property
-    def theirs(self) -> type[torch.optim.Optimizer]:
-        """torch.optim's class of that name, or one made of the oracle where there is none."""
-        return getattr(torch.optim, self.name, None) or oracle_optimizer(self.name)
-
-
-DECAY = {"lr": 0.02, "weight_decay": 0.1}
-ADAM = {**DECAY, "betas": (0.8, 0.95)}
-MOMENTUM = {**DECAY, "momentum": 0.9}
-BOTH = ("exp_avg", "exp_avg_sq")
-RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("SGD", {**MOMENTUM, "lr": 0.1}, ("momentum_buffer",), False),
-        Rule("SGDW", MOMENTUM, ("momentum_buffer",), False),
-        Rule("Adam", ADAM, BOTH),
-        Rule("AdamW", ADAM, BOTH),
-        Rule("Adagrad", {**DECAY, "initial_accumulator_value": 0.1}, ("sum",)),
-        Rule("Adadelta", {**DECAY, "lr": 1.0, "eps": 1e-3}, ("square_avg", "acc_delta")),
-        Rule("RMSprop", {**MOMENTUM, "alpha": 0.9, "eps": 0.1}, ("square_avg", "momentum_buffer")),
-        Rule("Adamax", ADAM, ("exp_avg", "exp_inf")),
-        Rule("NAdam", ADAM, BOTH),
-        Rule("RAdam", ADAM, BOTH),
-        Rule("Lion", {**ADAM, "lr": 0.01}, ("exp_avg",), False),
-        Rule("Signum", MOMENTUM, ("momentum_buffer",), False),
-        Rule(
-            "Adan",
-            {**DECAY, "betas": (0.8, 0.7, 0.95)},
-            ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
-        ),
-        Rule("ADOPT", {**ADAM, "eps": 0.1}, BOTH),
-    )
-}
-
-
-@functools.cache
-def oracle_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """An optimizer that steps by an oracle, arguments and state as torch.optim's classes have them."""
-    ignored = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-    oracle = ORACLES[name]
-    options = inspect.signature(getattr(fusedcalib, name)).parameters
-    defaults = {k: v.default for k, v in options.items() if k not in ("params", "backend")}
-    defaults = {k: math.inf if v is None else v for k, v in defaults.items()} | ignored
-
-    class Slow(torch.optim.Optimizer):
-        def __init__(self, params: Any, **options: Any) -> None:
-            super().__init__(params, {**defaults, **options})
-
-        @torch.no_grad()
-        def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            with torch.enable_grad():
-                loss = closure() if closure else None
-            for group in self.param_groups:
-                own = {k: v for k, v in group.items() if k in defaults.keys() - ignored.keys()}
-                for p in group["params"]:
-                    if p.grad is not None:
-                        value, state = oracle(p.clone(), p.grad, self.state[p], **own)
-                        p.copy_(value)
-                        if state:
-                            self.state[p] = {k: as_stored(k, v) for k, v in state.items()}
-            return loss
-
-    def as_stored(key: str, value: Any) -> torch.Tensor:
-        return value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
-
-    Slow.__name__ = name
-    return Slow
 
 
 # A matrix, an odd vector, a scalar, nothing at all, a convolution's weight.
@@ -130,7 +44,10 @@ def tolerance(dtype: torch.dtype, steps: int) -> float:
 
 
 class Twin:
-    """One training run under two optimizers: `ours` over `params`, `theirs` over `expected`."""
+    """One training run under two optimizers: `ours` over `params`, `theirs` over `expected`.
+
+    `judge` is the class of `theirs`: torch.optim's, or the oracle's, which knows our own options.
+    """
 
     def __init__(
         self,
@@ -139,15 +56,22 @@ class Twin:
         params: list[torch.nn.Parameter],
         expected: list[torch.nn.Parameter] | None = None,
         arrange: Callable[[list[torch.nn.Parameter]], Any] = list,
+        judge: type[torch.optim.Optimizer] | None = None,
         **options: Any,
     ) -> None:
         self.rule, self.steps = rule, 0
+        self.signs: list[torch.Tensor] = []
         self.params = params
         self.expected = twins(params) if expected is None else expected
         self.ours = rule.ours(arrange(self.params), backend=backend, **options)
         if not {"foreach", "fused"} & options.keys():
             options["foreach"] = False  # the plain loop is what the others are measured by
-        self.theirs = rule.theirs(arrange(self.expected), **options)
+        self.theirs = (judge or rule.theirs)(arrange(self.expected), **options)
+
+    def steady(self) -> "Twin":
+        """From now on each element's gradient keeps its sign: its average is not near zero."""
+        self.signs = [torch.randn(p.shape, device=p.device).sign() for p in self.params]
+        return self
 
     @property
     def sides(self) -> tuple[tuple[torch.optim.Optimizer, list[torch.nn.Parameter]], ...]:
@@ -162,8 +86,12 @@ class Twin:
     def gradients(self, missing: Iterable[int] = ()) -> None:
         """New gradients, the same on both sides, none for those in `missing`; always contiguous."""
         for i, (p, q) in enumerate(zip(self.params, self.expected, strict=True)):
-            p.grad = None if i in missing else torch.randn(p.shape, dtype=p.dtype, device=p.device)
-            q.grad = None if i in missing else p.grad.to(q.dtype, copy=True)
+            p.grad = q.grad = None
+            if i not in missing:
+                p.grad = torch.randn(p.shape, dtype=p.dtype, device=p.device)
+                if self.signs:
+                    p.grad = ((p.grad.abs() + 0.5) * self.signs[i]).to(p.dtype)
+                q.grad = p.grad.to(q.dtype, copy=True)
 
     def step(self, times: int = 1, missing: Iterable[int] = ()) -> "Twin":
         for _ in range(times):
@@ -178,6 +106,8 @@ class Twin:
         for i, (p, q) in enumerate(zip(self.params, self.expected, strict=True)):
             rounding = tolerance(p.dtype, self.steps)
             mine, his = state_of(self.ours, p), state_of(self.theirs, q)
+            if not mine and his.get("step") == 0:
+                his = {}  # torch.optim.Adagrad makes its state at once
             assert mine.keys() == his.keys()
             for key in mine:
                 limit = 0 if key == "step" else rounding if state_atol is None else state_atol

@@ -6,7 +6,8 @@ import zlib
 import numpy
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, RULES, Rule, Twin, parameters
+from cases import BACKENDS, DEVICE, Twin, parameters
+from rule_cases import RULES, Rule
 
 
 @pytest.fixture(autouse=True)
