@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import bootstrap
 
 OPTIONAL = ("numba", "scikit-learn", "hypothesis", "expecttest", "pytest-timeout", "pytest-benchmark")
+OPTIONAL += ("accelerate", "pytorch-lightning")
 SELECTED = {"plain": "not interpreted", "interpreted": "interpreted"}
 NONE_COLLECTED = 5  # pytest's exit code
 

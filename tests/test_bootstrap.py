@@ -63,6 +63,7 @@ def test_requirements_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     declared = project["dependencies"] + extras["cpu"] + extras["bench"] + extras["test"]
+    assert extras["frameworks"] == bootstrap.FRAMEWORKS
     name = re.compile(r"[\w-]+")
     ours = {name.match(wanted)[0] for wanted in bootstrap.requirements("")}
     assert ours | {"triton"} == {name.match(wanted)[0] for wanted in declared}
@@ -201,16 +202,28 @@ def test_one_of_two_set_ups_at_the_same_time_waits(machine, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(made, [machine, machine]))
     assert folders == [machine.root / ".venv"] * 2
-    assert len(machine.installs()) == 2
+    assert len(machine.installs()) == 3
 
 
 def test_torch_comes_first_and_stays(machine):
     made(machine)
-    torch, rest = machine.installs()
+    torch, rest, frameworks = machine.installs()
     assert torch.endswith(CPU_TORCH)
-    assert f" {CPU_TORCH} " in rest  # without the pin pip may put another torch in its place
+    for later in (rest, frameworks):  # without the pin pip may put another torch in its place
+        assert f" {CPU_TORCH} " in later
     assert "triton==3.7.1" in rest
     assert "numba" in rest
+    assert frameworks.endswith(f"{CPU_TORCH} {' '.join(bootstrap.FRAMEWORKS)}")
+
+
+def test_frameworks_that_cannot_be_had_are_done_without(machine, capsys):
+    machine.fails = lambda command: "accelerate" in command
+    assert made(machine) == machine.root / ".venv"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "set-up: not installed (No matching distribution found): tests that need them are skipped"
+    machine.ran.clear()
+    made(machine)
+    assert not machine.ran
 
 
 @pytest.mark.parametrize("change", ["requirements", "version", "interpreter", "no python"])
@@ -249,7 +262,7 @@ def test_a_set_up_that_was_cut_short_is_not_believed(machine, monkeypatch, asked
     machine.ran.clear()
     machine.kind, machine.fails = asked, lambda command: False
     assert made(machine) == machine.root / ".venv"
-    assert len(machine.installs()) == 2
+    assert len(machine.installs()) == 3
 
 
 @pytest.mark.parametrize("obstacle", ["not writable", "somebody else's"])
@@ -298,7 +311,7 @@ def test_pip_of_the_running_python_stands_in_for_ensurepip(machine):
     machine.fails = lambda command: "ensurepip" in command
     made(machine)
     assert [f"--python {machine.root}" in command for command in machine.ran[:2]] == [False, True]
-    assert len(machine.ran) == 4
+    assert len(machine.ran) == 5
 
 
 CONTENT = b"a wheel"
