@@ -44,6 +44,11 @@ def _sqrt(x):
 
 
 @njit(**_INNER)
+def _negative(x):
+    return -x
+
+
+@njit(**_INNER)
 def _absolute(x):
     return abs(x)
 
@@ -78,6 +83,7 @@ def _sign_in(x):
 NAMES = {
     "divide": _divide,
     "sqrt": _sqrt,
+    "negative": _negative,
     "absolute": _absolute,
     "sign": _sign,
     "maximum": _maximum,

@@ -37,6 +37,7 @@ def _over(function: Any) -> Any:
 NAMES = {
     "divide": operator.truediv,
     "sqrt": torch.sqrt,
+    "negative": torch.neg,
     "absolute": torch.abs,
     "sign": torch.sign,
     "maximum": _over(torch.maximum),

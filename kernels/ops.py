@@ -29,6 +29,12 @@ def sqrt(x):
 
 
 @jit
+def negative(x):
+    """-x, of a zero too: Triton's own is 0 - x, which makes 0 of 0."""
+    return x * -1.0
+
+
+@jit
 def absolute(x):
     """|x|."""
     return tl.abs(x)

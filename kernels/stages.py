@@ -16,7 +16,7 @@ A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of
 from typing import NamedTuple
 
 from .language import jit, tl
-from .ops import divide, sign, sqrt, where
+from .ops import divide, negative, sign, sqrt, where
 
 
 class Flags(NamedTuple):
@@ -39,7 +39,7 @@ class Flags(NamedTuple):
 def prepared(p, g, h, FLAGS: tl.constexpr):
     """The gradient before centring: sign, then penalties, hence P(g + lam p) (Yong et al. 2020, 3.4)."""
     if FLAGS.maximize:
-        g = -g
+        g = negative(g)
     if FLAGS.decay == "coupled":
         # Not g + 0 * p: a group without decay beside one with it must not turn inf into NaN.
         g = where(h[0] != 0, g + h[0] * p, g)
