@@ -6,11 +6,10 @@ import pickle
 
 import pytest
 import torch
-from cases import RULES, Twin, assert_identical, parameters, snapshot, state_of, train, twins
+from cases import Twin, assert_identical, parameters, snapshot, state_of, train, twins
+from rule_cases import RULES
 
 import fusedcalib
-
-OWN_KEYS = ("centralize", "centralize_min_ndim")
 
 
 def saved_and_loaded(value):
@@ -90,28 +89,32 @@ def plain(value, where="saved"):
         assert type(value) in (torch.Tensor, int, float, bool, str), f"{where}: {type(value)}"
 
 
-@pytest.mark.parametrize("centralize", [False, True, "update"])
-def test_c16_plain_types(rule, ours, centralize):
+@pytest.mark.parametrize("own", [{}, {"centralize": "update", "max_row_norm": 2.0}], ids=str)
+def test_c16_plain_types(rule, own):
     params = parameters()
-    optimizer = ours(params, centralize=centralize)
+    optimizer = rule.ours(params, **own, backend="eager", **rule.options)
     train(optimizer)
     saved = optimizer.state_dict()
     theirs = rule.theirs(parameters()).state_dict()["param_groups"][0]
+    theirs = {k: v for k, v in theirs.items() if k not in rule.own}
     for i, state in saved["state"].items():
         plain(state, f"state[{i}]")
     (group,) = saved["param_groups"]
     plain({k: v for k, v in group.items() if k not in theirs})
-    assert {k for k in group if k not in theirs} == set(OWN_KEYS)
+    assert group.keys() - theirs.keys() == rule.own.keys()
     assert_identical(saved_and_loaded(saved)["state"], saved["state"])
 
 
 @pytest.mark.parametrize("by", ["load_state_dict", "__setstate__"])
-def test_c18_checkpoints_without_our_group_keys(rule, ours, by):
+def test_c18_checkpoints_without_our_group_keys(rule, by):
     """The keys that torch.optim knows nothing of keep what the constructor was told."""
     params = parameters()
-    told = {"centralize": "update", "centralize_min_ndim": 4}
-    optimizer = ours(params, **told)
+    told = {"centralize": "update", "centralize_min_ndim": 4, "l1": 0.25, "max_row_norm": 2.0}
+    told |= dict.fromkeys(rule.ours.rule.extras, True)
+    optimizer = rule.ours(params, **told, backend="eager", **rule.options)
     theirs = rule.theirs(params, **rule.options)
+    for key in rule.own:
+        theirs.param_groups[0].pop(key, None)
     if by == "load_state_dict":
         optimizer.load_state_dict(theirs.state_dict())
     else:
@@ -120,19 +123,21 @@ def test_c18_checkpoints_without_our_group_keys(rule, ours, by):
     train(optimizer)
 
 
-def test_c18_old_pickles(rule, ours):
+def test_c18_old_pickles(rule):
     """An optimizer pickled before a key existed gets the key's default."""
     params = parameters()
-    optimizer = ours(params)
+    optimizer = rule.ours(params, backend="eager", **rule.options)
     state = copy.copy(optimizer.__getstate__())
-    state["defaults"] = {k: v for k, v in state["defaults"].items() if k not in OWN_KEYS}
+    for place in ("defaults", "_extras"):
+        state[place] = {k: v for k, v in state[place].items() if k not in rule.own}
     state["param_groups"] = [
-        {k: v for k, v in group.items() if k not in OWN_KEYS} for group in state["param_groups"]
+        {k: v for k, v in group.items() if k not in rule.own} for group in state["param_groups"]
     ]
     revived = rule.ours.__new__(rule.ours)
     revived.__setstate__(state)
-    group = revived.param_groups[0]
-    assert [group[k] for k in OWN_KEYS] == [False, 2]
+    revived.add_param_group({"params": parameters(((2, 3),))})
+    for group in revived.param_groups:
+        assert {k: group[k] for k in rule.own} == rule.own
     train(revived)
     assert revived.backend in repr(revived)
 
@@ -144,8 +149,9 @@ def test_c18_counters_of_old_checkpoints(rule, twin):
     def age(optimizer, params):
         saved = copy.deepcopy(optimizer.state_dict())
         for state in saved["state"].values():
-            if "step" in state:
-                state["step"] = int(state["step"])
+            for key in ("step", "mu_product"):
+                if key in state:
+                    state[key] = state[key].item()
         optimizer.load_state_dict(saved)
 
     built.both(age)
@@ -155,13 +161,13 @@ def test_c18_counters_of_old_checkpoints(rule, twin):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_c21_moments_stay_float32_under_narrow_parameters(rule, ours, dtype):
+def test_c21_moments_stay_float32_under_narrow_parameters(rule, dtype):
     """torch's own rule casts them to the parameter's dtype; precision would be lost in silence."""
     wide = parameters()
     source = rule.theirs(wide, **rule.options)
     train(source)
     params = [torch.nn.Parameter(p.detach().to(dtype)) for p in wide]
-    optimizer = ours(params)
+    optimizer = rule.ours(params, backend="eager", **rule.options)
     optimizer.load_state_dict(saved_and_loaded(source.state_dict()))
     saved = list(source.state_dict()["state"].values())
     assert_identical([state_of(optimizer, p) for p in params], saved)
