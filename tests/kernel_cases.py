@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
-from itertools import product
+from collections.abc import Iterable, Mapping
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import numpy
 import pytest
 import torch
+from kernel_variants import VARIANTS
 
 import fusedcalib
 from fusedcalib.reference import ORACLES
@@ -72,68 +73,92 @@ DTYPES = {
     "fp32 bf16 grad": Dtypes(_F32, _BF16),
 }
 
-# Option sets of each rule, with numbers that no mistake leaves unchanged. A rule that is not listed
-# runs with its defaults.
-_AVERAGES = {"lr": 0.1, "betas": (0.8, 0.95)}
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "SGD": [
-        {"lr": 0.1},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 0.4},
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True},
-    ],
-    "Adam": [
-        _AVERAGES,
-        {**_AVERAGES, "amsgrad": True, "eps": 0.3, "maximize": True},
-        {**_AVERAGES, "decoupled_weight_decay": True, "eps": 0.01},
-    ],
-    "AdamW": [{**_AVERAGES, "eps": 0.3, "maximize": True}, {**_AVERAGES, "amsgrad": True}],
+# What a case is made of besides its rule. `Trial` takes max_row_norm in units of the root of a row's length.
+AXES: dict[str, tuple[Any, ...]] = {
+    "weight_decay": (0.0, 0.2),
+    "l1": (0.0, 0.1),
+    "centralize": (False, "gradient", "update"),
+    "max_row_norm": (None, 0.3),
+    "dtypes": tuple(DTYPES),
 }
-DECAYS = (0.0, 0.2)
-CENTRALIZE = (False, "gradient", "update")
+STAGES = tuple(axis for axis in AXES if axis != "dtypes")
 
 
 class Case(NamedTuple):
     rule: str
     options: dict[str, Any]
-    dtypes: Dtypes
+    dtypes: Dtypes = DTYPES["fp32"]
 
     @property
     def ours(self) -> type[torch.optim.Optimizer]:
         return getattr(fusedcalib, self.rule)
 
-
-def _label(rule: str, options: dict[str, Any], dtypes: str) -> str:
-    flags = [key for key, value in options.items() if value is True]
-    flags += [key for key in ("momentum", "weight_decay") if options.get(key)]
-    where = options["centralize"] or "uncentred"
-    return " ".join([rule, *sorted(flags), where, dtypes]).replace(" ", "-")
+    def without(self, *stages: str) -> "Case":
+        """The case with these stages off."""
+        return self._replace(options={**self.options, **{stage: AXES[stage][0] for stage in stages}})
 
 
-def _cases(cover: Callable[[int, int, int], bool]) -> dict[str, Case]:
-    """Rules x variants x decays x centring x dtypes, where `cover` says so of the numbers of a case.
+def cases(*choices: dict[str, Any]) -> dict[str, Case]:
+    """Cases by name, each a rule and the number of its variant, with the stages that are on and the dtypes.
 
-    They are those of its rule, variant and decay together, of its centring and of its dtypes.
+    A variant may decide for itself what an axis would: how it decays.
     """
     found = {}
-    listed = [(r, v, d) for r in ORACLES for v, d in product(VARIANTS.get(r, [{}]), DECAYS)]
-    for turn, (rule, variant, decay) in enumerate(listed):
-        for (j, where), (k, dtypes) in product(enumerate(CENTRALIZE), enumerate(DTYPES)):
-            if cover(turn, j, k):
-                options = {**variant, "weight_decay": decay, "centralize": where}
-                found[_label(rule, options, dtypes)] = Case(rule, options, DTYPES[dtypes])
+    for choice in choices:
+        choice = {axis: values[0] for axis, values in AXES.items()} | {"variant": 0} | choice
+        own, stages = VARIANTS[choice["rule"]][choice["variant"]], {stage: choice[stage] for stage in STAGES}
+        case = Case(choice["rule"], own | stages | own, DTYPES[choice["dtypes"]])
+        name = _label(case, choice["dtypes"])
+        assert found.setdefault(name, case) == case, f"two cases of the name {name}"
     return found
 
 
-PRODUCT = _cases(lambda turn, where, dtypes: True)
-# One dtype set for each variant and decay, in turn; then also one decay for each variant and centring.
-COVERING = _cases(lambda turn, where, dtypes: dtypes == turn % len(DTYPES))
-PAIRWISE = _cases(
-    lambda turn, where, dtypes: dtypes == turn % len(DTYPES) and (turn + turn // 2 + where) % 2 == 0
-)
+def _label(case: Case, dtypes: str) -> str:
+    """The rule, its variant, the stages that are on, and the dtypes."""
+    own = {k: v for k, v in case.options.items() if k not in ("lr", "betas") and (v or k not in STAGES)}
+    words = [v if k == "centralize" else k if v is True else f"{k}={v}" for k, v in own.items()]
+    return " ".join([case.rule, *words, dtypes]).replace(" ", "-")
+
+
+def covering(*meetings: tuple[str, ...]) -> dict[str, Case]:
+    """Few cases in which all meets that has to: wherever one can stand on two axes of a meeting, a case does.
+
+    Greedy: for each variant in turn the case that brings most together for the first time.
+    """
+    chosen = []
+    turns = []
+    for turn, (rule, variant) in enumerate((r, i) for r in ORACLES for i in range(len(VARIANTS[r]))):
+        names = {"rule": rule, "variant": variant}
+        spread = [*DTYPES][turn % len(DTYPES) :] + [*DTYPES][: turn % len(DTYPES)]  # where all are as good
+        values = product(*(AXES[stage] for stage in STAGES), spread)
+        choices = [dict(zip((*STAGES, "dtypes"), v, strict=True)) | names for v in values]
+        turns.append([(choice, _met(choice, meetings)) for choice in choices])
+    missing = {pair for choices in turns for _, met in choices for pair in met}
+    while missing:
+        for choices in turns:
+            choice, met = max(choices, key=lambda c: len(c[1] & missing))
+            if met & missing:
+                chosen.append(choice)
+                missing -= met
+    return cases(*chosen)
+
+
+def _met(choice: dict[str, Any], meetings: Iterable[tuple[str, ...]]) -> set[Any]:
+    """What comes together in a choice: pairs of an axis and where the case stands on it."""
+    rule, variant = choice["rule"], choice["variant"]
+    own = {stage: "its own" for stage in STAGES if stage in VARIANTS[rule][variant]}
+    place = {**choice, **own, "variant": (rule, variant)}
+    pairs = {pair for meeting in meetings for pair in combinations(meeting, 2)}
+    return {((a, place[a]), (b, place[b])) for a, b in pairs}
+
+
+ALL = covering(("variant", *STAGES, "dtypes"))
+# What has to be compiled or interpreted: every variant, every rule and every dtype with every stage.
+COVERING = covering(("rule", "variant"), ("rule", *STAGES), ("dtypes", *STAGES))
 
 
 def matrix(eager: Mapping[str, Case], numba: Mapping[str, Case], triton: Mapping[str, Case]) -> list[Any]:
-    """(backend, case) for parametrize: what is cheap on a backend decides how much of the product it gets."""
+    """(backend, case) for parametrize: what is cheap on a backend decides how many cases it gets."""
     shares = (("eager", (), eager), ("numba", NUMBA.marks, numba), ("triton", TRITON.marks, triton))
     return [
         pytest.param(backend, case, id=f"{backend}-{name}", marks=marks)

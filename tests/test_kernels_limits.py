@@ -12,7 +12,7 @@ from fusedcalib.tables import GEOMETRY, Bucket
 
 FAR = 2**31 + 2**20  # elements: int32 offsets would have wrapped around
 ADAMW = Case("AdamW", {"lr": 0.1, "centralize": False}, DTYPES["bf16 fp32 state"])
-CENTRED = ADAMW._replace(options={**ADAMW.options, "centralize": "gradient"})
+BY_ROWS = ADAMW._replace(options={**ADAMW.options, "centralize": "gradient", "max_row_norm": 0.3})
 
 
 def move_rows(bucket: Bucket) -> None:
@@ -50,10 +50,10 @@ def _shift(bucket: Bucket, elements: list[int]) -> None:
 
 FAR_AWAY = {
     "flat": (ADAMW, Arrangement((3000,)), move_columns),
-    "tile": (CENTRED, Arrangement((5, 100)), move_rows),
-    "loop": (CENTRED, Arrangement((2, 9000)), move_rows),
-    "strided rows": (CENTRED, Arrangement((5, 96), "columns of a wider"), move_rows),
-    "inner dimensions": (CENTRED, Arrangement((3, 4, 5, 6), "channels last"), move_rows),
+    "tile": (BY_ROWS, Arrangement((5, 100)), move_rows),
+    "loop": (BY_ROWS, Arrangement((2, 9000)), move_rows),
+    "strided rows": (BY_ROWS, Arrangement((5, 96), "columns of a wider"), move_rows),
+    "inner dimensions": (BY_ROWS, Arrangement((3, 4, 5, 6), "channels last"), move_rows),
 }
 # The CPU's loop walks a strided slot row by row: it has no tile that starts at a far column.
 FAR_COLUMNS = pytest.param(
@@ -88,7 +88,7 @@ def test_offsets_beyond_32_bits(backend: str, far: tuple[Case, Arrangement, Any]
                 (bucket,) = plan.buckets
                 move(bucket)
             plan.run()
-    # Without centring a column is as good as any; with it the moved rows are whole.
+    # Where rows do not matter a column is as good as any; where they do the moved rows are whole.
     for mine, expected in zip(_tensors(distant), _tensors(near), strict=True):
         torch.testing.assert_close(bits(mine), bits(expected), rtol=0, atol=0)
 
@@ -100,8 +100,8 @@ def _tensors(trial: Trial) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", [TRITON])
 def test_offsets_of_pieces_beyond_32_bits(backend: str):
-    """A row too long for a tile: both its launches, row sums and step, over far rows."""
-    far = (CENTRED, Arrangement((2, 40001)), move_rows)
+    """A row too long for a tile: its three launches, row sums, step and projection, over far rows."""
+    far = (BY_ROWS, Arrangement((2, 40001)), move_rows)
     test_offsets_beyond_32_bits(backend, far)
 
 
@@ -123,7 +123,7 @@ def test_a_tensor_of_more_than_two_to_the_31_elements(shape: tuple[int, ...]):
         assert torch.equal(stepped, 0.25 * (mean - gradient))
 
 
-def many(backend: str, shapes: list[tuple[int, ...]], centralize: bool, **extra: Any):
+def many(backend: str, shapes: list[tuple[int, ...]], **options: Any):
     """An optimizer over the shapes, six tensors to a group, no two groups with the same options."""
     device = device_of(backend)
     params = [torch.nn.Parameter(parameter_values(s).float().to(device)) for s in shapes]
@@ -133,7 +133,7 @@ def many(backend: str, shapes: list[tuple[int, ...]], centralize: bool, **extra:
         {"params": params[i : i + 6], "lr": 0.1 / (1 + i), "weight_decay": 0.01 * (i // 6 % 3)}
         for i in range(0, len(params), 6)
     ]
-    return fusedcalib.AdamW(groups, centralize=centralize, backend=backend, **extra)
+    return fusedcalib.AdamW(groups, backend=backend, **options)
 
 
 def launches(optimizer: torch.optim.Optimizer) -> int:
@@ -143,13 +143,17 @@ def launches(optimizer: torch.optim.Optimizer) -> int:
 
 
 # Shapes, and the launches they take: one for each row class that occurs (vectors are one), on the
-# CPU one loop with row means and one without; plain torch launches nothing of ours.
+# CPU one loop with row means or norms and one without; plain torch launches nothing of ours.
+CENTRED, PROJECTED = {"centralize": True}, {"max_row_norm": 1.0}
+BOTH = CENTRED | PROJECTED
 LAUNCHES = {
-    "vectors": ([(8,), (64,)], True, {"eager": 0, "numba": 1, "triton": 1}),
-    "uncentred": ([(8,), (8, 16), (4, 300)], False, {"eager": 0, "numba": 1, "triton": 1}),
-    "one class": ([(8, 16), (4, 64), (3, 4, 4)], True, {"eager": 0, "numba": 1, "triton": 1}),
-    "three classes": ([(8,), (8, 16), (4, 200)], True, {"eager": 0, "numba": 2, "triton": 3}),
-    "unaligned too": ([(8, 16), (4, 63)], True, {"eager": 0, "numba": 2, "triton": 2}),
+    "vectors": ([(8,), (64,)], BOTH, {"eager": 0, "numba": 1, "triton": 1}),
+    "no rows": ([(8,), (8, 16), (4, 300)], {"l1": 0.1}, {"eager": 0, "numba": 1, "triton": 1}),
+    "one class": ([(8, 16), (4, 64), (3, 4, 4)], CENTRED, {"eager": 0, "numba": 1, "triton": 1}),
+    "three classes": ([(8,), (8, 16), (4, 200)], CENTRED, {"eager": 0, "numba": 2, "triton": 3}),
+    "projected": ([(8,), (8, 16), (4, 200)], PROJECTED, {"eager": 0, "numba": 2, "triton": 3}),
+    "rows of one too": ([(8,), (8, 16), (9, 1)], BOTH, {"eager": 0, "numba": 3, "triton": 3}),
+    "unaligned too": ([(8, 16), (4, 63)], CENTRED, {"eager": 0, "numba": 2, "triton": 2}),
 }
 
 
@@ -158,14 +162,18 @@ LAUNCHES = {
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_launches_do_not_grow_with_tensors_or_groups(backend: str, name: str, tensors: int):
-    shapes, centralize, expected = LAUNCHES[name]
-    optimizer = many(backend, [shapes[i % len(shapes)] for i in range(tensors)], centralize)
+    shapes, options, expected = LAUNCHES[name]
+    optimizer = many(backend, [shapes[i % len(shapes)] for i in range(tensors)], **options)
     assert launches(optimizer) == expected[backend]
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, 1), (CENTRED, 2), (PROJECTED, 2), (BOTH, 3)], ids=str)
 @pytest.mark.parametrize("backend", FUSED)
-def test_rows_in_pieces_take_two_launches_on_a_gpu(backend: str):
-    assert launches(many(backend, [(2, 32772)] * 8, True)) == {"numba": 1, "triton": 2}[backend]
+def test_rows_in_pieces_take_a_launch_for_each_sum_on_a_gpu(
+    backend: str, options: dict[str, Any], expected: int
+):
+    taken = launches(many(backend, [(2, 32772)] * 8, **options))
+    assert taken == {"numba": 1, "triton": expected}[backend]
 
 
 def compiled(backend: str) -> int:
@@ -179,7 +187,8 @@ def compiled(backend: str) -> int:
     return sum(len(cache[0]) for cache in step_kernel.device_caches.values())
 
 
-CHANGES = {"lr": 0.0, "betas": (0.5, 1 - 2**-20), "weight_decay": 1.0, "eps": 1.0}
+CHANGES = {"lr": 0.0, "betas": (0.5, 1 - 2**-20), "weight_decay": 1.0, "eps": 1.0, "eps_inside_sqrt": True}
+CHANGES |= {"l1": 0.5, "max_row_norm": 7.0}
 
 
 # Interpreted kernels are not compiled.
@@ -187,7 +196,9 @@ CHANGES = {"lr": 0.0, "betas": (0.5, 1 - 2**-20), "weight_decay": 1.0, "eps": 1.
 def test_nothing_is_compiled_again(backend: str):
     """Not when a hyperparameter, the step count, the gradients or the list of tensors changes."""
     shapes = [(8,), (8, 16), (4, 200)]
-    optimizer = many(backend, shapes, True)
+    options = {**BOTH, "l1": 0.1}
+    optimizer = many(backend, shapes, **options)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
     optimizer.step()
     before = compiled(backend)
     for key, value in CHANGES.items():
@@ -196,5 +207,5 @@ def test_nothing_is_compiled_again(backend: str):
     for p in optimizer.param_groups[0]["params"]:
         p.grad = placed(p.grad, "contiguous", torch.float32, device_of(backend))
     optimizer.step()
-    many(backend, shapes * 3, True, lr=1.0).step()
+    many(backend, shapes * 3, lr=1.0, **options).step()
     assert compiled(backend) == before

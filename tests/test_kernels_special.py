@@ -1,0 +1,102 @@
+"""NaN, infinity, zeros of either sign, subnormals: the same on every executor, and as torch has them."""
+
+import inspect
+
+import pytest
+import torch
+from kernel_cases import COVERING, DTYPES, FUSED, STAGES, TRITON, Case
+from kernel_run import Numbers, assert_same_bits, run, special
+
+from fusedcalib.recipe import recipe_of
+from fusedcalib.reference import ORACLES
+
+# Elements by themselves: no tensor here has rows.
+CASES = {name: case.without("centralize", "max_row_norm") for name, case in COVERING.items()}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def rooted(case: Case) -> set[str]:
+    """What a square root enters: the parameter, states behind one; with coupled decay all other states."""
+    if "sqrt(" not in inspect.getsource(case.ours.rule.update.fn):
+        return set()
+    recipe = recipe_of(
+        case.ours.rule, case.ours([torch.nn.Parameter(torch.ones(1))], **case.options).param_groups[0]
+    )
+    behind = {"Adadelta": {"acc_delta"}, "RMSprop": {"momentum_buffer"}, "ADOPT": {"exp_avg"}}
+    states = set(recipe.states) if recipe.flags.decay == "coupled" else behind.get(case.rule, set())
+    return {"param", *states}
+
+
+def numbers_for(case: Case) -> Numbers:
+    return special(7 if case.rule == "RAdam" else 3)  # of which it takes two in its second form
+
+
+@cases
+@pytest.mark.parametrize("backend", [TRITON])
+def test_gpu_and_cpu_agree_to_the_last_bit(backend: str, case: Case):
+    """Without sums over rows, whose additions have another order, every operation is the same and exact."""
+    pytest.importorskip("numba")
+    numbers = numbers_for(case)
+    assert_same_bits(run(backend, case, *numbers), run("numba", case, *numbers))
+
+
+@cases
+@pytest.mark.parametrize("backend", FUSED)
+def test_fused_and_plain_torch_agree(backend: str, case: Case):
+    """To the last bit, but for what torch's square root on CPUs enters: that may be off by an ulp."""
+    numbers = numbers_for(case)
+    (found,), (expected,) = run(backend, case, *numbers), run("eager", case, *numbers)
+    for name in found:
+        if name not in rooted(case):
+            assert_same_bits([{name: found[name]}], [{name: expected[name]}])
+            continue
+        limit = len(numbers[1]) * torch.finfo(found[name].dtype).eps  # at most the next number, each step
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=limit, atol=limit, equal_nan=True)
+
+
+@cases
+def test_nan_and_infinity_propagate_as_in_torch(case: Case):
+    """In plain torch, with which the other executors agree on the same numbers, see above.
+
+    Where torch.optim has not the rule, as the oracle has it in fp32.
+    """
+    case = case._replace(dtypes=DTYPES["fp32"])
+    if hasattr(torch.optim, case.rule):
+        case = case.without("l1")
+        case.options.pop("eps_inside_sqrt", None)
+    start, gradients = numbers_for(case)
+    if case.rule == "NAdam" or case.options.get("centered"):
+        start, gradients = [tamed(start[0])], [[tamed(g)] for (g,) in gradients]
+    (found,) = run("eager", case, start, gradients)
+    theirs = in_torch(case, start[0].float(), [g.float() for (g,) in gradients])
+    assert found.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+
+
+def tamed(values: torch.Tensor) -> torch.Tensor:
+    """Finite values whose squares are finite in fp32.
+
+    Where the square of RMSprop's mean overflows torch itself is of two minds: with fused multiply-add its
+    update is 0, else NaN. NAdam's sum may overflow one power of two earlier than torch's two halves.
+    """
+    return torch.where(values.isfinite(), values.clamp(-1e18, 1e18), values)
+
+
+def in_torch(case: Case, start: torch.Tensor, gradients: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameter and state by torch.optim's class, or by the oracle in fp32."""
+    if hasattr(torch.optim, case.rule):
+        p = torch.nn.Parameter(start)
+        options = {k: v for k, v in case.options.items() if k == "weight_decay" or k not in STAGES}
+        optimizer = getattr(torch.optim, case.rule)([p], foreach=False, **options)
+        for g in gradients:
+            p.grad = g
+            optimizer.step()
+        return {"param": p.detach(), **optimizer.state[p]}
+    p, state = start, {}
+    for g in gradients:
+        p, state = ORACLES[case.rule](p, g, state, **case.options)
+    return {
+        "param": p,
+        **{name: torch.as_tensor(value, dtype=torch.float32) for name, value in state.items()},
+    }
