@@ -162,8 +162,8 @@ GROUPED = [
     {},
     {"centralize": "update", "lr": 0.01},
     {"centralize": True, "centralize_min_ndim": 4},
-    {"weight_decay": 0.2},
-    {"centralize": False, "weight_decay": 0},
+    {"weight_decay": 0.2, "l1": 0.1},
+    {"centralize": False, "weight_decay": 0, "max_row_norm": 0.5},
     {"lr": 0.0},
 ]
 
@@ -172,7 +172,7 @@ GROUPED = [
 @each_rule
 @pytest.mark.parametrize("own", [[{}] * len(SHAPES), GROUPED], ids=["same", "own"])
 def test_grouping_changes_no_bit(facade: Any, rule: str, own: list[dict[str, Any]]) -> None:
-    """Many tensors at once, in groups, or one optimizer each: the same weights."""
+    """Many tensors at once, in groups split as one likes, or one optimizer each: the same weights."""
     options = RULES[rule] | {"centralize": True}
     weights, steps = draw(3, *SHAPES), [draw(seed, *SHAPES) for seed in (4, 5, 6)]
     groups = [{"params": [w]} | o for w, o in zip(weights, own, strict=True)]
