@@ -5,7 +5,7 @@ Narrow numbers are judged by torch.optim in float64 from the same values and gra
 
 import pytest
 import torch
-from cases import documentation, parameters, tolerance
+from cases import BACKENDS, documentation, parameters, tolerance
 from rule_cases import FEW, RULES, each, each_few
 
 # Steps large enough to be seen; an epsilon that keeps tiny second moments, which float16 rounds to
@@ -13,6 +13,7 @@ from rule_cases import FEW, RULES, each, each_few
 VISIBLE = {"lr": 0.5}
 SAFE = {"eps": 0.1}
 STEPS = 3
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def doubles(params):
@@ -47,9 +48,11 @@ def stored_dtypes(built):
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype"),
-    [(rule, torch.bfloat16) for rule in RULES.values()]
-    + [(RULES[name], dtype) for name in FEW for dtype in (torch.float16, torch.float32)],
+    ("rule", "backend", "dtype"),
+    [(rule, "eager", torch.bfloat16) for rule in RULES.values()]
+    + [
+        (RULES[n], b, d) for n in FEW for b in BACKENDS for d in NARROW if (b, d) != ("eager", torch.bfloat16)
+    ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_narrow_parameters(rule, twin, dtype):
