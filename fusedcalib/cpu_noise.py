@@ -65,6 +65,8 @@ def scratch(typing):
 
 @intrinsic
 def float_at(typing, address, i):
+    """The i-th float from an address."""
+
     def codegen(context, builder, signature, args):
         return builder.load(builder.gep(builder.inttoptr(args[0], _F32.as_pointer()), [args[1]]))
 
@@ -73,6 +75,8 @@ def float_at(typing, address, i):
 
 @intrinsic
 def set_float(typing, address, i, x):
+    """Sets the i-th float from an address."""
+
     def codegen(context, builder, signature, args):
         builder.store(args[2], builder.gep(builder.inttoptr(args[0], _F32.as_pointer()), [args[1]]))
         return context.get_dummy_value()
@@ -102,36 +106,60 @@ def _series(coefficients: tuple[float, ...]) -> Any:
 
 _log, _sin, _cos = _series(device.LOG), _series(device.SIN), _series(device.COS)
 _UNIT, _HALF_UNIT = np.float32(2.0**-32), np.float32(2.0**-33)
-_ONE, _MINUS_TWO, _MINUS_TWO_LN2 = np.float32(1), np.float32(-2), np.float32(device.MINUS_TWO_LN2)
+_ONE, _THREE, _MINUS_TWO_LN2 = np.float32(1), np.float32(3), np.float32(device.MINUS_TWO_LN2)
+_FRACTION, _TWO_TO_FOUR = np.uint64(0x7FFFFF), np.uint64(0x40000000)
 
 
 @njit(**_INLINE)
-def normals(a, b):
-    """Two standard normals of two words: radius from a, angle from b."""
+def normals(a, b, sigma):
+    """Two normals of two words: radius from a, angle from b."""
     bits = as_bits(fma(np.float32(a), _UNIT, _HALF_UNIT)) - device.SQRT_HALF
     s = as_float(np.uint64((bits & 0x7FFFFF) + device.SQRT_HALF)) - _ONE
     exponent = np.float32(bits >> 23)
-    radius = np.sqrt(fma(exponent, _MINUS_TWO_LN2, _log(s) * (_MINUS_TWO * s)))
-    f = np.float32(np.int32((b << np.uint64(2)) & _LOW)) * _UNIT
+    radius = np.sqrt(fma(exponent, _MINUS_TWO_LN2, _log(s) * s)) * sigma
+    f = as_float((b & _FRACTION) | _TWO_TO_FOUR) - _THREE
     z = f * f
     sine = radius * (_sin(z) * f)
     cosine = radius * _cos(z)
-    cosine = -cosine if (b >> np.uint64(31)) != 0 else cosine
-    swap = (b & np.uint64(0x40000000)) != 0
-    return (cosine if swap else sine), (sine if swap else cosine)
+    return sine, (-cosine if (b >> np.uint64(31)) != 0 else cosine)
 
 
 @njit(**_INNER)
-def fill(address, first, count, step, stream, key0, key1):
-    """Standard normals of elements `first` and on; returns where in the scratch the first of them lies."""
+def fill(address, first, count, sigma, step, stream, key0, key1):
+    """Normals of elements `first` and on; returns where in the scratch the first of them lies."""
     quads = (first + count + 3) // 4 - first // 4
     for q in range(quads):
         index = np.uint64(first // 4 + q)
         words = philox(index & _LOW, index >> _HIGH, stream, step, key0, key1)
-        x0, x1 = normals(words[0], words[1])
-        x2, x3 = normals(words[2], words[3])
+        x0, x1 = normals(words[0], words[1], sigma)
+        x2, x3 = normals(words[2], words[3], sigma)
         set_float(address, 4 * q, x0)
         set_float(address, 4 * q + 1, x1)
         set_float(address, 4 * q + 2, x2)
         set_float(address, 4 * q + 3, x3)
     return first % 4
+
+
+def noise_maker(stage: str, real: Any) -> tuple[Any, Any, Any]:
+    """Room for the noise of a block on the stack, a function that fills it, one that reads it (0 without noise).
+
+    `room()`, `filled(place, at, count, h, words)` -> where the noise of element `at` lies, `noise(place, i)`.
+    """
+    if stage == "none":
+        nothing = real(0)
+        return (
+            njit(**_INLINE)(lambda: 0),
+            njit(**_INLINE)(lambda place, at, count, h, words: 0),
+            njit(**_INLINE)(lambda place, i: nothing),
+        )
+    purpose = np.uint64(device.PURPOSES[stage] << 30)
+
+    @njit(**_INNER)
+    def filled(place, at, count, h, words):
+        return place + 4 * fill(place, at, count, np.float32(h[4]), np.uint64(h[5]) | purpose, *words)
+
+    @njit(**_INLINE)
+    def noise(place, i):
+        return real(float_at(place, i))
+
+    return scratch, filled, noise

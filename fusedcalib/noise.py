@@ -135,34 +135,31 @@ def philox(counter: tuple[Array | int, ...], key: tuple[int, int]) -> tuple[Arra
     return c0, c1, c2, c3
 
 
-def standard_normals(
-    first: int, count: int, step: int, words: tuple[int, int, int], stage: str = "gradient"
+def normals(
+    first: int, count: int, step: int, words: tuple[int, int, int], sigma: float = 1.0, stage: str = "gradient"
 ) -> Array:
-    """The noise, fp32 [count], of elements `first` and on of a parameter, before it is scaled."""
+    """The noise, fp32 [count], of elements `first` and on of a parameter."""
     quads = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
     purpose = step | device.PURPOSES[stage] << 30
     counter = (quads & np.uint64(0xFFFFFFFF), quads >> np.uint64(32), words[0], purpose)
     a0, a1, b0, b1 = philox(counter, words[1:])
-    flat = np.stack([*_normals(a0, a1), *_normals(b0, b1)], axis=1).reshape(-1)
+    flat = np.stack([*_pair(a0, a1, sigma), *_pair(b0, b1, sigma)], axis=1).reshape(-1)
     return flat[first % 4 : first % 4 + count]
 
 
-def _normals(a: Array, b: Array) -> tuple[Array, Array]:
-    """Two standard normals of two words, operation by operation as on the device."""
+def _pair(a: Array, b: Array, sigma: float) -> tuple[Array, Array]:
+    """Two normals of two words, operation by operation as on the device."""
     f32, i32 = np.float32, np.int32
     u = _fma(a.astype(f32), f32(2.0**-32), f32(2.0**-33))
     bits = u.view(i32) - i32(device.SQRT_HALF)
     s = ((bits & i32(0x7FFFFF)) + i32(device.SQRT_HALF)).view(f32) - f32(1)
     exponent = (bits >> i32(23)).astype(f32)
-    tail = _horner(s, device.LOG) * (f32(-2) * s)
-    radius = np.sqrt(_fma(exponent, f32(device.MINUS_TWO_LN2), tail))
-    f = (b << np.uint64(2)).astype(np.uint32).view(i32).astype(f32) * f32(2.0**-32)
+    radius = np.sqrt(_fma(exponent, f32(device.MINUS_TWO_LN2), _horner(s, device.LOG) * s)) * f32(sigma)
+    f = ((b & np.uint64(0x7FFFFF)) | np.uint64(0x40000000)).astype(np.uint32).view(f32) - f32(3)
     z = f * f
     sine = radius * (_horner(z, device.SIN) * f)
     cosine = radius * _horner(z, device.COS)
-    cosine = np.where(b >> np.uint64(31) != 0, -cosine, cosine)
-    swap = (b & np.uint64(0x40000000)) != 0
-    return np.where(swap, cosine, sine), np.where(swap, sine, cosine)
+    return sine, np.where(b >> np.uint64(31) != 0, -cosine, cosine)
 
 
 def _fma(x: Array, y: Any, z: Any) -> Array:

@@ -11,7 +11,7 @@ of scalars of the parameter's group:
     h[5]   number of the step, from 1
     h[6:]  the rule's own
 
-`z` is standard normal noise of the block, where there is noise.
+`z` is the noise of the block, where there is noise.
 
 A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of a row is that of what
 `stepped` returns. How they are taken is the kernel's business: in registers, by a loop, over launches.
@@ -51,7 +51,7 @@ def prepared(p, g, h, z, FLAGS: tl.constexpr):
     if FLAGS.l1:
         g = where(h[2] != 0, g + h[2] * sign(p), g)
     if FLAGS.noise == "gradient":
-        g = g + h[4] * z
+        g = g + z
     return g
 
 
@@ -79,7 +79,7 @@ def stepped(p, g, state, h, z, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
     if FLAGS.decay == "proximal":
         p = h[0] * p
     if FLAGS.noise == "weights":
-        p = p + h[4] * z
+        p = p + z
     return p, state
 
 

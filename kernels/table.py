@@ -15,7 +15,7 @@ A tile is int32 (slot, row block, column block).
 """
 
 from .language import jit, tl
-from .philox import normal_tile, word
+from .philox import ON_WEIGHTS, normal_tile, word
 
 GEOMETRY = 8
 _GEOMETRY = tl.constexpr(GEOMETRY)
@@ -123,7 +123,7 @@ def noise_tile(
     C: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    """Standard normals [R, C] for rows r [R] and C columns from `start`, 0 where there is no noise."""
+    """Noise [R, C] for rows r [R] and C columns from `start`, 0 where there is no noise."""
     if FLAGS.noise == "none":
         return 0.0
     else:
@@ -132,6 +132,7 @@ def noise_tile(
         key0, key1 = tl.load(words + 1).to(tl.uint32), tl.load(words + 2).to(tl.uint32)
         step = h[5].to(tl.int32).to(tl.uint32)
         if FLAGS.noise == "weights":
-            step = step | word(1 << 30)
-        z = normal_tile(r, start, columns, stream, step, key0, key1, r.shape[0], C, QUADS)
+            step = step | word(ON_WEIGHTS)
+        sigma = h[4].to(tl.float32)
+        z = normal_tile(r, start, columns, sigma, stream, step, key0, key1, r.shape[0], C, QUADS)
         return z.to(COMPUTE)
