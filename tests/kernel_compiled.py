@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from kernel_kinds import Config
 
 import fusedcalib
 from fusedcalib import gpu
 from fusedcalib.kernels import launch
-from fusedcalib.kernels.rows import row_sums_kernel
+from fusedcalib.kernels.rows import project_kernel, row_sums_kernel
 from fusedcalib.kernels.step import step_kernel
 from fusedcalib.recipe import recipe_of, scalars_of
 from fusedcalib.tables import Slot, build_buckets
@@ -25,17 +26,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-KERNELS = {"step": step_kernel, "sums": row_sums_kernel}
-
-
-class Config(NamedTuple):
-    """A parameter to be stepped; options as an optimizer takes them, hashable."""
-
-    rule: str
-    shape: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,) * 4
-    options: tuple[tuple[str, Any], ...] = ()
-    slicing: str = ""  # "" | "unaligned" | "transposed" | "permuted": how the parameter lies in memory
+KERNELS = {"step": step_kernel, "sums": row_sums_kernel, "project": project_kernel}
 
 
 def _tensor(config: Config, dtype: torch.dtype, of_param: bool) -> torch.Tensor:
@@ -49,16 +40,17 @@ def _tensor(config: Config, dtype: torch.dtype, of_param: bool) -> torch.Tensor:
     return torch.zeros([shape[d] for d in order], dtype=dtype).permute(inverse)
 
 
-def spec_of(config: Config) -> Any:
+@functools.cache
+def spec_of(config: Config) -> launch.Spec:
     """What the package compiles for a parameter on a GPU, found out without one."""
-    p, g, *states = (_tensor(config, d, i == 0) for i, d in enumerate(config.dtypes))
+    p, g, state = (_tensor(config, d, i == 0) for i, d in enumerate(config.dtypes))
     param = torch.nn.Parameter(p)
     param.grad_dtype = config.dtypes[1]
     param.grad = g
     optimizer = getattr(fusedcalib, config.rule)([param], **dict(config.options))
     (group,) = optimizer.param_groups
     recipe = recipe_of(optimizer.rule, group)
-    states = tuple(states[: len(recipe.states)])
+    states = (state,) * len(recipe.states)
     (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)])
     product = (0.5,) if recipe.rule.product else ()
     bucket.set_scalars([scalars_of(recipe, group, 1.0, *product)], np.array([0]))
@@ -68,7 +60,7 @@ def spec_of(config: Config) -> Any:
 class Compiled(NamedTuple):
     """One kernel for one target."""
 
-    spec: Any
+    spec: launch.Spec
     target: str
     asm: dict[str, Any]
 
@@ -91,19 +83,42 @@ class Compiled(NamedTuple):
         accesses = (n for name, n in self.ptx.items() if re.fullmatch(rf"{kind}\.global\S*\.v4\.\w32", name))
         return 16 * sum(accesses) / self.elements
 
+    @property
+    def inexact(self) -> list[str]:
+        """Instructions that fuse two operations, approximate one or cut a result off."""
+        return [name for name in self.ptx if re.search(r"fma|approx|div\.full|\.ftz|\.rz\.bf16", name)]
+
     def narrow(self, kind: str) -> int:
         """Accesses of the global memory that are not of 128 bits."""
         found = {n: c for n, c in self.ptx.items() if n.startswith(f"{kind}.global")}
         return sum(c for n, c in found.items() if not re.search(r"\.v4\.\w32$", n))
 
 
-@functools.cache
+def traffic(config: Config) -> tuple[int, int]:
+    """Bytes for each element that the step kernel has to read and to write.
+
+    Where a program walks its row again, the mean takes what it is of and projection the new parameter.
+    """
+    spec = spec_of(config)
+    p, g, *states = (dtype.primitive_bitwidth // 8 for dtype in spec.dtypes)
+    read, written = p + g + sum(states), p + sum(states)
+    if spec.tile.reduction == "loop":
+        of_penalties = spec.flags.decay == "coupled" or spec.flags.l1
+        read += g + of_penalties * p if spec.flags.centralize == "gradient" else 0
+        read, written = read + spec.flags.project * p, written + spec.flags.project * p
+    return read, written
+
+
 def compiled(config: Config, target: str = "sm_90", kernel: str = "step") -> Compiled:
+    return compiled_for(spec_of(config), target, kernel)
+
+
+@functools.cache
+def compiled_for(spec: launch.Spec, target: str = "sm_90", kernel: str = "step") -> Compiled:
     from triton import compile as compile_for
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    spec = spec_of(config)
     constants = spec.constants()
     scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
     tables = {"table": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
@@ -141,3 +156,18 @@ def sass(built: Compiled) -> list[str]:
     """Instructions of the machine code, in order."""
     text = _tool("nvdisasm", "-c", cubin=built.asm["cubin"])
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
+
+
+def spilled_in_loops(built: Compiled) -> int:
+    """Accesses of spilled registers in the loops of the machine code; on AMD spilled registers anywhere."""
+    if "cubin" not in built.asm:
+        return spilled(built)
+    text = _tool("nvdisasm", "-c", cubin=built.asm["cubin"])
+    lines = [line for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/|\.L_x_\d+:", line)]
+    labels = {line.strip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
+    ends = [
+        (labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*\((\.L_x_\d+)\)", line))
+    ]
+    loops = [range(start, end) for start, end in ends if start < end]
+    assert loops
+    return sum(bool(re.search(r"\b(STL|LDL)", lines[i])) for i in {i for loop in loops for i in loop})

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import RULES, assert_identical, parameters, snapshot
+from cases import assert_identical, parameters, snapshot, train
+from rule_cases import COUNTED, RULES, each, each_few
 
 
 def sparse(optimizer, params):
@@ -51,13 +52,14 @@ def stored(change):
 
     def spoil(optimizer, params):
         rule, p = RULES[type(optimizer).__name__], params[-1]
-        state = {key: torch.zeros_like(p) for key in rule.moments}
+        optimizer.state[p] = state = rule.new_state(p)
         state[rule.moments[0]] = change(state[rule.moments[0]])
-        optimizer.state[p] = {"step": torch.tensor(0.0), **state} if rule.counted else state
 
     return spoil
 
 
+MOMENT = rf"({'|'.join(sorted({rule.moments[0] for rule in RULES.values()}))})"
+INSTEAD = r"(torch\.optim|set it to False)"
 # What is wrong with the last parameter or group -> what the message must name.
 FAULTS = {
     "sparse gradient": (sparse, r"(?is)sparse.*(SparseAdam|torch\.optim\.SGD)"),
@@ -66,14 +68,15 @@ FAULTS = {
     "integers": (integers, r"int64"),
     "listed twice": (twice, r"(?i)twice"),
     "unknown centralize": (group_option(centralize="rows"), r"(?s)centralize.*rows"),
-    "differentiable": (group_option(differentiable=True), r"(?s)differentiable.*torch\.optim"),
-    "capturable": (group_option(capturable=True), r"(?s)capturable.*torch\.optim"),
-    "state of another size": (stored(lambda m: m[1:].clone()), r"(?i)(momentum_buffer|exp_avg)"),
-    "state elsewhere": (stored(lambda m: m.to("meta")), r"(?i)(momentum_buffer|exp_avg)"),
-    "state of integers": (stored(lambda m: m.long()), r"(?i)(momentum_buffer|exp_avg)"),
+    "differentiable": (group_option(differentiable=True), rf"differentiable.*{INSTEAD}"),
+    "capturable": (group_option(capturable=True), rf"capturable.*{INSTEAD}"),
+    "state of another size": (stored(lambda m: m[1:].clone()), MOMENT),
+    "state elsewhere": (stored(lambda m: m.to("meta")), MOMENT),
+    "state of integers": (stored(lambda m: m.long()), MOMENT),
 }
 
 
+@each_few
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_that_raises_wrote_nothing(ours, fault, started):
@@ -105,3 +108,40 @@ def test_a_good_step_after_a_failed_one(rule, twin):
     built.theirs.step()
     built.steps += 1
     built.check()
+
+
+@each(name for name in RULES if RULES[name].takes("betas") and name in COUNTED)
+def test_a_step_that_fails_at_its_scalars_leaves_no_state(rule):
+    """A beta of 1 divides by zero; torch checks the constructor's only, so it is met in the step."""
+    params = parameters()
+    optimizer = rule.ours(params, backend="eager", **rule.options)
+    group = optimizer.param_groups[0]
+    group["betas"] = (1.0,) * len(group["betas"])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises((ZeroDivisionError, ValueError)):
+        optimizer.step()
+    assert not optimizer.state
+    group["betas"] = rule.options["betas"]
+    optimizer.step()
+    before = snapshot(optimizer)
+    group["betas"] = (1.0,) * len(group["betas"])
+    with pytest.raises((ZeroDivisionError, ValueError)):
+        optimizer.step()
+    assert_identical(snapshot(optimizer), before)
+
+
+@each(COUNTED)
+def test_state_of_another_optimizer_is_not_gone_on_from(rule):
+    """What was stepped without a state that this rule keeps has no value for it: KeyError, as torch's."""
+    for lacking in ("mu_product", *rule.moments):
+        params = parameters()
+        optimizer = rule.ours(params, backend="eager", **rule.options)
+        train(optimizer)
+        if lacking not in optimizer.state[params[0]]:
+            continue
+        del optimizer.state[params[0]][lacking]
+        before = snapshot(optimizer)
+        with pytest.raises(KeyError, match=lacking):
+            optimizer.step()
+        assert_identical(snapshot(optimizer), before)

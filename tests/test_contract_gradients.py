@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, RULES, tolerance, twins
+from cases import BACKENDS, DEVICE, tolerance, twins
+from rule_cases import RULES, each_few
 
 import fusedcalib
 
@@ -25,7 +26,7 @@ def check(p, q, steps):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@each_few
 @pytest.mark.parametrize("kind", LAZY)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what the host decides is the same there")
 def test_a_lazy_gradient_means_its_values(rule, backend, kind):

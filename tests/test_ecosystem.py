@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import RULES
+from rule_cases import RULES
 
 import fusedcalib
 from fusedcalib.reference import ORACLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fusedcalib"
-PUBLIC = [getattr(fusedcalib, name) for name in fusedcalib.__all__]
-RULE_FILES = [p for p in (PACKAGE / "rules").glob("*.py") if p.stem != "__init__"]
-CLASSES = [thing for thing in PUBLIC if isinstance(thing, type)]
+PUBLIC = {name: getattr(fusedcalib, name) for name in fusedcalib.__all__}
+CLASSES = fusedcalib.optimizers()
+EXPLAINED = [fusedcalib, *(thing for thing in PUBLIC.values() if callable(thing))]
 
 
 def python(code, *args, cwd=ROOT):
@@ -127,13 +127,16 @@ FLOORS = (
     {"bench"},
     {"__init__"},
     {"nn"},
+    {"frameworks"},
+    {"factory", "groups"},
     {"rules"},
     {"optimizer"},
     {"checks", "executors", "plan"},
     {"cpu", "gpu"},
     {"eager", "cpu_memory", "cpu_threads"},
     {"tables"},
-    {"recipe", "layout", "watch", "rebind", "kernels", "distributed", "noise"},
+    {"arguments", "recipe", "layout", "watch", "rebind", "distributed", "noise"},
+    {"kernels"},
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 USERS = {"__main__", "bench", "__init__"}  # the public names are theirs, and the oracles too
@@ -165,13 +168,29 @@ def test_kernels_stand_alone(path):
 
 def test_every_rule_has_an_oracle():
     """A rule that only its own kernel defines cannot be found wrong."""
-    assert {c.__name__ for c in CLASSES} == set(RULES) <= set(ORACLES)
-    modules = [importlib.import_module(f"fusedcalib.rules.{p.stem}") for p in RULE_FILES]
+    assert set(CLASSES) == set(RULES) <= set(ORACLES)
+    files = [p.stem for p in (PACKAGE / "rules").glob("*.py") if p.stem != "__init__"]
+    modules = [importlib.import_module(f"fusedcalib.rules.{name}") for name in files]
     rules = {c for m in modules for c in vars(m).values() if isinstance(c, type)}
-    assert set(CLASSES) == {c for c in rules if c.__module__.startswith("fusedcalib.rules.")}
+    assert set(CLASSES.values()) == {c for c in rules if c.__module__.startswith("fusedcalib.rules.")}
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_public_names():
+    """All that is public can be imported by name and with a star, and is found by completion."""
+    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "reference"}
+    assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
+    assert set(fusedcalib.__all__) <= set(dir(fusedcalib))
+    assert {name: PUBLIC[name] for name in CLASSES} == CLASSES
+    namespace = {}
+    exec("from fusedcalib import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == set(fusedcalib.__all__)
+    with pytest.raises(AttributeError, match="SGDX"):
+        fusedcalib.SGDX  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "cls", [c for n, c in CLASSES.items() if RULES[n].in_torch], ids=lambda c: c.__name__
+)
 def test_signature_begins_with_torchs(cls):
     def shape(signature):
         return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
@@ -181,7 +200,7 @@ def test_signature_begins_with_torchs(cls):
     assert mine[: len(theirs)] == theirs
 
 
-@pytest.mark.parametrize("thing", [fusedcalib, *CLASSES], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("thing", EXPLAINED, ids=lambda t: t.__name__)
 def test_docstring_examples(thing):
     (test,) = doctest.DocTestFinder(recurse=False).find(thing)
     assert test.examples, "what is public shows how it is used"

@@ -56,7 +56,7 @@ class Compiled:
 def launched(monkeypatch):
     names = []
     monkeypatch.setattr(driver, "_active", Driver())
-    for kernel in ("step_kernel", "row_sums_kernel"):
+    for kernel in ("step_kernel", "row_sums_kernel", "project_kernel"):
         monkeypatch.setattr(launch, kernel, Compiled(getattr(launch, kernel), names))
     monkeypatch.setattr(gpu, "interpreted", lambda: True)  # tensors on the CPU will do
     fusedcalib.executors.choose.cache_clear()
@@ -79,7 +79,23 @@ def test_one_launch_for_each_row_class(launched, dtype):
     assert launched.count("row_sums_kernel") == 1  # rows in pieces take two launches
 
 
-def test_without_centring_all_dense_tensors_share_a_launch(launched):
+def test_projected_rows_in_pieces_take_a_launch_after_the_step(launched):
+    options = {"l1": 0.1, "weight_decay": 0.1, "max_row_norm": 1.0}
+    optimizer = fusedcalib.Lion(parameters(torch.bfloat16), backend="triton", **options)
+    assert optimizer._prepare().run() == len(launched) == 8
+    (project,) = (i for i, name in enumerate(launched) if name == "project_kernel")
+    assert launched[project - 1] == "step_kernel"
+    assert "row_sums_kernel" not in launched  # nothing is centred
+
+
+def test_centred_and_projected_rows_in_pieces_take_three_launches(launched):
+    options = {"centralize": "update", "max_row_norm": 1.0}
+    optimizer = fusedcalib.Adan(parameters(torch.float32)[4:5], backend="triton", **options)
+    assert optimizer._prepare().run() == 3
+    assert launched == ["row_sums_kernel", "step_kernel", "project_kernel"]
+
+
+def test_without_rows_all_dense_tensors_share_a_launch(launched):
     optimizer = fusedcalib.SGD(parameters(torch.float32), backend="triton", momentum=0.9)
     assert optimizer._prepare().run() == 2  # aligned and unaligned
     assert launched == ["step_kernel"] * 2

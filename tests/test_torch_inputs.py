@@ -13,7 +13,8 @@ import warnings
 
 import pytest
 import torch
-from cases import DEVICE, RULES, Twin, parameters
+from cases import DEVICE, Twin, parameters
+from rule_cases import IN_TORCH, RULES
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -38,7 +39,7 @@ for info in optim_db:
 pickle.dump(found, sys.stdout.buffer)
 """
 FOUND = pickle.loads(
-    subprocess.run([sys.executable, "-c", READ, DEVICE, *RULES], check=True, stdout=subprocess.PIPE).stdout
+    subprocess.run([sys.executable, "-c", READ, DEVICE, *IN_TORCH], check=True, stdout=subprocess.PIPE).stdout
 )
 
 INPUTS = [
@@ -58,6 +59,11 @@ ERRORS = [
     for name, (_, errors) in FOUND.items()
     for i, error in enumerate(errors)
 ]
+
+
+def test_every_class_of_torch_has_inputs():
+    assert sorted(FOUND) == sorted(IN_TORCH)
+    assert all(len(inputs) > 3 and errors for inputs, errors in FOUND.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128], ids=str)

@@ -1,0 +1,153 @@
+"""What the compiler makes of the stages, of sums over launches and of hostile memory."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+from kernel_cases import INTERPRETED
+from kernel_compiled import KERNELS, TARGETS, compiled, spec_of, spilled
+from kernel_kinds import ALL_STAGES, KINDS, Config, config
+
+import fusedcalib
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
+
+OFF = {"weight_decay": 0.0, "l1": 0.0, "centralize": False, "max_row_norm": None}
+ARITHMETIC = r"f32|shfl|bar|shared"
+
+
+def more(kind: str, row_class: str = "flat", **options: Any) -> dict[str, int]:
+    """Arithmetic that options add, in instructions a thread."""
+    base, built = (
+        compiled(config(kind, row_class, weight_decay=0)),
+        compiled(config(kind, row_class, **options)),
+    )
+    assert base.elements == built.elements
+    names = {n for n in built.ptx | base.ptx if re.search(ARITHMETIC, n)}
+    return {n: built.ptx[n] - base.ptx[n] for n in names if built.ptx[n] != base.ptx[n]}
+
+
+MUL, ADD, SUB = "mul.rn.f32", "add.rn.f32", "sub.rn.f32"
+SIGN = {"setp.gt.f32": 1, "setp.lt.f32": 1, "selp.f32": 2, SUB: 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "added"),
+    [
+        ("AdamW plain", {"weight_decay": 0.1}, {MUL: 1}),
+        ("SGDW momentum", {"weight_decay": 0.1}, {MUL: 1}),
+        ("Adan plain", {"weight_decay": 0.1}, {MUL: 1}),
+        ("Adan plain", {"weight_decay": 0.1, "no_prox": True}, {MUL: 1}),
+        ("SGD momentum", {"weight_decay": 0.1}, {MUL: 1, ADD: 1, "selp.f32": 1}),
+        ("AdamW plain", {"weight_decay": 0, "maximize": True}, {"neg.f32": 1}),
+        ("SGD momentum", {"nesterov": True}, {MUL: 1, ADD: 1}),
+        ("Lion plain", {"l1": 0.1}, {**SIGN, MUL: 1, ADD: 1, "selp.f32": 3}),
+        ("AdamW plain", {"weight_decay": 0, "eps_inside_sqrt": True}, {}),
+    ],
+)
+def test_a_stage_costs_its_own_arithmetic(kind: str, options: dict[str, Any], added: dict[str, int]):
+    """Of each element; what is less is once a program."""
+    elements = compiled(config(kind)).elements
+    found = {name: count / elements for name, count in more(kind, **options).items()}
+    assert {name: count for name, count in found.items() if abs(count) >= 1} == added
+
+
+@pytest.mark.parametrize("kind", ["SGD plain", "AdamW plain"])
+def test_projection_in_a_tile_costs_a_sum_and_a_multiplication(kind: str):
+    """Root and division are one a row. A thread sums its elements, then rows are summed across threads."""
+    found = more(kind, "longest rows", weight_decay=0, max_row_norm=1.0)
+    elements = compiled(config(kind, "longest rows")).elements
+    assert found.pop(MUL) == 2 * elements
+    assert found.pop("div.rn.f32") == found.pop("sqrt.rn.f32") == 1
+    assert found.pop(ADD) <= elements + 10
+    assert found.pop("selp.f32") <= 2 * elements
+    assert not any(re.search(r"\.f32", name) and count > 1 for name, count in found.items())
+
+
+def test_plain_sgd_is_one_multiplication_and_one_subtraction():
+    """So a stage that is off leaves no instruction."""
+    built = compiled(config("SGD plain", **OFF))
+    found = {
+        n: c / built.elements for n, c in built.ptx.items() if re.search(r"\.f(32|64)|selp|shfl|bar\.", n)
+    }
+    assert found == {MUL: 1, SUB: 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "read"),
+    [
+        ("AdamW plain", {}, 4),
+        ("AdamW bf16, fp32 state", {}, 2),
+        ("SGD momentum", {}, 4),
+        ("SGD momentum", {"weight_decay": 0.1}, 8),
+        ("Lion plain", {"l1": 0.1}, 8),
+        ("AdamW plain", {"centralize": "update"}, 12),
+        ("Adan plain", {"centralize": "update"}, 20),
+    ],
+)
+def test_row_sums_read_only_what_the_mean_is_of(kind: str, options: dict[str, Any], read: int):
+    """The gradient; with a penalty on it the parameter too, before the update what moves it."""
+    built = compiled(config(kind, "pieces", **options), kernel="sums")
+    assert (built.bytes_moved("ld"), built.bytes_moved("st")) == (read, 0)
+    assert built.narrow("st") == 1
+    assert spilled(built) == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["AdamW plain", "AdamW bf16, fp32 state", "Adan plain"])
+def test_projection_of_pieces_touches_only_the_parameter(kind: str, target: str):
+    """Its launch; that of the step stores one number more, the sum of squares of its piece."""
+    asked = config(kind, "pieces", **ALL_STAGES)
+    project, step = (compiled(asked, target, kernel) for kernel in ("project", "step"))
+    assert spilled(project) == spilled(step) == 0
+    if target == "gfx942":
+        return
+    size = KINDS[kind].dtypes[0].itemsize
+    assert (project.bytes_moved("ld"), project.bytes_moved("st"), project.narrow("st")) == (size, size, 0)
+    assert step.narrow("st") == 1
+    for built in (project, step):
+        assert built.narrow("ld") <= 3 + built.spec.scalars + 2 * built.spec.fields
+        assert not built.inexact
+
+
+@pytest.mark.parametrize(
+    ("slicing", "shape", "inner"),
+    [("unaligned", (8, 1024), 0), ("transposed", (8, 1024), 1), ("permuted", (8, 4, 16, 4), 2)],
+)
+@pytest.mark.parametrize("kind", ["AdamW plain", "Adan plain"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_hostile_memory_compiles_without_spilling(
+    target: str, kind: str, slicing: str, shape: tuple[int, ...], inner: int
+):
+    hostile = config(kind, "rows of 1024", **ALL_STAGES)._replace(shape=shape, slicing=slicing)
+    built = compiled(hostile, target)
+    assert (built.spec.inner, built.spec.vector) == (inner, 1)
+    assert spilled(built) == 0
+
+
+@pytest.mark.parametrize("rule", fusedcalib.optimizers())
+def test_no_hyperparameter_is_compiled_in(rule: str):
+    """Whatever is a number may change; options that are words or switches are other kernels."""
+    options = {k: p.default for k, p in inspect.signature(getattr(fusedcalib, rule)).parameters.items()}
+    numbers = [k for k, v in options.items() if type(v) in (int, float) and k != "centralize_min_ndim"]
+    assert {"lr", "l1", "weight_decay"} <= {*numbers}
+    betas = options.get("betas", ())
+    specs = [
+        spec_of(
+            Config(rule, (8, 64), options=(*{**dict.fromkeys([*numbers, "max_row_norm"], x), **own}.items(),))
+        )
+        for x in (0.25, 0.5)
+        for own in [{"betas": (x,) * len(betas)} if betas else {}]
+    ]
+    assert specs[0] == specs[1]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compile_time_arguments_are_those_of_the_spec(name: str):
+    """None may be missing, and none may sneak in beside them."""
+    spec = spec_of(config("AdamW plain"))
+    arguments = inspect.signature(KERNELS[name].fn).parameters.values()
+    constants = {a.name for a in arguments if "constexpr" in str(a.annotation)}
+    assert constants == spec.constants().keys()
