@@ -93,8 +93,12 @@ MOMENTUM = PLAIN | {"momentum": 0.9}
 NESTEROV = MOMENTUM | {"nesterov": True}
 # A floor of 0.1 under the denominator bounds how much Adam can magnify a rounding of g.
 ADAM = {"lr": 0.02, "eps": 0.1, "weight_decay": 0.1}
-RULES = {"SGD": NESTEROV, "Adam": ADAM, "AdamW": ADAM}
+# Those whose roundings `path_bound` counts, and one of each other kind for what holds to the bit.
+BOUNDED = {"SGD": NESTEROV, "Adam": ADAM, "AdamW": ADAM}
+OTHERS = {"Adagrad": ADAM, "NAdam": ADAM, "Lion": PLAIN, "Adan": ADAM, "ADOPT": ADAM}
+RULES = BOUNDED | OTHERS
 each_rule = pytest.mark.parametrize("rule", RULES)
+each_bounded = pytest.mark.parametrize("rule", BOUNDED)
 
 
 def draw(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:

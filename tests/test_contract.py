@@ -32,7 +32,7 @@ def test_c02_groups_only(rule, backend):
     built.step(3).check()
 
 
-@each_few
+@each(["SGD", "AdamW", "Lion"])
 @pytest.mark.parametrize("centralize", [True, "gradient", "update"])
 def test_c02_own_options_in_groups(ours, centralize):
     """Set in a group, they act as when the constructor has them, and on that group alone."""

@@ -6,7 +6,7 @@ Every change is done to the run here and to torch.optim's; both must go on alike
 import pytest
 import torch
 from cases import SHAPES, assert_near, parameters, tolerance
-from rule_cases import COUNTED, FEW, RULES
+from rule_cases import COUNTED, FEW, RULES, each_few
 
 
 def set_step(value):
@@ -135,6 +135,7 @@ def test_c15_empty_groups_from_the_start(twin):
     ).step(2).check()
 
 
+@each_few
 def test_c15_gradient_of_other_strides_at_the_same_address(twin):
     built = twin(parameters(((6, 6),)))
     built.gradients()

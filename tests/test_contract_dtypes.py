@@ -6,7 +6,7 @@ Narrow numbers are judged by torch.optim in float64 from the same values and gra
 import pytest
 import torch
 from cases import documentation, parameters, tolerance
-from rule_cases import each_few
+from rule_cases import FEW, RULES, each, each_few
 
 # Steps large enough to be seen; an epsilon that keeps tiny second moments, which float16 rounds to
 # nothing, out of the quotient: torch's own float16 inputs have the same.
@@ -46,12 +46,18 @@ def stored_dtypes(built):
     return {built.ours.state[p][key].dtype for p in built.params for key in built.rule.moments}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [(rule, torch.bfloat16) for rule in RULES.values()]
+    + [(RULES[name], dtype) for name in FEW for dtype in (torch.float16, torch.float32)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_narrow_parameters(rule, twin, dtype):
     built = judged(rule, twin, dtype).step(STEPS)
     check(built, dtype, dtype)
 
 
+@each_few
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_parameters_are_computed_in_float32(rule, twin, dtype):
     """One step is off by the rounding of the result alone: half a unit, and what float32 is off."""
@@ -64,6 +70,7 @@ def test_narrow_parameters_are_computed_in_float32(rule, twin, dtype):
             torch.testing.assert_close(stored.double(), exact, **close)
 
 
+@pytest.mark.parametrize("backend", ["eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_state_dtype_of_narrow_parameters_is_documented(rule, twin, dtype):
     """AReaL #1292: the moments of narrow parameters have the dtype that the docstring tells."""
@@ -94,7 +101,7 @@ def test_c11_prefilled_state_of_another_dtype(rule, twin, dtype, stored):
     check(built, dtype, stored)
 
 
-@each_few
+@each(["SGD", "AdamW", "NAdam"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_c15_dtype_changes_between_steps(rule, twin, dtype):
     """`module.half()` in mid-training, which torch's Adam refuses: the state stays as it is."""
@@ -108,6 +115,7 @@ def test_c15_dtype_changes_between_steps(rule, twin, dtype):
     check(built, dtype, torch.float32)
 
 
+@each_few
 def test_c15_mixed_dtypes_in_one_group(rule, twin):
     built = judged(rule, twin, torch.float32, torch.bfloat16, torch.float64).step(STEPS)
     check(built, torch.bfloat16, torch.bfloat16)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import DEVICE, assert_identical, parameters, snapshot, state_of, tolerance, train
-from rule_cases import RULES, each_few
+from rule_cases import RULES, each
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -155,7 +155,7 @@ def test_c28_parameters_on_another_device(rule, ours):
     assert torch.cuda.current_device() == 0
 
 
-@each_few
+@each(["SGD", "AdamW", "ADOPT"])
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [

@@ -14,6 +14,7 @@ KERNELS = Path(__file__).parent.parent / "kernels"
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
+@each_few
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels' own tests run it at the real size")
 def test_offsets_beyond_32_bits(rule, backend, ours, tmp_path):
     """DeepSpeed #7640, apex #1654: rows that lie 2^31 elements apart, in a file full of holes."""
@@ -100,6 +101,7 @@ def test_only_empty_tensors(rule, ours):
         assert not rule.counted or {state_of(optimizer, p)["step"].item() for p in params} == {i}
 
 
+@each_few
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("centralize", [False, True, "update"])
 def test_non_finite_gradients_stay_where_they_are(rule, ours, bad, centralize):

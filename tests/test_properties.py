@@ -24,6 +24,7 @@ from subjects import (
     SEED,
     close,
     draw,
+    each_bounded,
     each_rule,
     each_subject,
     follow,
@@ -161,7 +162,7 @@ def test_what_is_no_weight_matrix_is_not_centred(
 
 
 @each_subject
-@each_rule
+@each_bounded
 @PROPERTY
 @given(SEED, st.sampled_from([(1, 12), (5, 7), (3, 2)]), st.randoms(use_true_random=False))
 def test_columns_may_be_permuted(
