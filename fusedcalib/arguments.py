@@ -53,7 +53,7 @@ class Options(Optimizer):
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as param groups hold them: infinity for a limit of None, noise as a dict."""
-    found = {k: math.inf if v is None and k in LIMITS else v for k, v in options.items()}
+    found: dict[str, Any] = {k: math.inf if v is None and k in LIMITS else v for k, v in options.items()}
     return {**found, "noise": as_dict(found["noise"])} if "noise" in found else found
 
 

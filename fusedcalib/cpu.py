@@ -17,8 +17,8 @@ from llvmlite import binding
 from numba import njit
 from numba.extending import overload
 
-from .cpu_noise import BLOCK, noise_maker
 from .cpu_memory import Memory, fetch_add, geometry_at, tile_at, words_at
+from .cpu_noise import BLOCK, noise_maker
 from .cpu_threads import on_threads, threads_for
 from .kernels import stages
 from .layout import Layout

@@ -141,7 +141,7 @@ def fill(address, first, count, sigma, step, stream, key0, key1):
 
 
 def noise_maker(stage: str, real: Any) -> tuple[Any, Any, Any]:
-    """Room for the noise of a block on the stack, a function that fills it, one that reads it (0 without noise).
+    """Room for the noise of a block on the stack, and how it is filled and read (as 0 without noise).
 
     `room()`, `filled(place, at, count, h, words)` -> where the noise of element `at` lies, `noise(place, i)`.
     """

@@ -1,4 +1,4 @@
-"""What noise a user can ask for, its schedules, and its numbers in NumPy: Philox by counter, as kernels/philox.py."""
+"""What noise a user can ask for, its schedules, and its numbers in NumPy, those of kernels/philox.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class GradientNoise:
     r"""Annealed Gaussian noise on the gradient, before centring.
 
-    .. math:: g_t \leftarrow g_t + N(0, \sigma_t^2), \qquad \sigma_t^2 = \frac{\eta}{(1 + t)^\gamma}, \; t = 0, 1, ...
+    .. math:: g_t \leftarrow g_t + N(0, \sigma_t^2), \quad \sigma_t^2 = \eta / (1 + t)^\gamma, \; t = 0, 1, ...
 
     Args:
         eta: variance :math:`\eta` at the first step, in units of the gradient squared. Default 0.01.
@@ -91,7 +91,9 @@ def as_dict(noise: Noise | Mapping[str, Any] | None) -> dict[str, Any]:
     options = asdict(noise)
     for name, value in options.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"Invalid {name} of {type(noise).__name__}: {value}, expected a finite number >= 0")
+            raise ValueError(
+                f"Invalid {name} of {type(noise).__name__}: {value}, expected a finite number >= 0"
+            )
     return {"kind": noise.kind, **options}
 
 
@@ -108,7 +110,9 @@ def deviation(noise: Noise | Mapping[str, Any] | None, lr: float, step: float, m
         return float(math.sqrt(options["eta"]) * step ** (-options["gamma"] / 2))
     if not options or not moves:
         return 0.0
-    return float(options["std"] if options["kind"] == "weights" else math.sqrt(2 * lr * options["temperature"]))
+    return float(
+        options["std"] if options["kind"] == "weights" else math.sqrt(2 * lr * options["temperature"])
+    )
 
 
 def words_of(seed: int, name: str | None, index: int) -> tuple[int, int, int]:
@@ -136,7 +140,12 @@ def philox(counter: tuple[Array | int, ...], key: tuple[int, int]) -> tuple[Arra
 
 
 def normals(
-    first: int, count: int, step: int, words: tuple[int, int, int], sigma: float = 1.0, stage: str = "gradient"
+    first: int,
+    count: int,
+    step: int,
+    words: tuple[int, int, int],
+    sigma: float = 1.0,
+    stage: str = "gradient",
 ) -> Array:
     """The noise, fp32 [count], of elements `first` and on of a parameter."""
     quads = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
@@ -164,8 +173,8 @@ def _pair(a: Array, b: Array, sigma: float) -> tuple[Array, Array]:
 
 def _fma(x: Array, y: Any, z: Any) -> Array:
     """x y + z, rounded once but for one case in 2^29: the product is exact in double."""
-    wide = x.astype(np.float64) * np.float64(y) if np.isscalar(y) else x.astype(np.float64) * y.astype(np.float64)
-    return (wide + (np.float64(z) if np.isscalar(z) else z.astype(np.float64))).astype(np.float32)
+    wide = np.asarray(x, np.float64) * np.asarray(y, np.float64) + np.asarray(z, np.float64)
+    return np.asarray(wide, np.float32)
 
 
 def _horner(x: Array, coefficients: tuple[float, ...]) -> Array:

@@ -35,7 +35,8 @@ class FusedOptimizer(Optimizer):
         \theta &\leftarrow \Pi_c(\theta - \gamma\, u(\hat g))
 
     with the direction :math:`u` of the rule. :math:`P` removes row means where `centralize` is set,
-    :math:`\Pi_c` shortens rows where `max_row_norm` is; both are the identity elsewhere. Where decay is
+    :math:`\Pi_c` shortens rows where `max_row_norm` is; both are the identity elsewhere. Gradient noise joins
+    :math:`\hat g` before :math:`P`, noise on weights the step before :math:`\Pi_c`. Where decay is
     decoupled :math:`\lambda` is not in the gradient: :math:`\theta` is first scaled by
     :math:`1 - \gamma \lambda`. A row is one index of dimension 0.
 
@@ -54,6 +55,11 @@ class FusedOptimizer(Optimizer):
             units of the gradient; with `weight_decay` the elastic net. Default 0.
         max_row_norm: largest Euclidean norm :math:`c` of a row after a step, in units of the parameter, for
             tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
+        noise: `fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient
+            before centring or on the parameter after the step; as a dict in param groups. Default None.
+        seed: of the noise, an int of 64 bits. It is the same whatever the device, the order of the
+            parameters or how they are grouped, and goes on where a checkpoint left it. A parameter's noise
+            follows its name, where parameters are named, else its place among all. Default 0.
         backend: "auto", "triton", "numba" or "eager"; for the whole optimizer.
 
     All but `params` and `backend` may differ between param groups and change between steps.

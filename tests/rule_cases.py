@@ -15,6 +15,7 @@ from fusedcalib.reference import ORACLES
 
 # Options of every param group that torch.optim does not know, as a group stores their defaults.
 OWN = {"centralize": False, "centralize_min_ndim": 2, "l1": 0.0, "max_row_norm": math.inf}
+OWN |= {"noise": {}, "seed": 0}
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,9 @@ def test_weight_noise_comes_after_the_step_and_not_at_rest(backend, kind):
     assert_identical([p.detach() for p in params], rest)
 
 
-def run(backend, rule, kind, arrange, centralize=False, steps=3, shapes=((5, 7), (33,), (4, 3, 2, 2), (3, 8))):
+def run(
+    backend, rule, kind, arrange, centralize=False, steps=3, shapes=((5, 7), (33,), (4, 3, 2, 2), (3, 8))
+):
     """Weights after some steps; `arrange` makes the optimizer's params of named ones."""
     torch.manual_seed(0)
     named = [(f"w{i}", p) for i, p in enumerate(parameters(shapes))]
@@ -190,7 +192,7 @@ def test_noise_does_not_depend_on_grouping_or_order(backend, arranged, kind, cen
 
 @each_backend
 def test_noise_does_not_depend_on_tiling(backend):
-    """Rows beside each other in one tensor, or walked alone in several, at the same indices of their stream."""
+    """The same elements as rows of a matrix, or as one flat vector."""
     torch.manual_seed(0)
     whole = torch.nn.Parameter(torch.zeros(6, 1000, device=DEVICE))
     flat = torch.nn.Parameter(torch.zeros(6000, device=DEVICE))
