@@ -172,10 +172,17 @@ def rules(results: Results, path: Path) -> Path:
         _ratio_axis(axes, min(s["p10"] for s in spreads), max(s["p90"] for s in spreads))
         axes.set_xlabel("time of a step / time of a memory stream of its bytes, log scale")
         figure.legend(loc="upper right", ncols=4, frameon=False, bbox_to_anchor=(0.92, 0.0), fontsize=9)
-        title = "Every rule at the speed of memory"
-        _heading(figure, title, f"{cases[0]['list']}, fp32\n{tables.measured_on(results)}")
+        _heading(figure, _rules_title(cases), f"{cases[0]['list']}, fp32\n{tables.measured_on(results)}")
         figure.savefig(path, bbox_inches="tight")
     return path
+
+
+def _rules_title(cases: list[dict[str, Any]]) -> str:
+    ranges = []
+    for name, words in (("own_plain", "without GC"), ("own_gc", "with")):
+        found = [spread["median"] for case in cases if (spread := tables.over_stream(case, name))]
+        ranges.append(f"{min(found):.2f} to {max(found):.2f} {words}" if found else f"not measured {words}")
+    return f"Every rule / memory stream: {', '.join(ranges)}"
 
 
 Row = tuple[str, str, dict[str, Any]]  # method, title, spread

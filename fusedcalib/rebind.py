@@ -40,14 +40,12 @@ def folded(device_function: Any, names: Mapping[str, Any], constants: Mapping[st
 
 
 def _is_constant(node: ast.expr) -> bool:
-    """Whether an argument is a compile-time one, or a field of one."""
-    while isinstance(node, ast.Attribute):
-        node = node.value
+    """Whether an argument is a compile-time one."""
     return isinstance(node, ast.Name) and node.id.isupper()
 
 
 class _Fold(ast.NodeTransformer):
-    """Drops arguments in capitals from definitions and calls, and the branches they rule out."""
+    """Drops names in capitals from definitions, calls and assignments, and the branches they rule out."""
 
     def __init__(self, constants: Mapping[str, Any]) -> None:
         self._constants = dict(constants)
@@ -58,6 +56,9 @@ class _Fold(ast.NodeTransformer):
         for argument in node.args.args:
             argument.annotation = None
         return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        return None if _is_constant(node.target) else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         node.args = [a for a in node.args if not _is_constant(a)]

@@ -58,19 +58,21 @@ def prepared(p, g, h, z, FLAGS: tl.constexpr):
 @jit
 def measured(p, g, state, h, z, RULE: tl.constexpr, FLAGS: tl.constexpr):
     """What the row mean is taken of: the prepared gradient, or the update direction."""
+    VARIANT: tl.constexpr = FLAGS.variant  # as an argument Triton 3.6 takes no field of a tuple
     g = prepared(p, g, h, z, FLAGS)
     if FLAGS.centralize == "update":
-        g, state = RULE(p, g, state, h[6:], FLAGS.variant)
+        g, state = RULE(p, g, state, h[6:], VARIANT)
     return g
 
 
 @jit
 def stepped(p, g, state, h, z, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
     """The step of one block: the new parameter, yet to be projected, and state. `mean` is its row's."""
+    VARIANT: tl.constexpr = FLAGS.variant
     g = prepared(p, g, h, z, FLAGS)
     if FLAGS.centralize == "gradient":
         g = g - mean
-    direction, state = RULE(p, g, state, h[6:], FLAGS.variant)
+    direction, state = RULE(p, g, state, h[6:], VARIANT)
     if FLAGS.centralize == "update":
         direction = direction - mean
     if FLAGS.decay == "decoupled":

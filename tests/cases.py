@@ -38,7 +38,8 @@ def tolerance(dtype: torch.dtype, steps: int) -> float:
     """How far two right answers may lie apart.
 
     Both do the same operations in another order: in a step at most 16 roundings, each of half a
-    unit in the last place of a value below 8, and what one step is off stays in the next ones.
+    unit in the last place of a value below 8, or more of smaller values, and what one step is off
+    stays in the next ones.
     """
     return steps * 16 * 8 / 2 * torch.finfo(dtype).eps
 

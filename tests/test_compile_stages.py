@@ -113,10 +113,15 @@ def test_projection_of_pieces_touches_only_the_parameter(kind: str, target: str)
 
 
 @pytest.mark.parametrize(
-    ("slicing", "shape", "inner"),
-    [("unaligned", (8, 1024), 0), ("transposed", (8, 1024), 1), ("permuted", (8, 4, 16, 4), 2)],
+    ("kind", "slicing", "shape", "inner"),
+    [
+        ("AdamW plain", "unaligned", (8, 1024), 0),
+        ("AdamW plain", "transposed", (8, 1024), 1),
+        ("AdamW plain", "permuted", (8, 4, 16, 4), 2),
+        ("Adan plain", "unaligned", (8, 1024), 0),
+        ("Adan plain", "transposed", (8, 1024), 1),
+    ],
 )
-@pytest.mark.parametrize("kind", ["AdamW plain", "Adan plain"])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_hostile_memory_compiles_without_spilling(
     target: str, kind: str, slicing: str, shape: tuple[int, ...], inner: int

@@ -68,6 +68,7 @@ def test_unknown_words_are_refused(rule, option, value):
 
 def test_own_options_are_keyword_only_and_documented(rule):
     arguments = inspect.signature(rule.ours).parameters
+    assert next(iter(arguments)) == "params"
     defaults = [a.default for a in arguments.values() if a.kind is a.POSITIONAL_OR_KEYWORD][1:]
     rule.ours(parameters(), *defaults)
     with pytest.raises(TypeError, match="positional argument"):
@@ -120,6 +121,10 @@ def test_out_of_range_for_the_constructor(rule, wrong):
     (option,) = wrong
     with pytest.raises(ValueError, match=f"Invalid {WORDS.get(option, option)}"):
         rule.ours(parameters(), **{**rule.options, **wrong})
+    if option not in OWN:  # also where every group has a good one, as torch's
+        groups = [{"params": parameters(), option: inspect.signature(rule.ours).parameters[option].default}]
+        with pytest.raises(ValueError, match=f"Invalid {WORDS.get(option, option)}"):
+            rule.ours(groups, **{**rule.options, **wrong})
 
 
 @pytest.mark.parametrize(("rule", "wrong"), bad([*IN_TORCH, "SGDW"], OUT_OF_RANGE))
@@ -166,7 +171,7 @@ def test_out_of_range_in_a_group(rule, wrong):
 def test_a_wrong_number_of_betas(rule, count):
     betas = (0.5,) * count
     if count == len(rule.options["betas"]):
-        train(rule.ours(parameters(), betas=betas))
+        train(rule.ours(parameters(), betas=betas, backend="eager"))
         return
     with pytest.raises(ValueError, match="Invalid betas"):
         rule.ours(parameters(), betas=betas)

@@ -77,6 +77,7 @@ def test_strides_are_paired_by_index(twin, layout):
     built.check()
 
 
+@each_few
 def test_sliced_parameter_leaves_its_neighbours(ours):
     memory = torch.randn(6, 8, device=DEVICE)
     kept = memory.clone()

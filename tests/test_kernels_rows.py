@@ -43,7 +43,8 @@ def test_rows_within_the_limit_keep_their_bits(backend: str, dtypes: Dtypes):
     """At the limit too; a row twice as long is halved exactly."""
     for columns in COLUMNS:
         short = torch.randn(columns, dtype=torch.float64)
-        short *= 0.9 * LIMIT / torch.linalg.vector_norm(short)
+        nearly = 0.99 if dtypes.param == torch.bfloat16 else 0.9999  # of the limit, though rounded
+        short *= nearly * LIMIT / torch.linalg.vector_norm(short)
         again = 5 if columns < 1024 else 1  # more rows than a tile has
         rows = torch.stack([four(columns, 1), four(columns, 2), short, 0 * short] * again)
         expected = torch.stack([rows[0], rows[0], rows[2], rows[3]] * again).to(dtypes.param)
