@@ -19,13 +19,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class GradientNoise:
     r"""Annealed Gaussian noise on the gradient, before centring.
 
-    .. math:: g_t \leftarrow g_t + N(0, \sigma_t^2), \quad \sigma_t^2 = \eta / (1 + t)^\gamma, \; t = 0, 1, ...
+    .. math:: g_t \leftarrow g_t + N(0, \sigma_t^2), \; \sigma_t^2 = \eta / (1 + t)^\gamma, \; t = 0, 1, ...
 
     Args:
         eta: variance :math:`\eta` at the first step, in units of the gradient squared. Default 0.01.
         gamma: how fast it falls. Default 0.55.
 
     Source: Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015.
+
+    >>> import torch, fusedcalib
+    >>> opt = fusedcalib.SGD([torch.zeros(2)], noise=fusedcalib.GradientNoise(eta=0.3), seed=1)
+    >>> opt.param_groups[0]["noise"]
+    {'kind': 'gradient', 'eta': 0.3, 'gamma': 0.55}
     """
 
     kind: ClassVar[str] = "gradient"
@@ -43,6 +48,10 @@ class WeightNoise:
         std: :math:`\sigma`, in units of the parameter. Default 1e-4.
 
     Source: "CSGD", Algorithm 1, line 6.
+
+    >>> import fusedcalib
+    >>> fusedcalib.WeightNoise(std=1e-3)
+    WeightNoise(std=0.001)
     """
 
     kind: ClassVar[str] = "weights"
@@ -59,6 +68,10 @@ class LangevinNoise:
         temperature: :math:`T`, in units of the loss. Default 1.
 
     Source: Welling and Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", ICML 2011.
+
+    >>> import fusedcalib
+    >>> fusedcalib.LangevinNoise(temperature=0.5)
+    LangevinNoise(temperature=0.5)
     """
 
     kind: ClassVar[str] = "langevin"
