@@ -260,7 +260,7 @@ class FusedOptimizer(Optimizer):
         fresh = len(missing) == len(recipe.states)
         if recipe.counts and "step" not in entry:
             # Noise that is switched on late begins to count where a rule that does not would stand.
-            entry["step"] = torch.tensor(0.0 if fresh or rule.counts else 1.0)
+            entry["step"] = torch.tensor(0.0 if fresh or rule.counts else 1.0, dtype=torch.float32)
         if rule.product and rule.product[0] not in entry:
             entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
         for name in missing:
