@@ -16,10 +16,16 @@ if TYPE_CHECKING:
     from .factory import optimizers as optimizers
     from .frameworks import register_timm as register_timm
     from .groups import param_groups as param_groups
+    from .noise import GradientNoise as GradientNoise
+    from .noise import LangevinNoise as LangevinNoise
+    from .noise import WeightNoise as WeightNoise
     from .optimizer import FusedOptimizer as FusedOptimizer
 
 _HOMES = {
     "FusedOptimizer": ".optimizer",
+    "GradientNoise": ".noise",
+    "LangevinNoise": ".noise",
+    "WeightNoise": ".noise",
     "create": ".factory",
     "optimizers": ".factory",
     "param_groups": ".groups",

@@ -9,12 +9,16 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .noise import as_dict
+
 # Options of every param group that torch.optim does not know, with their defaults.
 EXTRAS: dict[str, Any] = {
     "centralize": False,
     "centralize_min_ndim": 2,
     "l1": 0.0,
     "max_row_norm": None,  # in param groups infinity, for checkpoints hold numbers only
+    "noise": None,  # in param groups a dict
+    "seed": 0,
 }
 # Options in which None stands for no limit.
 LIMITS = frozenset({"max_row_norm", "clip_exponent"})
@@ -44,12 +48,13 @@ class Options(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, {**limitless(own), **common})
+        super().__init__(params, {**plain(own), **common})
 
 
-def limitless(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with infinity for a limit of None."""
-    return {k: math.inf if v is None and k in LIMITS else v for k, v in options.items()}
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as param groups hold them: infinity for a limit of None, noise as a dict."""
+    found: dict[str, Any] = {k: math.inf if v is None and k in LIMITS else v for k, v in options.items()}
+    return {**found, "noise": as_dict(found["noise"])} if "noise" in found else found
 
 
 _NAMES = {"lr": "learning rate"}  # as torch.optim's messages have them

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import overlaps_itself
+from .noise import as_dict
 from .recipe import Recipe
 
 CENTRALIZE = (False, True, "gradient", "update")
@@ -35,6 +36,9 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"Invalid l1 value: {l1!r}, expected a finite number >= 0")
     if norm is not None and not norm > 0:
         raise ValueError(f"Invalid max_row_norm value: {norm!r}, expected a number > 0, or None for no limit")
+    as_dict(group["noise"])
+    if type(group["seed"]) is not int or not 0 <= group["seed"] < 2**64:
+        raise ValueError(f"Invalid seed value: {group['seed']!r}, expected an int in [0, 2^64)")
     for flag in ("capturable", "differentiable"):
         if group.get(flag):
             instead = (

@@ -18,6 +18,7 @@ from numba import njit
 from numba.extending import overload
 
 from .cpu_memory import Memory, fetch_add, geometry_at, tile_at, words_at
+from .cpu_noise import BLOCK, noise_maker
 from .cpu_threads import on_threads, threads_for
 from .kernels import stages
 from .layout import Layout
@@ -26,7 +27,6 @@ from .recipe import Recipe
 from .tables import GEOMETRY, Bucket, Shape
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
-BLOCK = 512  # elements of a row summed in their own type, blocks in double: fast and accurate
 NEXT = 6  # word of a job: the next tile to take
 CHUNKS = 8  # for each thread: one that is held up leaves its chunks to the others
 _INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -117,21 +117,28 @@ def _stages(recipe: Recipe) -> tuple[Function, Function, Function]:
 
 
 def _row_loop(recipe: Recipe, memory: Memory) -> Function:
-    """`step_row(row, addresses, strides, runs, length, h)`: one row, centred and projected where asked."""
+    """`step_row(row, addresses, strides, runs, length, h, at, words)`: one row, centred and projected.
+
+    Rows are walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
+    accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
+    """
     measured, stepped, projected = _stages(recipe)
     load, store, store_param = memory.load, memory.store, memory.store_param
     shift, integers = memory.shift, memory.integers
     geometry, strides_at, inner, real = memory.geometry, memory.strides, memory.inner, memory.real
     centred, project = recipe.flags.centralize != "none", recipe.flags.project
+    room, filled, noise = noise_maker(recipe.flags.noise, real)
+    size = BLOCK if recipe.flags.noise != "none" else 1 << 62  # a step without noise needs no blocks
 
     @njit(**_INNER, fastmath=_ADD_FREELY)
-    def run_sum(addresses, strides, length, h):
-        total = 0.0
+    def run_sum(addresses, strides, length, h, at, words):
+        total, space = 0.0, room()
         for first in range(0, length, BLOCK):
-            part = real(0.0)
-            for i in range(first, min(first + BLOCK, length)):
+            part, last = real(0.0), min(first + BLOCK, length)
+            place = filled(space, at + first, last - first, h, words)
+            for i in range(first, last):
                 values = load(addresses, strides, i)
-                part += measured(values[0], values[1], values[2:], h)
+                part += measured(values[0], values[1], values[2:], h, noise(place, i - first))
             total += part
         return total
 
@@ -153,11 +160,15 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
             store_param(addresses, strides, i, projected(p, squares, h))
 
     @njit(**_INNER)
-    def run_step(addresses, strides, length, h, mean):
-        for i in range(length):
-            values = load(addresses, strides, i)
-            p, state = stepped(values[0], values[1], values[2:], h, mean)
-            store(addresses, strides, i, p, state)
+    def run_step(addresses, strides, length, h, mean, at, words):
+        space = room()
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            place = filled(space, at + first, last - first, h, words)
+            for i in range(first, last):
+                values = load(addresses, strides, i)
+                p, state = stepped(values[0], values[1], values[2:], h, noise(place, i - first), mean)
+                store(addresses, strides, i, p, state)
 
     @njit(**_INNER)
     def start_of_run(row, addresses, run):
@@ -171,15 +182,17 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
         return addresses
 
     @njit(**_INNER)
-    def step_row(row, addresses, strides, runs, length, h):
+    def step_row(row, addresses, strides, runs, length, h, at, words):
         mean = real(0.0)
         if centred:
             total = 0.0
             for run in range(runs):
-                total += run_sum(start_of_run(row, addresses, run), strides, length, h)
+                start = start_of_run(row, addresses, run)
+                total += run_sum(start, strides, length, h, at + run * length, words)
             mean = real(total / (runs * length))
         for run in range(runs):
-            run_step(start_of_run(row, addresses, run), strides, length, h, mean)
+            start = start_of_run(row, addresses, run)
+            run_step(start, strides, length, h, mean, at + run * length, words)
         if project:
             squares = 0.0
             for run in range(runs):
@@ -212,7 +225,8 @@ def kernel_for(
             slot, row_block, column_block = tile_at(tiles, t)
             row = table + 8 * slot * fields
             addresses = integers(row)
-            rows, columns, scalar_row, tall, wide = geometry_at(row + geometry)
+            rows, columns, scalar_row, tall, wide, stream, key0, key1 = geometry_at(row + geometry)
+            words = (np.uint64(stream), np.uint64(key0), np.uint64(key1))
             h = scalars_at(scalars, scalar_row)
             strides, along = spread(1), spread(columns)
             runs, length = 1, min(wide, columns - column_block * wide)
@@ -223,7 +237,8 @@ def kernel_for(
                 strides = integers(row + strides_at + inner * geometry)
             addresses = shift(addresses, strides, column_block * wide)
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
-                step_row(row, shift(addresses, along, r), strides, runs, length, h)
+                at = r * columns + column_block * wide
+                step_row(row, shift(addresses, along, r), strides, runs, length, h, at, words)
 
     @numba.cfunc(numba.void(numba.int64))
     def work(job):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .kernels import stages
 from .layout import Layout
+from .noise import normals
 from .rebind import Function, rebound
 from .recipe import Recipe
-from .tables import Bucket, Shape
+from .tables import Bucket, Shape, Slot
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
@@ -78,8 +79,10 @@ class EagerExecutor:
         elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)
         for slot, row in zip(bucket.slots, bucket.scalar_rows, strict=True):
             h = tuple(bucket.scalars[row].tolist())
-            for block in _blocks(slot.tensors(), elements):
-                _step(bucket, block, h)
+            tensors = slot.tensors()
+            noise = _noise(bucket, slot, tensors[0], h)
+            for *block, z in _blocks((*tensors, noise), elements):
+                _step(bucket, tuple(block), h, z)
         return 0
 
 
@@ -92,15 +95,27 @@ def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor
     return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
-def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...]) -> None:
+def _noise(bucket: Bucket, slot: Slot, param: Tensor, h: tuple[float, ...]) -> Tensor:
+    """Noise for a parameter, in the order in which the other executors walk it."""
+    stage = bucket.key.recipe.flags.noise
+    if stage == "none":
+        return param  # of no use
+    values = torch.from_numpy(normals(0, param.numel(), int(h[5]), slot.words, h[4], stage)).to(param.device)
+    if bucket.key.inner:
+        return values.view(param.shape)
+    return values.as_strided(param.shape, param.stride())
+
+
+def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor) -> None:
     measured, stepped, projected = _pipeline(bucket.key.recipe)
     flags = bucket.key.recipe.flags
     p, g, *state = (t.to(bucket.compute) for t in tensors)
+    z = z.to(bucket.compute)
     inner = tuple(range(1, p.ndim))
     mean: Any = 0.0
     if flags.centralize != "none":
-        mean = measured(p, g, tuple(state), h).mean(dim=inner, keepdim=True)
-    p, new = stepped(p, g, tuple(state), h, mean)
+        mean = measured(p, g, tuple(state), h, z).mean(dim=inner, keepdim=True)
+    p, new = stepped(p, g, tuple(state), h, z, mean)
     if flags.project:
         p = projected(p, p.square().sum(dim=inner, keepdim=True), h)
     for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):

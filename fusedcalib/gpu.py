@@ -78,6 +78,7 @@ def spec_of(bucket: Bucket) -> launch.Spec:
         fields=fields_of(len(key.dtypes), key.inner),
         scalars=bucket.scalars.shape[1],
         inner=key.inner,
+        quads=key.quads,
         vector=vector if key.aligned else 1,
         tile=cast(launch.Tile, key.row_class),
     )

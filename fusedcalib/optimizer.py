@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import EXTRAS, Options, check_ranges, limitless, signature_of
+from .arguments import EXTRAS, Options, check_ranges, plain, signature_of
 from .checks import check_group, check_parameter, check_slots, describe
 from .executors import choose
+from .noise import words_of
 from .plan import Plan, Versions
 from .recipe import Recipe, Rule, merged, recipe_of
 from .tables import Executor, Slot
@@ -34,7 +35,8 @@ class FusedOptimizer(Optimizer):
         \theta &\leftarrow \Pi_c(\theta - \gamma\, u(\hat g))
 
     with the direction :math:`u` of the rule. :math:`P` removes row means where `centralize` is set,
-    :math:`\Pi_c` shortens rows where `max_row_norm` is; both are the identity elsewhere. Where decay is
+    :math:`\Pi_c` shortens rows where `max_row_norm` is; both are the identity elsewhere. Gradient noise joins
+    :math:`\hat g` before :math:`P`, noise on weights the step before :math:`\Pi_c`. Where decay is
     decoupled :math:`\lambda` is not in the gradient: :math:`\theta` is first scaled by
     :math:`1 - \gamma \lambda`. A row is one index of dimension 0.
 
@@ -53,6 +55,11 @@ class FusedOptimizer(Optimizer):
             units of the gradient; with `weight_decay` the elastic net. Default 0.
         max_row_norm: largest Euclidean norm :math:`c` of a row after a step, in units of the parameter, for
             tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
+        noise: `fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient
+            before centring or on the parameter after the step; as a dict in param groups. Default None.
+        seed: of the noise, an int of 64 bits. It is the same whatever the device, the order of the
+            parameters or how they are grouped, and goes on where a checkpoint left it. A parameter's noise
+            follows its name, where parameters are named, else its place among all. Default 0.
         backend: "auto", "triton", "numba" or "eager"; for the whole optimizer.
 
     All but `params` and `backend` may differ between param groups and change between steps.
@@ -81,7 +88,7 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"Invalid backend: {backend!r}, expected one of {', '.join(BACKENDS)}")
         self._backend = backend
         own = {**EXTRAS, **self.rule.extras}
-        self._extras = limitless({key: options.pop(key, default) for key, default in own.items()})
+        self._extras = plain({key: options.pop(key, default) for key, default in own.items()})
         self._plan: Plan | None = None
         self._versions = Versions()
         super().__init__(params, *args, **options)
@@ -97,7 +104,7 @@ class FusedOptimizer(Optimizer):
             self.defaults.setdefault(key, value)
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
-            param_group.update(limitless(param_group))
+            param_group.update(plain(param_group))
         self._plan = None
         super().add_param_group(param_group)
 
@@ -106,7 +113,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._extras = {**limitless({**EXTRAS, **self.rule.extras}), **self._extras}
+        self._extras = {**plain({**EXTRAS, **self.rule.extras}), **self._extras}
         self._plan = None
         self._versions = Versions()
         self._step_supports_amp_scaling = False
@@ -214,11 +221,21 @@ class FusedOptimizer(Optimizer):
         fresh = [
             self._make_state(param, recipes[group], self.param_groups[group]) for group, _, param in live
         ]
+        words = self._words()
         slots = [
-            Slot(param, self._states(param, recipes[group]), group, recipes[group], executor)
+            Slot(param, self._states(param, recipes[group]), group, recipes[group], executor, words[param])
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
         return Plan(slots, fresh, asked, recipes, self.param_groups, self.state, self._versions)
+
+    def _words(self) -> dict[Tensor, tuple[int, int, int]]:
+        """Stream and key of every parameter's noise: by its name, else by its place among all."""
+        found: dict[Tensor, tuple[int, int, int]] = {}
+        for group in self.param_groups:
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                found[param] = words_of(group["seed"], name, len(found))
+        return found
 
     def _executor(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
@@ -236,18 +253,20 @@ class FusedOptimizer(Optimizer):
     def _make_state(self, param: Tensor, recipe: Recipe, group: dict[str, Any]) -> bool:
         """Makes the state that is missing; returns whether all of it was."""
         rule = recipe.rule
-        if not recipe.states and not rule.counts:
+        if not recipe.states and not recipe.counts:
             return True
         entry = self.state[param]
         missing = [name for name in recipe.states if entry.get(name) is None]
-        if rule.counts and "step" not in entry:
-            entry["step"] = torch.zeros((), dtype=torch.float32)
+        fresh = len(missing) == len(recipe.states)
+        if recipe.counts and "step" not in entry:
+            # Noise that is switched on late begins to count where a rule that does not would stand.
+            entry["step"] = torch.tensor(0.0 if fresh or rule.counts else 1.0, dtype=torch.float32)
         if rule.product and rule.product[0] not in entry:
             entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
         for name in missing:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
             entry[name] = self._versions.new_state(param, value)
-        return len(missing) == len(recipe.states)
+        return fresh
 
     def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
         return tuple(self.state[param][name] for name in recipe.states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -115,10 +116,15 @@ class _Counter:
 
     def __init__(self, slots: list[Slot], fresh: list[bool], state: dict[Tensor, Any]) -> None:
         rule = slots[0].recipe.rule if slots else None
-        entries = [state[slot.param] for slot in slots] if rule and rule.counts else []
-        self._counts = bool(entries)
-        self._taken = _shared(entries, "step") if entries else torch.tensor([float(not new) for new in fresh])
-        self._product = _shared(entries, rule.product[0]) if rule and rule.product else None
+        entries = [state[slot.param] if slot.recipe.counts else {} for slot in slots]
+        # A slot that keeps no count only tells its first step from the later ones.
+        taken = [entry.get("step", float(not new)) for entry, new in zip(entries, fresh, strict=True)]
+        self._most = torch.tensor([math.inf if entry else 1.0 for entry in entries])
+        self._taken = _shared(entries, "step", taken)
+        self._product = None
+        if rule and rule.product:
+            name = rule.product[0]
+            self._product = _shared(entries, name, [entry[name] for entry in entries])
         self.products: Array | None = None  # what the coming step makes of it
 
     def upcoming(self) -> tuple[Array, ...]:
@@ -127,18 +133,16 @@ class _Counter:
         return (step,) if self._product is None else (step, self._product.numpy())
 
     def advance(self) -> None:
-        """Counts a step; rules that keep no count only know the first from the later ones."""
-        if self._counts:
-            self._taken += 1
-        else:
-            self._taken.fill_(1)
+        """Counts a step."""
+        torch.minimum(self._taken.add_(1), self._most, out=self._taken)
         if self._product is not None and self.products is not None:
             self._product.copy_(torch.from_numpy(self.products))
 
 
-def _shared(entries: list[dict[str, Any]], name: str) -> Tensor:
-    """A buffer of the values of a 0-dim state, of which the states become views."""
-    buffer = torch.tensor([float(entry[name]) for entry in entries], dtype=torch.float32)
+def _shared(entries: list[dict[str, Any]], name: str, values: list[Any]) -> Tensor:
+    """A buffer of values, of which the 0-dim states of that name become views."""
+    buffer = torch.tensor([float(value) for value in values], dtype=torch.float32)
     for entry, view in zip(entries, buffer, strict=True):
-        entry[name] = view
+        if entry:
+            entry[name] = view
     return buffer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .kernels.stages import Flags
+from .noise import deviation, stage_of
 
 Group = Mapping[str, Any]
 
@@ -60,11 +61,17 @@ class Recipe:
     rule: Rule
     flags: Flags
     min_ndim: int = 2  # fewest dimensions of a tensor that is centred
+    seed: int = 0  # of the noise; not compiled, but a plan is made for one
 
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the state tensors, in the order the rule's device function takes them."""
         return self.rule.states[self.flags.variant]
+
+    @property
+    def counts(self) -> bool:
+        """Whether a parameter's state has its steps: the rule wants them, or the noise."""
+        return self.rule.counts or self.flags.noise != "none"
 
     def for_tensor(self, ndim: int, columns: int) -> Recipe:
         """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""
@@ -84,8 +91,9 @@ def recipe_of(rule: Rule, group: Group) -> Recipe:
         l1=group["l1"] != 0,
         centralize="gradient" if centralize is True else centralize or "none",
         project=group["max_row_norm"] not in (None, math.inf),
+        noise=stage_of(group["noise"]),
     )
-    return Recipe(rule, flags, group["centralize_min_ndim"])
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"])
 
 
 def merged(recipes: list[Recipe]) -> list[Recipe]:
@@ -119,7 +127,9 @@ def scalars_of(recipe: Recipe, group: Group, step: float, *product: float) -> tu
         decay *= numbers["lr"] if step_size else 0.0
         decay = 1 - decay if recipe.flags.decay == "decoupled" else 1 / (1 + decay)
     unlimited = norm is None or not step_size
-    return (decay, step_size, numbers["l1"], math.inf if unlimited else norm, *own)
+    norm = math.inf if unlimited else norm
+    sigma = deviation(group["noise"], numbers["lr"], step, step_size != 0)
+    return (decay, step_size, numbers["l1"], norm, sigma, step, *own)
 
 
 class Numbers(Mapping[str, Any]):

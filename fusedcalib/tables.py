@@ -24,6 +24,7 @@ class Slot(NamedTuple):
     group: int
     recipe: Recipe
     executor: Executor
+    words: tuple[int, int, int] = (0, 0, 0)  # stream and key of its noise
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state...; complex ones as pairs of reals, as torch.optim's rules see them."""
@@ -63,11 +64,12 @@ class Key(NamedTuple):
     recipe: Recipe
     dtypes: tuple[torch.dtype, ...]
     inner: int
+    quads: bool
     aligned: bool
     row_class: object
 
 
-GEOMETRY = 5  # columns of the table between addresses and strides: see kernels/table.py
+GEOMETRY = 8  # columns of the table between addresses and strides: see kernels/table.py
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -136,11 +138,12 @@ def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
             recipe,
             tuple(t.dtype for t in tensors),
             len(layout.sizes),
+            recipe.flags.noise != "none" and (layout.rows == 1 or layout.columns % 4 == 0),
             is_aligned(tensors, layout),
             shape.row_class,
         )
         rows = members.setdefault(key, [])
-        rows.append((index, _row(tensors, layout, shape), _tiles(len(rows), layout, shape)))
+        rows.append((index, _row(slot, tensors, layout, shape), _tiles(len(rows), layout, shape)))
     return [
         Bucket(
             key,
@@ -159,9 +162,9 @@ def is_aligned(tensors: Sequence[Tensor], layout: Layout) -> bool:
     return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def _row(tensors: Sequence[Tensor], layout: Layout, shape: Shape) -> Array:
+def _row(slot: Slot, tensors: Sequence[Tensor], layout: Layout, shape: Shape) -> Array:
     """The slot's row of the table, see kernels/table.py."""
-    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns)
+    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *slot.words)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)
     return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)

@@ -13,7 +13,7 @@ try:
     AVAILABLE = True
 except ImportError:  # macOS, Windows: the sources stay readable, nothing can be launched
     AVAILABLE = False
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=lambda value=None: value)
 
     def jit(fn):
         return SimpleNamespace(fn=fn, __name__=fn.__name__)

@@ -41,6 +41,7 @@ class Spec(NamedTuple):
     fields: int
     scalars: int
     inner: int
+    quads: bool
     vector: int
     tile: Tile
 
@@ -54,6 +55,7 @@ class Spec(NamedTuple):
             "FIELDS": self.fields,
             "COUNT": self.scalars,
             "D": self.inner,
+            "QUADS": self.quads,
             "VECTOR": self.vector,
             "R": self.tile.rows,
             "C": self.tile.columns,

@@ -12,7 +12,7 @@ What `measured` does not use is never loaded: the compiler drops loads without a
 from .language import jit, tl
 from .ops import divide, sqrt
 from .stages import measured, projected
-from .table import columns_of, load_tile, scalars_of, store_tile, tile_of
+from .table import columns_of, load_tile, noise_tile, scalars_of, store_tile, tile_of
 
 
 @jit
@@ -33,6 +33,7 @@ def mean_of_loop(
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
+    QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -40,7 +41,8 @@ def mean_of_loop(
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
         mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR)
-        x = measured(values[0], values[1], values[2:], h, RULE, FLAGS)
+        z = noise_tile(row, r, start, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+        x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
     return divide(tl.sum(tl.sum(totals, axis=1), axis=0), columns.to(COMPUTE))
 
@@ -82,6 +84,7 @@ def row_sums_kernel(
     FIELDS: tl.constexpr,
     COUNT: tl.constexpr,
     D: tl.constexpr,
+    QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -94,7 +97,8 @@ def row_sums_kernel(
     r = row_block * R + tl.arange(0, R)
     c = column_block * C + tl.arange(0, C)
     mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-    x = measured(values[0], values[1], values[2:], h, RULE, FLAGS)
+    z = noise_tile(row, r, column_block * C, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+    x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))
 
 
@@ -119,6 +123,7 @@ def project_kernel(
     FIELDS: tl.constexpr,
     COUNT: tl.constexpr,
     D: tl.constexpr,
+    QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,

@@ -7,7 +7,11 @@ of scalars of the parameter's group:
     h[1]   step size
     h[2]   L1 penalty
     h[3]   largest norm of a row
-    h[4:]  the rule's own
+    h[4]   standard deviation of the noise
+    h[5]   number of the step, from 1
+    h[6:]  the rule's own
+
+`z` is the noise of the block, where there is noise.
 
 A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of a row is that of what
 `stepped` returns. How they are taken is the kernel's business: in registers, by a loop, over launches.
@@ -28,6 +32,7 @@ class Flags(NamedTuple):
     l1: bool
     centralize: str  # "none" | "gradient" | "update"
     project: bool  # onto rows of a largest norm
+    noise: str  # "none" | "gradient" | "weights"
 
     @property
     def by_rows(self) -> bool:
@@ -36,8 +41,8 @@ class Flags(NamedTuple):
 
 
 @jit
-def prepared(p, g, h, FLAGS: tl.constexpr):
-    """The gradient before centring: sign, then penalties, hence P(g + lam p) (Yong et al. 2020, 3.4)."""
+def prepared(p, g, h, z, FLAGS: tl.constexpr):
+    """The gradient before centring: sign, penalties, noise, hence P(g + lam p) (Yong et al. 2020, 3.4)."""
     if FLAGS.maximize:
         g = negative(g)
     if FLAGS.decay == "coupled":
@@ -45,27 +50,29 @@ def prepared(p, g, h, FLAGS: tl.constexpr):
         g = where(h[0] != 0, g + h[0] * p, g)
     if FLAGS.l1:
         g = where(h[2] != 0, g + h[2] * sign(p), g)
+    if FLAGS.noise == "gradient":
+        g = g + z
     return g
 
 
 @jit
-def measured(p, g, state, h, RULE: tl.constexpr, FLAGS: tl.constexpr):
+def measured(p, g, state, h, z, RULE: tl.constexpr, FLAGS: tl.constexpr):
     """What the row mean is taken of: the prepared gradient, or the update direction."""
     VARIANT: tl.constexpr = FLAGS.variant  # as an argument Triton 3.6 takes no field of a tuple
-    g = prepared(p, g, h, FLAGS)
+    g = prepared(p, g, h, z, FLAGS)
     if FLAGS.centralize == "update":
-        g, state = RULE(p, g, state, h[4:], VARIANT)
+        g, state = RULE(p, g, state, h[6:], VARIANT)
     return g
 
 
 @jit
-def stepped(p, g, state, h, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
+def stepped(p, g, state, h, z, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
     """The step of one block: the new parameter, yet to be projected, and state. `mean` is its row's."""
     VARIANT: tl.constexpr = FLAGS.variant
-    g = prepared(p, g, h, FLAGS)
+    g = prepared(p, g, h, z, FLAGS)
     if FLAGS.centralize == "gradient":
         g = g - mean
-    direction, state = RULE(p, g, state, h[4:], VARIANT)
+    direction, state = RULE(p, g, state, h[6:], VARIANT)
     if FLAGS.centralize == "update":
         direction = direction - mean
     if FLAGS.decay == "decoupled":
@@ -73,6 +80,8 @@ def stepped(p, g, state, h, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
     p = p - h[1] * direction
     if FLAGS.decay == "proximal":
         p = h[0] * p
+    if FLAGS.noise == "weights":
+        p = p + z
     return p, state
 
 

@@ -7,7 +7,7 @@ from .language import jit, tl
 from .ops import divide
 from .rows import mean_of_loop, mean_of_pieces, project_row, row_total, square_total
 from .stages import measured, projected, stepped
-from .table import columns_of, load_tile, scalars_of, store_tile, tile_of
+from .table import columns_of, load_tile, noise_tile, scalars_of, store_tile, tile_of
 
 
 @jit
@@ -24,6 +24,7 @@ def step_kernel(
     FIELDS: tl.constexpr,
     COUNT: tl.constexpr,
     D: tl.constexpr,  # inner dimensions of a strided slot, 0 where dense
+    QUADS: tl.constexpr,  # rows are multiples of four elements, or there is one
     VECTOR: tl.constexpr,  # addresses are 16-byte aligned, rows multiples of VECTOR elements; else 1
     R: tl.constexpr,
     C: tl.constexpr,
@@ -37,12 +38,13 @@ def step_kernel(
     mean = 0.0
     if REDUCTION == "loop":
         if FLAGS.centralize != "none":
-            mean = mean_of_loop(row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, VECTOR, C)
+            mean = mean_of_loop(row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
         squares = tl.zeros([1, C], COMPUTE)
         for start in range(0, columns, C):
             c = start + lane
             mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-            p, state = stepped(values[0], values[1], values[2:], h, mean, RULE, FLAGS)
+            z = noise_tile(row, r, start, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+            p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
                 squares += tl.where(mask, p * p, 0)
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
@@ -52,13 +54,14 @@ def step_kernel(
     else:
         c = column_block * C + lane
         mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+        z = noise_tile(row, r, column_block * C, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         if FLAGS.centralize != "none":
             if REDUCTION == "tile":
-                x = measured(values[0], values[1], values[2:], h, RULE, FLAGS)
+                x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
                 mean = divide(row_total(x, mask), columns.to(COMPUTE))
             else:
                 mean = mean_of_pieces(sums, column_block, columns, COMPUTE, C)
-        p, state = stepped(values[0], values[1], values[2:], h, mean, RULE, FLAGS)
+        p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
         if FLAGS.project:
             if REDUCTION == "tile":
                 p = projected(p, row_total(p * p, mask), h)

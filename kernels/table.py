@@ -6,7 +6,8 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K, K + 1           rows, columns of the slot
     K + 2              its row in the table of scalars
     K + 3, K + 4       rows, columns of its tiles (the CPU loop reads them; a GPU tile is a constant)
-    K + 5 ...          only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+    K + 5 ... K + 7    its words of randomness: stream, key (two)
+    K + 8 ...          only where D > 0: D sizes, K row strides, then K strides for each inner dimension
 
 A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
 row * columns + column in each. Otherwise a column is an index over the inner dimensions.
@@ -14,8 +15,9 @@ A tile is int32 (slot, row block, column block).
 """
 
 from .language import jit, tl
+from .philox import ON_WEIGHTS, normal_tile, word
 
-GEOMETRY = 5
+GEOMETRY = 8
 _GEOMETRY = tl.constexpr(GEOMETRY)
 
 
@@ -106,3 +108,31 @@ def store_tile(
             offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
             pointer = pointer_of(row, i, DTYPES[i], VECTOR)
             tl.store(pointer + offsets, values[i].to(DTYPES[i]), mask)
+
+
+@jit
+def noise_tile(
+    row,
+    r,
+    start,
+    columns,
+    h,
+    FLAGS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    C: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    """Noise [R, C] for rows r [R] and C columns from `start`, 0 where there is no noise."""
+    if FLAGS.noise == "none":
+        return 0.0
+    else:
+        words = row + len(DTYPES) + 5
+        stream = tl.load(words).to(tl.uint32)
+        key0, key1 = tl.load(words + 1).to(tl.uint32), tl.load(words + 2).to(tl.uint32)
+        step = h[5].to(tl.int32).to(tl.uint32)
+        if FLAGS.noise == "weights":
+            step = step | word(ON_WEIGHTS)
+        sigma = h[4].to(tl.float32)
+        z = normal_tile(r, start, columns, sigma, stream, step, key0, key1, r.shape[0], C, QUADS)
+        return z.to(COMPUTE)

@@ -15,6 +15,7 @@ from fusedcalib.reference import ORACLES
 
 # Options of every param group that torch.optim does not know, as a group stores their defaults.
 OWN = {"centralize": False, "centralize_min_ndim": 2, "l1": 0.0, "max_row_norm": math.inf}
+OWN |= {"noise": {}, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ each_few = each(FEW)
 def oracle_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """An optimizer that steps by an oracle, arguments and state as torch.optim's classes have them."""
     ignored = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    ignored |= {"noise": {}, "seed": 0}  # the oracles know no noise
     oracle = ORACLES[name]
     options = inspect.signature(getattr(fusedcalib, name)).parameters
     defaults = {k: v.default for k, v in options.items() if k not in ("params", "backend")} | ignored

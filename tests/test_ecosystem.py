@@ -135,7 +135,8 @@ FLOORS = (
     {"cpu", "gpu"},
     {"eager", "cpu_memory", "cpu_threads"},
     {"tables"},
-    {"arguments", "recipe", "layout", "watch", "rebind", "distributed", "noise"},
+    {"arguments", "recipe", "layout", "watch", "rebind", "distributed"},
+    {"noise", "cpu_noise"},
     {"kernels"},
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
@@ -178,6 +179,7 @@ def test_every_rule_has_an_oracle():
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
     others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "reference"}
+    others |= {"GradientNoise", "LangevinNoise", "WeightNoise"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))
     assert {name: PUBLIC[name] for name in CLASSES} == CLASSES

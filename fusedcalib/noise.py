@@ -1,0 +1,197 @@
+"""What noise a user can ask for, its schedules, and its numbers in NumPy, those of kernels/philox.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+from zlib import crc32
+
+import numpy as np
+
+from .kernels import philox as device
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    r"""Annealed Gaussian noise on the gradient, before centring.
+
+    .. math:: g_t \leftarrow g_t + N(0, \sigma_t^2), \; \sigma_t^2 = \eta / (1 + t)^\gamma, \; t = 0, 1, ...
+
+    Args:
+        eta: variance :math:`\eta` at the first step, in units of the gradient squared. Default 0.01.
+        gamma: how fast it falls. Default 0.55.
+
+    Source: Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015.
+
+    >>> import torch, fusedcalib
+    >>> opt = fusedcalib.SGD([torch.zeros(2)], noise=fusedcalib.GradientNoise(eta=0.3), seed=1)
+    >>> opt.param_groups[0]["noise"]
+    {'kind': 'gradient', 'eta': 0.3, 'gamma': 0.55}
+    """
+
+    kind: ClassVar[str] = "gradient"
+    eta: float = 0.01
+    gamma: float = 0.55
+
+
+@dataclass(frozen=True)
+class WeightNoise:
+    r"""Gaussian noise on the weights, after the step, whatever the learning rate; none where that is 0.
+
+    .. math:: \theta_t \leftarrow \theta_t + N(0, \sigma^2)
+
+    Args:
+        std: :math:`\sigma`, in units of the parameter. Default 1e-4.
+
+    Source: "CSGD", Algorithm 1, line 6.
+
+    >>> import fusedcalib
+    >>> fusedcalib.WeightNoise(std=1e-3)
+    WeightNoise(std=0.001)
+    """
+
+    kind: ClassVar[str] = "weights"
+    std: float = 1e-4
+
+
+@dataclass(frozen=True)
+class LangevinNoise:
+    r"""The noise that makes SGD sample from :math:`\exp(-f / T)` (SGLD).
+
+    .. math:: \theta_t \leftarrow \theta_t + N(0, 2 \gamma T), \qquad \gamma \text{ the learning rate}
+
+    Args:
+        temperature: :math:`T`, in units of the loss. Default 1.
+
+    Source: Welling and Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", ICML 2011.
+
+    >>> import fusedcalib
+    >>> fusedcalib.LangevinNoise(temperature=0.5)
+    LangevinNoise(temperature=0.5)
+    """
+
+    kind: ClassVar[str] = "langevin"
+    temperature: float = 1.0
+
+
+Noise = GradientNoise | WeightNoise | LangevinNoise
+KINDS: dict[str, type[Noise]] = {cls.kind: cls for cls in (GradientNoise, WeightNoise, LangevinNoise)}
+
+
+def as_dict(noise: Noise | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Noise as param groups and checkpoints hold it: plain; {} where there is none.
+
+    Raises:
+        ValueError: it is none of the noises, or a number of it is negative or not finite.
+    """
+    if not noise:
+        return {}
+    if isinstance(noise, Mapping):
+        options = {key: value for key, value in noise.items() if key != "kind"}
+        if noise.get("kind") not in KINDS:
+            raise ValueError(f"Invalid noise: {dict(noise)}, expected a kind of {', '.join(KINDS)}")
+        try:
+            noise = KINDS[noise["kind"]](**options)
+        except TypeError as error:
+            raise ValueError(f"Invalid noise: {noise}: {error}") from None
+    if not isinstance(noise, Noise):
+        names = ", ".join(cls.__name__ for cls in KINDS.values())
+        raise ValueError(f"Invalid noise: {noise!r}, expected one of {names}, its dict, or None")
+    options = asdict(noise)
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"Invalid {name} of {type(noise).__name__}: {value}, expected a finite number >= 0"
+            )
+    return {"kind": noise.kind, **options}
+
+
+def stage_of(noise: Noise | Mapping[str, Any] | None) -> str:
+    """Where the noise acts: "none", "gradient" or "weights"."""
+    kind = as_dict(noise).get("kind", "none")
+    return "weights" if kind == "langevin" else kind
+
+
+def deviation(noise: Noise | Mapping[str, Any] | None, lr: float, step: float, moves: bool) -> float:
+    """The standard deviation of the noise of a step, which counts from 1; 0 on weights that do not move."""
+    options = as_dict(noise)
+    if options.get("kind") == "gradient":
+        return float(math.sqrt(options["eta"]) * step ** (-options["gamma"] / 2))
+    if not options or not moves:
+        return 0.0
+    return float(
+        options["std"] if options["kind"] == "weights" else math.sqrt(2 * lr * options["temperature"])
+    )
+
+
+def words_of(seed: int, name: str | None, index: int) -> tuple[int, int, int]:
+    """A parameter's stream and the two words of its key.
+
+    By its name where it has one, so that its noise does not depend on its place in the model; else by its
+    place. The name goes into 64 bits: two names never share a stream in practice.
+    """
+    stream = index if name is None else crc32(name.encode()) | crc32(name[::-1].encode(), 1) << 32
+    return stream & 0xFFFFFFFF, seed & 0xFFFFFFFF, (seed >> 32 ^ stream >> 32) & 0xFFFFFFFF
+
+
+def philox(counter: tuple[Array | int, ...], key: tuple[int, int]) -> tuple[Array, ...]:
+    """Philox-4x32-10: four words (uint64 arrays below 2^32) of a counter of four words and a key of two."""
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = key
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(device.ROUNDS):
+        first, second = (c * np.uint64(m) for c, m in zip((c0, c2), device.MULTIPLIERS, strict=True))
+        c0 = (second >> np.uint64(32)) ^ c1 ^ np.uint64(k0)
+        c2 = (first >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
+        c1, c3 = second & low, first & low
+        k0, k1 = (k0 + device.WEYL[0]) & 0xFFFFFFFF, (k1 + device.WEYL[1]) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def normals(
+    first: int,
+    count: int,
+    step: int,
+    words: tuple[int, int, int],
+    sigma: float = 1.0,
+    stage: str = "gradient",
+) -> Array:
+    """The noise, fp32 [count], of elements `first` and on of a parameter."""
+    quads = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
+    purpose = step | device.PURPOSES[stage] << 30
+    counter = (quads & np.uint64(0xFFFFFFFF), quads >> np.uint64(32), words[0], purpose)
+    a0, a1, b0, b1 = philox(counter, words[1:])
+    flat = np.stack([*_pair(a0, a1, sigma), *_pair(b0, b1, sigma)], axis=1).reshape(-1)
+    return flat[first % 4 : first % 4 + count]
+
+
+def _pair(a: Array, b: Array, sigma: float) -> tuple[Array, Array]:
+    """Two normals of two words, operation by operation as on the device."""
+    f32, i32 = np.float32, np.int32
+    u = _fma(a.astype(f32), f32(2.0**-32), f32(2.0**-33))
+    bits = u.view(i32) - i32(device.SQRT_HALF)
+    s = ((bits & i32(0x7FFFFF)) + i32(device.SQRT_HALF)).view(f32) - f32(1)
+    exponent = (bits >> i32(23)).astype(f32)
+    radius = np.sqrt(_fma(exponent, f32(device.MINUS_TWO_LN2), _horner(s, device.LOG) * s)) * f32(sigma)
+    f = ((b & np.uint64(0x7FFFFF)) | np.uint64(0x40000000)).astype(np.uint32).view(f32) - f32(3)
+    z = f * f
+    sine = radius * (_horner(z, device.SIN) * f)
+    cosine = radius * _horner(z, device.COS)
+    return sine, np.where(b >> np.uint64(31) != 0, -cosine, cosine)
+
+
+def _fma(x: Array, y: Any, z: Any) -> Array:
+    """x y + z, rounded once but for one case in 2^29: the product is exact in double."""
+    wide = np.asarray(x, np.float64) * np.asarray(y, np.float64) + np.asarray(z, np.float64)
+    return np.asarray(wide, np.float32)
+
+
+def _horner(x: Array, coefficients: tuple[float, ...]) -> Array:
+    y = np.full_like(x, np.float32(coefficients[-1]))
+    for coefficient in coefficients[-2::-1]:
+        y = _fma(x, y, np.float32(coefficient))
+    return y

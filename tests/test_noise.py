@@ -1,0 +1,320 @@
+"""Noise: the numbers themselves, their schedules, and that nothing but their counter decides them."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import BACKENDS, DEVICE, assert_identical, parameters, snapshot, train
+from rule_cases import RULES
+
+import fusedcalib
+from fusedcalib import GradientNoise, LangevinNoise, WeightNoise, noise
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+WORDS = (7, 11, 13)
+
+
+# -- Philox and its normals -------------------------------------------------------------------
+
+KNOWN = {  # Random123's kat_vectors
+    ((0,) * 4, (0,) * 2): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)): (
+        *(0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), KNOWN.items())
+def test_philox_gives_the_published_words(arguments, words):
+    assert tuple(map(int, noise.philox(*arguments))) == words
+
+
+def test_normals_are_those_of_their_words():
+    """Box and Muller in float64 over the same words: radius of one, angle and sign of the other."""
+    first, count = 4 * 10**9, 10**6
+    quads = np.arange(first // 4, (first + count) // 4, dtype=np.uint64)
+    words = noise.philox((quads & np.uint64(0xFFFFFFFF), quads >> np.uint64(32), WORDS[0], 5), WORDS[1:])
+    expected = []
+    for a, b in (words[:2], words[2:]):
+        radius = np.sqrt(-2 * np.log((a.astype(float) + 0.5) / 2**32))
+        angle = np.pi / 2 * ((b & np.uint64(0x7FFFFF)).astype(float) / 2**22 - 1)
+        sign = np.where(b >> np.uint64(31) != 0, -1, 1)
+        expected += [radius * np.sin(angle), sign * radius * np.cos(angle)]
+    found = noise.normals(first, count, 5, WORDS)
+    assert np.abs(found - np.stack(expected, axis=1).reshape(-1)).max() < 6e-5
+
+
+def spread(n, times=5.0):
+    """`times` standard errors of a mean of n numbers of variance 1."""
+    return times / math.sqrt(n)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return noise.normals(0, 2**22, 1, WORDS).astype(np.float64)
+
+
+def test_moments_are_those_of_a_normal(sample):
+    n = sample.size
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs((sample**power).mean() - moment) < math.sqrt(variance) * spread(n), power
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1, 2, 3, 4, 5])
+def test_tails_are_those_of_a_normal(sample, sigma):
+    expected = math.erfc(sigma / math.sqrt(2))
+    allowed = 5 * math.sqrt(expected / sample.size) + 1 / sample.size
+    assert abs((np.abs(sample) > sigma).mean() - expected) < allowed
+
+
+def test_neighbours_parameters_steps_seeds_and_purposes_are_independent(sample):
+    n = sample.size
+    for lag in (*range(1, 9), 512, 4096):
+        assert abs((sample[lag:] * sample[:-lag]).mean()) < spread(n - lag), lag
+    others = {
+        "step": noise.normals(0, n, 2, WORDS),
+        "stream": noise.normals(0, n, 1, (8, 11, 13)),
+        "seed": noise.normals(0, n, 1, (7, 12, 13)),
+        "purpose": noise.normals(0, n, 1, WORDS, stage="weights"),
+    }
+    for name, other in others.items():
+        assert abs((sample * other).mean()) < spread(n), name
+        assert abs((sample**2 * other.astype(float) ** 2).mean() - 1) < 3 * spread(n), name
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 2**34 + 6])
+def test_any_stretch_is_part_of_the_whole(first):
+    whole = noise.normals(first - first % 4, 300, 3, WORDS)
+    np.testing.assert_array_equal(noise.normals(first, 200, 3, WORDS), whole[first % 4 :][:200])
+
+
+def test_streams_follow_names_and_seeds():
+    named = noise.words_of(1, "layer.weight", 0)
+    assert named == noise.words_of(1, "layer.weight", 5)
+    several = {noise.words_of(s, n, i) for s in (0, 1, 2**40) for n in (None, "a", "b") for i in (0, 1)}
+    assert len(several) == 3 * (2 + 2)
+
+
+# -- schedules --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 2, 10_001])
+def test_the_variance_of_gradient_noise_falls(step):
+    """t = 0 at the first step; the deviation is the root of the variance."""
+    expected = math.sqrt(0.3 / step**0.55)
+    assert noise.deviation(GradientNoise(0.3), 0.1, step, True) == pytest.approx(expected, rel=1e-12)
+
+
+def test_noise_on_weights():
+    assert noise.deviation(WeightNoise(0.25), 0.1, 3, True) == 0.25
+    assert noise.deviation(LangevinNoise(0.5), 0.04, 3, True) == pytest.approx(0.2)
+    assert noise.deviation(WeightNoise(0.25), 0.0, 3, False) == 0
+    assert noise.deviation(None, 0.1, 3, True) == 0
+
+
+# -- in a step --------------------------------------------------------------------------------
+
+NOISES = (GradientNoise(0.3), WeightNoise(0.1), LangevinNoise(0.5))
+
+
+def expected_noise(p, step, seed, index, sigma, stage):
+    values = noise.normals(0, p.numel(), step, noise.words_of(seed, None, index), sigma, stage)
+    return torch.from_numpy(values).view(p.shape)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_noise_is_added_to_the_gradient(backend, dtype):
+    params = parameters(dtype=dtype)
+    start = [p.detach().clone() for p in params]
+    optimizer = fusedcalib.SGD(params, lr=0.5, noise=GradientNoise(0.3), seed=9, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for i, (p, before) in enumerate(zip(params, start, strict=True)):
+        z = expected_noise(p, 1, 9, i, math.sqrt(0.3), "gradient").to(p)
+        torch.testing.assert_close(p.detach(), before - 0.5 * (1 + z), rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("kind", [WeightNoise(0.1), LangevinNoise(0.02)])
+def test_weight_noise_comes_after_the_step_and_not_at_rest(backend, kind):
+    params = parameters()
+    start = [p.detach().clone() for p in params]
+    optimizer = fusedcalib.SGD(params, lr=0.25, noise=kind, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for i, (p, before) in enumerate(zip(params, start, strict=True)):
+        z = expected_noise(p, 1, 0, i, 0.1, "weights").to(p)
+        torch.testing.assert_close(p.detach(), before - 0.25 + z, rtol=1e-6, atol=1e-6)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    rest = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert_identical([p.detach() for p in params], rest)
+
+
+def run(
+    backend, rule, kind, arrange, centralize=False, steps=3, shapes=((5, 7), (33,), (4, 3, 2, 2), (3, 8))
+):
+    """Weights after some steps; `arrange` makes the optimizer's params of named ones."""
+    torch.manual_seed(0)
+    named = [(f"w{i}", p) for i, p in enumerate(parameters(shapes))]
+    options = {**RULES[rule].options, "noise": kind, "seed": 5, "centralize": centralize, "backend": backend}
+    optimizer = RULES[rule].ours(arrange(named), **options)
+    for step in range(steps):
+        torch.manual_seed(step + 1)
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [p.detach() for _, p in named]
+
+
+ARRANGED = {
+    "a group each": lambda named: [{"params": [pair]} for pair in named],
+    "backwards": lambda named: named[::-1],
+    "groups backwards": lambda named: [{"params": [pair]} for pair in named[::-1]],
+}
+
+
+@each_backend
+@pytest.mark.parametrize("arranged", ARRANGED)
+@pytest.mark.parametrize(("kind", "centralize"), [(NOISES[0], True), (NOISES[1], False)])
+def test_noise_does_not_depend_on_grouping_or_order(backend, arranged, kind, centralize):
+    expected = run(backend, "AdamW", kind, list, centralize)
+    assert_identical(run(backend, "AdamW", kind, ARRANGED[arranged], centralize), expected)
+
+
+@each_backend
+def test_noise_does_not_depend_on_tiling(backend):
+    """The same elements as rows of a matrix, or as one flat vector."""
+    torch.manual_seed(0)
+    whole = torch.nn.Parameter(torch.zeros(6, 1000, device=DEVICE))
+    flat = torch.nn.Parameter(torch.zeros(6000, device=DEVICE))
+    for p, centralize in ((whole, True), (flat, False)):
+        p.grad = torch.zeros_like(p)
+        kind = WeightNoise(1.0)
+        fusedcalib.SGD([p], lr=1.0, noise=kind, centralize=centralize, backend=backend).step()
+    assert_identical(whole.detach().view(-1), flat.detach())
+
+
+@pytest.mark.parametrize("kind", NOISES, ids=lambda k: k.kind)
+@pytest.mark.parametrize("rule", RULES)
+def test_executors_agree_on_every_rule(rule, kind):
+    """Up to a square root of torch's, which is off by an ulp on a CPU, and what a rule makes of it."""
+    found = [run(backend, rule, kind, list, "update") for backend in BACKENDS]
+    for a, b in itertools.pairwise(found):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+@pytest.mark.parametrize("rule", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("kind", NOISES, ids=lambda k: k.kind)
+def test_a_resumed_run_goes_on_with_the_same_noise(backend, rule, kind):
+    params = parameters()
+    options = {**RULES[rule].options, "noise": kind, "seed": 3, "backend": backend}
+    optimizer = RULES[rule].ours(params, **options)
+    train(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = RULES[rule].ours(twins, lr=0.5, backend=backend)  # all else comes from the file
+    resumed.load_state_dict(saved)
+    for _ in range(2):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        resumed.step()
+    assert_identical(snapshot(resumed), snapshot(optimizer))
+
+
+def test_noise_in_groups_is_plain():
+    optimizer = fusedcalib.SGD(parameters(), noise=GradientNoise(0.3))
+    assert optimizer.param_groups[0]["noise"] == {"kind": "gradient", "eta": 0.3, "gamma": 0.55}
+    assert fusedcalib.SGD(parameters()).param_groups[0]["noise"] == {}
+
+
+@each_backend
+def test_noise_may_be_set_in_a_group_and_taken_away(backend):
+    """SGD keeps no count of steps without it; a momentum that exists is not taken for a first one."""
+    params = parameters()
+    optimizer = fusedcalib.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, backend=backend)
+    train(optimizer)
+    assert "step" not in optimizer.state[params[0]]
+    optimizer.param_groups[0]["noise"] = WeightNoise(0.0)
+    twin = copy.deepcopy((params, optimizer))
+    twin[1].param_groups[0]["noise"] = {}
+    for p, q in zip(params, twin[0], strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    optimizer.step()
+    twin[1].step()
+    assert_identical([p.detach() for p in params], [p.detach() for p in twin[0]])
+
+
+BAD = {
+    "no noise": 0.1,
+    "unknown kind": {"kind": "pink"},
+    "unknown option": {"kind": "gradient", "sigma": 1.0},
+    "negative": WeightNoise(-1.0),
+    "not finite": {"kind": "langevin", "temperature": math.nan},
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_bad_noise_is_refused(bad):
+    with pytest.raises(ValueError, match="Invalid"):
+        fusedcalib.SGD(parameters(), noise=bad)
+    optimizer = fusedcalib.SGD(parameters())
+    optimizer.param_groups[0]["noise"] = bad
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="Invalid"):
+        train(optimizer)
+    assert_identical(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, None])
+def test_bad_seeds_are_refused(seed):
+    with pytest.raises(ValueError, match="Invalid seed"):
+        fusedcalib.SGD(parameters(), noise=WeightNoise(), seed=seed)
+
+
+# -- what it is for ---------------------------------------------------------------------------
+
+
+def accuracy(kind, seed, steps):
+    """On real digits, of a network of five hidden layers whose weights all start at zero."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(seed)
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor((images - images.mean()) / images.std(), dtype=torch.float32)
+    y = torch.tensor(labels)
+    order = torch.randperm(len(x))
+    x, y = x[order], y[order]
+    widths = [64, 50, 50, 50, 50, 50, 10]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (torch.nn.Linear(a, b), torch.nn.ReLU())]
+    model = torch.nn.Sequential(*layers[:-1])
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    optimizer = fusedcalib.SGD(model.parameters(), lr=0.1, noise=kind, seed=seed)
+    for _ in range(steps):
+        batch = torch.randint(1000, (32,))
+        loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (model(x[1000:]).argmax(1) == y[1000:]).float().mean().item()
+
+
+def test_gradient_noise_starts_a_network_of_zeros():
+    """Neelakantan et al. 2015: without it all units of a layer stay alike, and nothing is learnt."""
+    pytest.importorskip("sklearn")
+    assert accuracy(None, 1, steps=300) < 0.2
+    assert accuracy(GradientNoise(0.01), 1, steps=1500) > 0.85
