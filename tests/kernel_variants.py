@@ -1,9 +1,10 @@
 """Option sets of every rule, with numbers that no mistake leaves unchanged.
 
 They keep what `Trial` judges well-conditioned, for gradients of size 0.4 to 1.8: quotients are of numbers
-that are not small, epsilons are large enough to show, states stay below about 2. What RMSprop's centred
-form takes the root of is positive. Lion's betas keep what it takes the sign of at least 0.02 away from 0
-though the momentum outweighs the gradient, and Signum's momentum is small enough for the same.
+that are not small, epsilons are large enough to show, states stay below about 2 but for Adagrad's sum,
+in which only the newest square is computed. What RMSprop's centred form takes the root of is positive.
+Lion's betas keep what it takes the sign of at least 0.02 away from 0 though the momentum outweighs the
+gradient. Signum's momentum does so by never outweighing it: see test_kernels_special.py for where it does.
 """
 
 from typing import Any

@@ -78,7 +78,7 @@ def tamed(values: torch.Tensor) -> torch.Tensor:
     """Finite values whose squares are finite in fp32.
 
     Where the square of RMSprop's mean overflows torch itself is of two minds: with fused multiply-add its
-    update is 0, else NaN. NAdam's sum may overflow one power of two earlier than torch's two halves.
+    update is 0, else NaN. NAdam's sum may overflow a little before torch, which scales its terms first.
     """
     return torch.where(values.isfinite(), values.clamp(-1e18, 1e18), values)
 
