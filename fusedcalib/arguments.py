@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from .noise import as_dict
+from .scalars import is_remote
 
 # Options of every param group that torch.optim does not know, with their defaults.
 EXTRAS: dict[str, Any] = {
@@ -19,9 +21,20 @@ EXTRAS: dict[str, Any] = {
     "max_row_norm": None,  # in param groups infinity, for checkpoints hold numbers only
     "noise": None,  # in param groups a dict
     "seed": 0,
+    "max_grad_norm": None,  # in param groups 0, as trainers have it
+    "skip_nonfinite": False,
+    "ema_decay": None,  # in param groups 0
+    "stochastic_rounding": False,
+    "state_dtype": None,  # in param groups "parameter" or the name of a dtype
 }
-# Options in which None stands for no limit.
-LIMITS = frozenset({"max_row_norm", "clip_exponent"})
+# What None stands for in param groups, which may be saved: no limit, or off.
+NONE_IS = {
+    "max_row_norm": math.inf,
+    "clip_exponent": math.inf,
+    "max_grad_norm": 0.0,
+    "ema_decay": 0.0,
+    "state_dtype": "parameter",
+}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -52,9 +65,13 @@ class Options(Optimizer):
 
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as param groups hold them: infinity for a limit of None, noise as a dict."""
-    found: dict[str, Any] = {k: math.inf if v is None and k in LIMITS else v for k, v in options.items()}
-    return {**found, "noise": as_dict(found["noise"])} if "noise" in found else found
+    """Options as param groups hold them: numbers, strings and dicts, so that they can be saved."""
+    found = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
+    if "noise" in found:
+        found["noise"] = as_dict(found["noise"])
+    if isinstance(found.get("state_dtype"), torch.dtype):
+        found["state_dtype"] = str(found["state_dtype"]).removeprefix("torch.")
+    return found
 
 
 _NAMES = {"lr": "learning rate"}  # as torch.optim's messages have them
@@ -63,7 +80,8 @@ _NAMES = {"lr": "learning rate"}  # as torch.optim's messages have them
 def check_ranges(options: Mapping[str, Any], cls: type) -> None:
     """Raises ValueError for an option out of its range: averaging factors in [0, 1), others at least 0."""
     for key, value in options.items():
-        _check_range(key, value)
+        if not is_remote(value):
+            _check_range(key, value)
     signature: inspect.Signature = cls.__signature__  # type: ignore[attr-defined]
     betas = signature.parameters.get("betas")
     if betas and isinstance(betas.default, tuple) and len(options["betas"]) != len(betas.default):
@@ -77,7 +95,7 @@ def _check_range(key: str, value: Any) -> None:
             raise ValueError(f"Invalid {name} value: {value}, expected a number in [0, 1)")
     elif key == "betas":
         for index, beta in enumerate(value):
-            if not 0 <= beta < 1:
+            if not is_remote(beta) and not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     elif key in ("lr", "eps", "weight_decay", "clip_exponent") and value is not None and not value >= 0:
         raise ValueError(f"Invalid {name}{'' if key == 'lr' else ' value'}: {value}")

@@ -12,7 +12,16 @@ from torch import Tensor
 from .layout import overlaps_itself
 from .noise import as_dict
 from .recipe import Recipe
+from .scalars import is_remote
 
+STATE_DTYPES: dict[str | None, torch.dtype | None] = {
+    None: None,
+    "parameter": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 CENTRALIZE = (False, True, "gradient", "update")
 PARAMETERS = (
     torch.float32,
@@ -32,19 +41,28 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
     if type(min_ndim) is not int or min_ndim < 1:
         raise ValueError(f"Invalid centralize_min_ndim value: {min_ndim!r}, expected an int >= 1")
     l1, norm = group["l1"], group["max_row_norm"]
-    if not 0 <= l1 < math.inf:
+    if not is_remote(l1) and not 0 <= l1 < math.inf:
         raise ValueError(f"Invalid l1 value: {l1!r}, expected a finite number >= 0")
     if norm is not None and not norm > 0:
         raise ValueError(f"Invalid max_row_norm value: {norm!r}, expected a number > 0, or None for no limit")
     as_dict(group["noise"])
+    limit, decay = group["max_grad_norm"], group["ema_decay"]
+    if not (limit is None or is_remote(limit) or limit >= 0):
+        raise ValueError(f"Invalid max_grad_norm value: {limit!r}, expected a number > 0, or None for no limit")
+    if not (decay is None or is_remote(decay) or 0 <= decay < 1):
+        raise ValueError(f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1), or None for no average")
+    for flag in ("skip_nonfinite", "stochastic_rounding"):
+        if not isinstance(group[flag], bool):
+            raise ValueError(f"Invalid {flag} value: {group[flag]!r}, expected True or False")
+    if group["state_dtype"] not in STATE_DTYPES:
+        names = ", ".join(str(dtype) for dtype in STATE_DTYPES.values() if dtype)
+        raise ValueError(f"Invalid state_dtype value: {group['state_dtype']!r}, expected one of {names}, or None")
     if type(group["seed"]) is not int or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"Invalid seed value: {group['seed']!r}, expected an int in [0, 2^64)")
-    for flag in ("capturable", "differentiable"):
-        if group.get(flag):
-            instead = (
-                f"use torch.optim.{name}({flag}=True)" if hasattr(torch.optim, name) else "set it to False"
-            )
-            raise ValueError(f"{name} does not support {flag}=True; {instead}")
+    if group.get("differentiable"):
+        other = f"use torch.optim.{name}(differentiable=True)"
+        instead = other if hasattr(torch.optim, name) else "set it to False"
+        raise ValueError(f"{name} does not support differentiable=True; {instead}")
 
 
 def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
@@ -84,8 +102,13 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
         )
     if recipe.flags.l1 and param.is_complex():
         raise ValueError(f"{owner} is complex, for which there is no L1 penalty; set l1=0")
+    if recipe.flags.rounding == "stochastic" and param.dtype == torch.float16:
+        raise ValueError(
+            f"{owner} is fp16, for which there is no stochastic rounding; use bf16 or set "
+            "stochastic_rounding=False"
+        )
     _check_like(f"{owner}: its gradient", grad, param)
-    for name in (*recipe.states, *(recipe.rule.product or ())[:1]):
+    for name in (*recipe.own_states, *(recipe.rule.product or ())[:1]):
         if recipe.rule.counts and name not in state and state.get("step", 0) > 0:
             raise KeyError(
                 f"{owner} has been stepped without the state {name!r}: an option was switched on late "

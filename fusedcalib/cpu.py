@@ -17,8 +17,8 @@ from llvmlite import binding
 from numba import njit
 from numba.extending import overload
 
-from .cpu_memory import Memory, fetch_add, geometry_at, tile_at, words_at
-from .cpu_noise import BLOCK, noise_maker
+from .cpu_memory import Memory, fetch_add, geometry_at, set_double, tile_at, words_at
+from .cpu_noise import BLOCK, bits_maker, noise_maker
 from .cpu_threads import on_threads, threads_for
 from .kernels import stages
 from .layout import Layout
@@ -99,12 +99,13 @@ def supports(dtype: torch.dtype) -> bool:
     return bool(binding.get_host_cpu_features().get("f16c")) or "x86" not in binding.get_process_triple()
 
 
-def _stages(recipe: Recipe) -> tuple[Function, Function, Function]:
-    """`measured`, `stepped`, `projected` of kernels/stages.py for a recipe, compiled for single elements."""
+def _stages(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
+    """`measured`, `stepped`, `projected`, `rounded`, `averaged` of kernels/stages.py for single elements."""
     flags = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
 
     def compiled(function: Any, **names: Any) -> Function:
-        function = njit(folded(function, {**NAMES, **names}, flags), **_INNER)
+        own = {"stored": memory.as_stored, "stochastic": memory.stochastic}
+        function = njit(folded(function, {**NAMES, **own, **names}, flags), **_INNER)
         return cast(Function, function)
 
     rule = compiled(recipe.rule.update)
@@ -113,6 +114,8 @@ def _stages(recipe: Recipe) -> tuple[Function, Function, Function]:
         compiled(stages.measured, RULE=rule, prepared=prepared),
         compiled(stages.stepped, RULE=rule, prepared=prepared),
         compiled(stages.projected),
+        compiled(stages.rounded),
+        compiled(stages.averaged),
     )
 
 
@@ -122,13 +125,13 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
     Rows are walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
     accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
     """
-    measured, stepped, projected = _stages(recipe)
-    load, store, store_param = memory.load, memory.store, memory.store_param
-    shift, integers = memory.shift, memory.integers
-    geometry, strides_at, inner, real = memory.geometry, memory.strides, memory.inner, memory.real
-    centred, project = recipe.flags.centralize != "none", recipe.flags.project
-    room, filled, noise = noise_maker(recipe.flags.noise, real)
-    size = BLOCK if recipe.flags.noise != "none" else 1 << 62  # a step without noise needs no blocks
+    measured, stepped, projected, rounded, averaged = _stages(recipe, memory)
+    load, store, real, flags = memory.load, memory.store, memory.real, recipe.flags
+    centred, project, ema = flags.centralize != "none", flags.project, flags.ema
+    room, filled, noise = noise_maker(flags.noise, real)
+    bit_room, bits_filled, bits = bits_maker(flags.rounding)
+    size = BLOCK if flags.random else 1 << 62  # a step without chance needs no blocks
+    start_of_run = _run_starter(memory)
 
     @njit(**_INNER, fastmath=_ADD_FREELY)
     def run_sum(addresses, strides, length, h, at, words):
@@ -154,32 +157,30 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
         return total
 
     @njit(**_INNER)
-    def run_project(addresses, strides, length, squares, h):
-        for i in range(length):
-            p = load(addresses, strides, i)[0]
-            store_param(addresses, strides, i, projected(p, squares, h))
-
-    @njit(**_INNER)
     def run_step(addresses, strides, length, h, mean, at, words):
-        space = room()
+        space, bit_space = room(), bit_room()
         for first in range(0, length, size):
             last = min(first + size, length)
             place = filled(space, at + first, last - first, h, words)
+            bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i)
                 p, state = stepped(values[0], values[1], values[2:], h, noise(place, i - first), mean)
+                p = rounded(p, bits(bit_place, i - first))
+                if not project:
+                    state = averaged(p, state, h)
                 store(addresses, strides, i, p, state)
 
     @njit(**_INNER)
-    def start_of_run(row, addresses, run):
-        """Where a run of constant stride begins: `run` counts over all inner dimensions but the last."""
-        for back in range(inner - 1):
-            dimension = inner - 2 - back
-            size = integers(row + geometry + 8 * (GEOMETRY + dimension))[0]
-            along = integers(row + strides_at + (dimension + 1) * geometry)
-            addresses = shift(addresses, along, run % size)
-            run //= size
-        return addresses
+    def run_project(addresses, strides, length, squares, h, at, words):
+        bit_space = bit_room()
+        for first in range(0, length, BLOCK):
+            last = min(first + BLOCK, length)
+            bit_place = bits_filled(bit_space, at + first, last - first, h, words)
+            for i in range(first, last):
+                values = load(addresses, strides, i)
+                p = rounded(projected(values[0], squares, h), bits(bit_place, i - first))
+                store(addresses, strides, i, p, averaged(p, values[2:], h))
 
     @njit(**_INNER)
     def step_row(row, addresses, strides, runs, length, h, at, words):
@@ -197,30 +198,76 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
             squares = 0.0
             for run in range(runs):
                 squares += run_squares(start_of_run(row, addresses, run), strides, length)
-            if np.sqrt(real(squares)) > h[3]:
+            if ema or np.sqrt(real(squares)) > h[3]:
                 for run in range(runs):
-                    run_project(start_of_run(row, addresses, run), strides, length, real(squares), h)
+                    start = start_of_run(row, addresses, run)
+                    run_project(start, strides, length, real(squares), h, at + run * length, words)
+        return 0.0
 
     return cast(Function, step_row)
 
 
+def _run_starter(memory: Memory) -> Function:
+    """`start_of_run(row, addresses, run)`: where a run of constant stride begins.
+
+    `run` counts over all inner dimensions but the last.
+    """
+    shift, integers, inner = memory.shift, memory.integers, memory.inner
+    geometry, strides_at = memory.geometry, memory.strides
+
+    @njit(**_INNER)
+    def start_of_run(row, addresses, run):
+        for back in range(inner - 1):
+            dimension = inner - 2 - back
+            size = integers(row + geometry + 8 * (GEOMETRY + dimension))[0]
+            along = integers(row + strides_at + (dimension + 1) * geometry)
+            addresses = shift(addresses, along, run % size)
+            run //= size
+        return addresses
+
+    return cast(Function, start_of_run)
+
+
+def _row_squares(memory: Memory) -> Function:
+    """`squares(row, addresses, strides, runs, length, ...)`: of the gradients of a row, in double."""
+    load, start_of_run = memory.load, _run_starter(memory)
+
+    @njit(**_INNER, fastmath=_ADD_FREELY)
+    def run_squares(addresses, strides, length):
+        total = 0.0
+        for i in range(length):
+            g = np.float64(load(addresses, strides, i)[1])
+            total += g * g
+        return total
+
+    @njit(**_INNER)
+    def squares(row, addresses, strides, runs, length, h, at, words):
+        total = 0.0
+        for run in range(runs):
+            total += run_squares(start_of_run(row, addresses, run), strides, length)
+        return total
+
+    return cast(Function, squares)
+
+
 @cache
 def kernel_for(
-    recipe: Recipe, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
+    recipe: Recipe | None, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int
 ) -> Function:
     """The compiled loop of a recipe, whatever the hyperparameters: a C function `void work(void *job)`.
 
-    A job is seven int64: the addresses and sizes of the tables (laid out as kernels/table.py says), how
-    many tiles there are, how many a thread takes at once, and the next to take.
+    A job is eight int64: the addresses and sizes of the tables (laid out as kernels/table.py says), how
+    many tiles there are, how many a thread takes at once, the next to take, and an address for a double of
+    each tile: the squares of its gradients, where there is no recipe.
     """
     memory = Memory(dtypes, compute, count, inner)
-    step_row = _row_loop(recipe, memory)
+    on_row = _row_loop(recipe, memory) if recipe else _row_squares(memory)
     shift, spread = memory.shift, memory.spread
     integers, scalars_at = memory.integers, memory.scalars_at
     geometry, strides_at = memory.geometry, memory.strides
 
     @njit(**_INNER)
-    def run(table, fields, tiles, scalars, first, last):
+    def run(table, fields, tiles, scalars, totals, first, last):
         for t in range(first, last):
             slot, row_block, column_block = tile_at(tiles, t)
             row = table + 8 * slot * fields
@@ -236,16 +283,19 @@ def kernel_for(
                 along = integers(row + strides_at)
                 strides = integers(row + strides_at + inner * geometry)
             addresses = shift(addresses, strides, column_block * wide)
+            total = 0.0
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 at = r * columns + column_block * wide
-                step_row(row, shift(addresses, along, r), strides, runs, length, h, at, words)
+                total += on_row(row, shift(addresses, along, r), strides, runs, length, h, at, words)
+            if totals != 0:
+                set_double(totals, t, total)
 
     @numba.cfunc(numba.void(numba.int64))
     def work(job):
-        table, fields, tiles, scalars, count, chunk, _ = words_at(job)
+        table, fields, tiles, scalars, count, chunk, _, totals = words_at(job)
         first = fetch_add(job + 8 * NEXT, chunk)
         while first < count:
-            run(table, fields, tiles, scalars, first, min(first + chunk, count))
+            run(table, fields, tiles, scalars, totals, first, min(first + chunk, count))
             first = fetch_add(job + 8 * NEXT, chunk)
 
     return work
@@ -264,18 +314,28 @@ class NumbaExecutor:
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket."""
-        key, cache = bucket.key, bucket.cache
-        if "kernel" not in cache:
-            count = bucket.scalars.shape[1]
-            cache["kernel"] = kernel_for(key.recipe, key.dtypes, bucket.compute, count, key.inner)
-            cache["elements"] = sum(slot.param.numel() for slot in bucket.slots)
-        tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data)
-        count = len(bucket.tiles)
-        threads = threads_for(count, cache["elements"])
-        chunk = max(1, count // (threads * CHUNKS))
-        job = np.array([*tables, bucket.scalars.ctypes.data, count, chunk, 0])
-        on_threads(cache["kernel"].ctypes, job.ctypes.data, threads)
+        _run(bucket, bucket.key.recipe, 0)
         return 1
+
+    def squares(self, bucket: Bucket) -> float:
+        """Sum of the squares of all gradients of the bucket."""
+        totals = np.empty(len(bucket.tiles))
+        _run(bucket, None, totals.ctypes.data)
+        return float(totals.sum())
+
+
+def _run(bucket: Bucket, recipe: Recipe | None, totals: int) -> None:
+    """Runs the loop of a recipe, or that of the squares, over a bucket's tiles."""
+    key, cache, scalars = bucket.key, bucket.cache, bucket.scalars
+    if recipe not in cache:
+        cache[recipe] = kernel_for(recipe, key.dtypes, bucket.compute, scalars.shape[1], key.inner)
+        cache["elements"] = sum(slot.param.numel() for slot in bucket.slots)
+    tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data, scalars.ctypes.data)
+    count = len(bucket.tiles)
+    threads = threads_for(count, cache["elements"])
+    chunk = max(1, count // (threads * CHUNKS))
+    job = np.array([*tables, count, chunk, 0, totals])
+    on_threads(cache[recipe].ctypes, job.ctypes.data, threads)
 
 
 EXECUTOR = NumbaExecutor()

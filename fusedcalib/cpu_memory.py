@@ -73,8 +73,8 @@ def tile_at(typing, tiles, t):
 
 @intrinsic
 def words_at(typing, address):
-    """The seven words of a job."""
-    return _reader(types.int64, 7, _I64)
+    """The eight words of a job."""
+    return _reader(types.int64, 8, _I64)
 
 
 @intrinsic
@@ -86,6 +86,17 @@ def fetch_add(typing, address, value):
         return builder.atomic_rmw("add", integer, args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def set_double(typing, address, i, x):
+    """Sets the i-th double from an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _element(builder, _F64, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64), codegen
 
 
 @intrinsic
@@ -145,7 +156,7 @@ class Memory:
         @intrinsic
         def store(typing, addresses, strides, i, p, state):
             def codegen(context, builder, signature, args):
-                states = cgutils.unpack_tuple(builder, args[4]) if tensors > 2 else []
+                states = cgutils.unpack_tuple(builder, args[4]) if len(state) else []
                 for k, value in [(0, args[3]), *enumerate(states, start=2)]:
                     builder.store(_narrowed(builder, value, stored[k]), pointer(builder, args, k))
                 return context.get_dummy_value()
@@ -153,12 +164,26 @@ class Memory:
             return types.void(addresses, strides, types.int64, real, state), codegen
 
         @intrinsic
-        def store_param(typing, addresses, strides, i, p):
-            def codegen(context, builder, signature, args):
-                builder.store(_narrowed(builder, args[3], stored[0]), pointer(builder, args, 0))
-                return context.get_dummy_value()
+        def as_stored(typing, x):
+            """x as the parameter's memory holds it."""
 
-            return types.void(addresses, strides, types.int64, real), codegen
+            def codegen(context, builder, signature, args):
+                return _widened(builder, _narrowed(builder, args[0], stored[0]), llvm_real)
+
+            return real(real), codegen
+
+        @intrinsic
+        def stochastic(typing, x, bits):
+            """As kernels/ops.py has it, of the parameter's dtype."""
+
+            def codegen(context, builder, signature, args):
+                if stored[0] != _I16:
+                    return args[0]
+                moved = builder.add(builder.bitcast(args[0], _I32), args[1])
+                cut = builder.bitcast(builder.and_(moved, _I32(0xFFFF0000)), _F32)
+                return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], cut)
+
+            return real(real, types.uint32), codegen
 
         @intrinsic
         def shift(typing, addresses, strides, n):
@@ -193,5 +218,6 @@ class Memory:
             """The scalars of a slot."""
             return _reader(real, count, llvm_real, indexed=True)
 
-        self.load, self.store, self.store_param, self.shift = load, store, store_param, shift
+        self.load, self.store, self.shift = load, store, shift
+        self.as_stored, self.stochastic = as_stored, stochastic
         self.spread, self.integers, self.scalars_at = spread, integers, scalars_at

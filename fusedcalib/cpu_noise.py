@@ -19,6 +19,7 @@ _INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "n
 _INLINE: dict[str, Any] = {**_INNER, "forceinline": True}  # a loop with a call in it is not vectorized
 _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
+_HALF = np.uint64(0xFFFF)
 _M0, _M1 = (np.uint64(m) for m in device.MULTIPLIERS)
 _W0, _W1 = (np.uint64(w) for w in device.WEYL)
 
@@ -140,18 +141,50 @@ def fill(address, first, count, sigma, step, stream, key0, key1):
     return first % 4
 
 
+@njit(**_INNER)
+def fill_bits(address, first, count, step, stream, key0, key1):
+    """As `fill`, sixteen random bits of each element, as the float of that number."""
+    quads = (first + count + 3) // 4 - first // 4
+    for q in range(quads):
+        index = np.uint64(first // 4 + q)
+        words = philox(index & _LOW, index >> _HIGH, stream, step, key0, key1)
+        for k in range(4):
+            set_float(address, 4 * q + k, np.float32(np.int64(words[k] & _HALF)))
+    return first % 4
+
+
+def bits_maker(stage: str) -> tuple[Any, Any, Any]:
+    """As `noise_maker`, of the random bits of stochastic rounding."""
+    if stage == "nearest":
+        return _nothing(np.uint32(0))
+    purpose = np.uint64(device.PURPOSES["rounding"] << 30)
+
+    @njit(**_INNER)
+    def filled(place, at, count, h, words):
+        return place + 4 * fill_bits(place, at, count, np.uint64(h[5]) | purpose, *words)
+
+    @njit(**_INLINE)
+    def bits(place, i):
+        return np.uint32(float_at(place, i))
+
+    return scratch, filled, bits
+
+
+def _nothing(value: Any) -> tuple[Any, Any, Any]:
+    return (
+        njit(**_INLINE)(lambda: 0),
+        njit(**_INLINE)(lambda place, at, count, h, words: 0),
+        njit(**_INLINE)(lambda place, i: value),
+    )
+
+
 def noise_maker(stage: str, real: Any) -> tuple[Any, Any, Any]:
     """Room for the noise of a block on the stack, and how it is filled and read (as 0 without noise).
 
     `room()`, `filled(place, at, count, h, words)` -> where the noise of element `at` lies, `noise(place, i)`.
     """
     if stage == "none":
-        nothing = real(0)
-        return (
-            njit(**_INLINE)(lambda: 0),
-            njit(**_INLINE)(lambda place, at, count, h, words: 0),
-            njit(**_INLINE)(lambda place, i: nothing),
-        )
+        return _nothing(real(0))
     purpose = np.uint64(device.PURPOSES[stage] << 30)
 
     @njit(**_INNER)

@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .kernels import stages
 from .layout import Layout
-from .noise import normals
+from .noise import normals, rounding_bits
 from .rebind import Function, rebound
 from .recipe import Recipe
-from .tables import Bucket, Shape, Slot
+from .tables import Bucket, Shape
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
@@ -34,6 +35,17 @@ def _over(function: Any) -> Any:
     return of_both
 
 
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(x.dtype)
+
+
+def _stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype != torch.bfloat16:
+        return x
+    cut = (x.view(torch.int32) + bits) & -0x10000
+    return torch.where(x == x, cut.view(torch.float32), x)  # noqa: PLR0124
+
+
 # The names of kernels/ops.py, in plain torch.
 NAMES = {
     "divide": operator.truediv,
@@ -43,19 +55,23 @@ NAMES = {
     "sign": torch.sign,
     "maximum": _over(torch.maximum),
     "minimum": _over(torch.minimum),
+    "stored": _stored,
+    "stochastic": _stochastic,
     "where": _where,
 }
 
 
 @cache
-def _pipeline(recipe: Recipe) -> tuple[Function, Function, Function]:
-    """`measured`, `stepped` and `projected` of kernels/stages.py for a recipe."""
+def _pipeline(recipe: Recipe) -> tuple[Function, ...]:
+    """`measured`, `stepped`, `projected`, `rounded` and `averaged` of kernels/stages.py for a recipe."""
     flags = {"RULE": rebound(recipe.rule.update, NAMES), "FLAGS": recipe.flags}
     names = {**NAMES, "prepared": rebound(stages.prepared, NAMES)}
     return (
         partial(rebound(stages.measured, names), **flags),
         partial(rebound(stages.stepped, names), **flags),
         rebound(stages.projected, names),
+        partial(rebound(stages.rounded, names), FLAGS=recipe.flags),
+        partial(rebound(stages.averaged, names), FLAGS=recipe.flags),
     )
 
 
@@ -80,10 +96,21 @@ class EagerExecutor:
         for slot, row in zip(bucket.slots, bucket.scalar_rows, strict=True):
             h = tuple(bucket.scalars[row].tolist())
             tensors = slot.tensors()
-            noise = _noise(bucket, slot, tensors[0], h)
-            for *block, z in _blocks((*tensors, noise), elements):
-                _step(bucket, tuple(block), h, z)
+            param, flags = tensors[0], bucket.key.recipe.flags
+            noise = bits = param  # of no use
+            if flags.noise != "none":
+                values = normals(0, param.numel(), int(h[5]), slot.words, h[4], flags.noise)
+                noise = _laid_out(bucket, param, values)
+            if flags.rounding == "stochastic":
+                words = rounding_bits(0, param.numel(), int(h[5]), slot.words)
+                bits = _laid_out(bucket, param, words.astype(np.int32))
+            for *block, z, b in _blocks((*tensors, noise, bits), elements):
+                _step(bucket, tuple(block), h, z, b)
         return 0
+
+    def squares(self, bucket: Bucket) -> float:
+        """Sum of the squares of all gradients of the bucket."""
+        return squares(bucket)
 
 
 def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor, ...]]:
@@ -95,19 +122,14 @@ def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor
     return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
-def _noise(bucket: Bucket, slot: Slot, param: Tensor, h: tuple[float, ...]) -> Tensor:
-    """Noise for a parameter, in the order in which the other executors walk it."""
-    stage = bucket.key.recipe.flags.noise
-    if stage == "none":
-        return param  # of no use
-    values = torch.from_numpy(normals(0, param.numel(), int(h[5]), slot.words, h[4], stage)).to(param.device)
-    if bucket.key.inner:
-        return values.view(param.shape)
-    return values.as_strided(param.shape, param.stride())
+def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
+    """Values of a parameter's elements, in the order in which the other executors walk it."""
+    flat = torch.from_numpy(values).to(param.device)
+    return flat.view(param.shape) if bucket.key.inner else flat.as_strided(param.shape, param.stride())
 
 
-def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor) -> None:
-    measured, stepped, projected = _pipeline(bucket.key.recipe)
+def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor, bits: Tensor) -> None:
+    measured, stepped, projected, rounded, averaged = _pipeline(bucket.key.recipe)
     flags = bucket.key.recipe.flags
     p, g, *state = (t.to(bucket.compute) for t in tensors)
     z = z.to(bucket.compute)
@@ -118,8 +140,16 @@ def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: 
     p, new = stepped(p, g, tuple(state), h, z, mean)
     if flags.project:
         p = projected(p, p.square().sum(dim=inner, keepdim=True), h)
+    p = rounded(p, bits, DTYPE=tensors[0].dtype)
+    new = averaged(p, new, h, DTYPE=tensors[0].dtype)
     for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
         target.copy_(value)
+
+
+def squares(bucket: Bucket) -> float:
+    """Sum of the squares of all gradients of the bucket, in double: the host waits for it."""
+    norms = [torch.linalg.vector_norm(slot.tensors()[1], dtype=torch.float64) for slot in bucket.slots]
+    return float(torch.stack(norms).square().sum())
 
 
 EXECUTOR = EagerExecutor()

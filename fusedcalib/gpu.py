@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .eager import squares
 from .kernels import launch
 from .kernels.step import step_kernel
 from .kernels.table import GEOMETRY
 from .layout import Layout
-from .tables import Array, Bucket, Shape
+from .mirror import Mirror, capturing
+from .tables import Bucket, Shape
 
 
 def interpreted() -> bool:
@@ -35,35 +36,49 @@ class TritonExecutor:
 
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket on the current stream of its device."""
-        device = bucket.key.device
-        resident = bucket.cache.get("resident")
-        if resident is None:
-            resident = bucket.cache["resident"] = _Resident(bucket)
-        table, tiles, scalars, sums = resident.up_to_date(bucket)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return launch.launch_step(table, tiles, scalars, sums, resident.spec)
+        resident = resident_of(bucket)
+        table, tiles = resident.up_to_date(bucket)
+        scalars = bucket.shared.on(bucket.key.device, bucket.compute)
+        with guarded(bucket.key.device):
+            return launch.launch_step(table, tiles, scalars, resident.sums, resident.spec)
+
+    def squares(self, bucket: Bucket) -> float:
+        """Only asked where a step is decided on the host, which waits for it."""
+        return squares(bucket)
 
 
-class _Resident:
-    """What of a bucket lies on its device; copied again only where it changed."""
+def guarded(device: torch.device) -> AbstractContextManager[Any]:
+    """The device's own guard: launches go to its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def resident_of(bucket: Bucket) -> Resident:
+    """What of a bucket lies on its device."""
+    if "resident" not in bucket.cache:
+        bucket.cache["resident"] = Resident(bucket)
+    return cast(Resident, bucket.cache["resident"])
+
+
+class Resident:
+    """Table and tiles of a bucket on its device, copied again only where they changed; scratch."""
 
     def __init__(self, bucket: Bucket) -> None:
         device = bucket.key.device
         self.spec = spec_of(bucket)
-        self._tiles = _on(device, bucket.tiles)
+        self._tiles = Mirror(device, bucket.tiles)
+        self._table = Mirror(device, bucket.table.copy())
         pieces = len(bucket.tiles) if self.spec.tile.reduction == "pieces" else 0
-        self._sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
-        self._versions = (-1, -1)
+        self.sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
+        self._version = bucket.table_version
 
-    def up_to_date(self, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Table, tiles, scalars and scratch for this step."""
-        table, scalars = self._versions
-        if table != bucket.table_version:
-            self._table = _on(bucket.key.device, bucket.table)
-        if scalars != bucket.scalars_version:
-            self._scalars = _on(bucket.key.device, bucket.scalars)
-        self._versions = bucket.table_version, bucket.scalars_version
-        return self._table, self._tiles, self._scalars, self._sums
+    def up_to_date(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Table and tiles for this step."""
+        if self._version != bucket.table_version:
+            self._table.update(bucket.table)
+            self._version = bucket.table_version
+        if bucket.capturable and not capturing():
+            self._table.prepare_capture()
+        return self._table.tensor, self._tiles.tensor
 
 
 def spec_of(bucket: Bucket) -> launch.Spec:
@@ -76,7 +91,7 @@ def spec_of(bucket: Bucket) -> launch.Spec:
         dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
         compute=launch.dtype_of(_name(bucket.compute)),
         fields=fields_of(len(key.dtypes), key.inner),
-        scalars=bucket.scalars.shape[1],
+        scalars=bucket.shared.values.shape[1],
         inner=key.inner,
         quads=key.quads,
         vector=vector if key.aligned else 1,
@@ -91,14 +106,6 @@ def fields_of(tensors: int, inner: int) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _on(device: torch.device, values: Array) -> Tensor:
-    """A copy on the device, queued behind the work of the current stream: the host does not wait."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type != "cuda":
-        return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 EXECUTOR = TritonExecutor()

@@ -116,16 +116,19 @@ def stage_of(noise: Noise | Mapping[str, Any] | None) -> str:
     return "weights" if kind == "langevin" else kind
 
 
-def deviation(noise: Noise | Mapping[str, Any] | None, lr: float, step: float, moves: bool) -> float:
-    """The standard deviation of the noise of a step, which counts from 1; 0 on weights that do not move."""
+def schedule_of(noise: Noise | Mapping[str, Any] | None) -> tuple[float, float, float, float]:
+    """Its standard deviation as scale * step^power * lr^power, and whether parameters that stay have it too.
+
+    Steps count from 1.
+    """
+    if not noise:
+        return 0.0, 0.0, 0.0, 0.0
     options = as_dict(noise)
-    if options.get("kind") == "gradient":
-        return float(math.sqrt(options["eta"]) * step ** (-options["gamma"] / 2))
-    if not options or not moves:
-        return 0.0
-    return float(
-        options["std"] if options["kind"] == "weights" else math.sqrt(2 * lr * options["temperature"])
-    )
+    if options["kind"] == "gradient":
+        return math.sqrt(options["eta"]), -options["gamma"] / 2, 0.0, 1.0
+    if options["kind"] == "weights":
+        return options["std"], 0.0, 0.0, 0.0
+    return math.sqrt(2 * options["temperature"]), 0.0, 0.5, 0.0
 
 
 def words_of(seed: int, name: str | None, index: int) -> tuple[int, int, int]:
@@ -161,12 +164,22 @@ def normals(
     stage: str = "gradient",
 ) -> Array:
     """The noise, fp32 [count], of elements `first` and on of a parameter."""
-    quads = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
-    purpose = step | device.PURPOSES[stage] << 30
-    counter = (quads & np.uint64(0xFFFFFFFF), quads >> np.uint64(32), words[0], purpose)
-    a0, a1, b0, b1 = philox(counter, words[1:])
+    a0, a1, b0, b1 = _words(first, count, step, words, stage)
     flat = np.stack([*_pair(a0, a1, sigma), *_pair(b0, b1, sigma)], axis=1).reshape(-1)
     return flat[first % 4 : first % 4 + count]
+
+
+def rounding_bits(first: int, count: int, step: int, words: tuple[int, int, int]) -> Array:
+    """Sixteen random bits, uint64 [count], of elements `first` and on: the lower half of a word each."""
+    flat = np.stack(_words(first, count, step, words, "rounding"), axis=1).reshape(-1)
+    return flat[first % 4 : first % 4 + count] & np.uint64(0xFFFF)
+
+
+def _words(first: int, count: int, step: int, words: tuple[int, int, int], purpose: str) -> tuple[Array, ...]:
+    """The four words of each counter that elements `first` and on need."""
+    quads = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
+    last = step | device.PURPOSES[purpose] << 30
+    return philox((quads & np.uint64(0xFFFFFFFF), quads >> np.uint64(32), words[0], last), words[1:])
 
 
 def _pair(a: Array, b: Array, sigma: float) -> tuple[Array, Array]:

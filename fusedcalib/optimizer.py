@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,11 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import EXTRAS, Options, check_ranges, plain, signature_of
-from .checks import check_group, check_parameter, check_slots, describe
+from .checks import STATE_DTYPES, check_group, check_parameter, check_slots, describe
+from .control import Outcome, Work
 from .executors import choose
+from .mirror import capturing
 from .noise import words_of
 from .plan import Plan, Versions
-from .recipe import Recipe, Rule, merged, recipe_of
+from .recipe import Demand, Recipe, Rule, demand_of, merged, recipe_of
 from .tables import Executor, Slot
 
 if TYPE_CHECKING:
@@ -24,6 +28,8 @@ else:
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
+# Of a parameter's average; else fp32.
+AVERAGE_DTYPES = {d: d for d in (torch.float64, torch.complex64, torch.complex128)}
 BACKENDS = ("auto", "triton", "numba", "eager")
 
 
@@ -89,12 +95,22 @@ class FusedOptimizer(Optimizer):
         self._backend = backend
         own = {**EXTRAS, **self.rule.extras}
         self._extras = plain({key: options.pop(key, default) for key, default in own.items()})
-        self._plan: Plan | None = None
-        self._versions = Versions()
+        self._forget()
         super().__init__(params, *args, **options)
         self.state.clear()  # torch.optim.Adagrad makes its state at once
-        # Unscaling is the scaler's work: the step does not read grad_scale and found_inf.
-        self._step_supports_amp_scaling = False
+        self._tell_scaler()
+
+    def _forget(self) -> None:
+        """Drops all that is not groups and state."""
+        self._plan: Plan | None = None
+        self._captured: list[Plan] = []  # what graphs go on reading
+        self._versions = Versions()
+        self._outcome = Outcome()
+        self._swapped = False
+
+    def _tell_scaler(self) -> None:
+        """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
+        self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
 
     # -- groups, state, checkpoints -----------------------------------------------------------
 
@@ -114,9 +130,8 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._extras = {**plain({**EXTRAS, **self.rule.extras}), **self._extras}
-        self._plan = None
-        self._versions = Versions()
-        self._step_supports_amp_scaling = False
+        self._forget()
+        self._tell_scaler()
         for group in self.param_groups:  # a torch.optim checkpoint does not have our keys
             for key, value in self._extras.items():
                 group.setdefault(key, value)
@@ -144,14 +159,17 @@ class FusedOptimizer(Optimizer):
         for group, own, loaded in zip(self.param_groups, kept, saved["param_groups"], strict=True):
             group.update({key: value for key, value in own.items() if key not in loaded})
         keys = (k for group in saved["param_groups"] for k in group["params"])
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         params = (p for group in self.param_groups for p in group["params"])
         for key, param in zip(keys, params, strict=True):
             for name, value in saved["state"].get(key, {}).items():
                 if name == "step" or not isinstance(value, Tensor):
                     continue
-                narrowed = self.state[param][name].dtype
-                if torch.promote_types(narrowed, value.dtype) != narrowed:
-                    self.state[param][name] = value.to(param.device)
+                loaded, dtype = self.state[param][name], self._state_dtype(groups[param], name, param)
+                wider = torch.promote_types(loaded.dtype, value.dtype)
+                dtype = dtype or wider
+                if dtype != loaded.dtype:
+                    self.state[param][name] = value.to(param.device, dtype)
 
     # -- the step -----------------------------------------------------------------------------
 
@@ -165,27 +183,37 @@ class FusedOptimizer(Optimizer):
             RuntimeError, ValueError: a parameter, gradient or option cannot be stepped. Nothing has
                 been changed then: parameters, state and counters are as they were.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: its scalars come from "
-                "the host; use torch.optim's with capturable=True"
-            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._prepare().run()
+            self._prepare().run(*self._scaling())
         return loss
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a GradScaler has left here: the scale of the gradients, and whether one is not finite."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _prepare(self) -> Plan:
         """All host work of a step but the launches."""
-        recipes = [self._recipe(group) for group in self.param_groups]
-        if self._plan is None or not self._plan.holds(recipes, self.param_groups, self.state):
+        if self._swapped:
+            raise RuntimeError("step() within ema_weights(): the parameters are their averages; leave it first")
+        for group in self.param_groups:
+            self._check(group)
+        demand = demand_of(self.param_groups, *self._scaling())
+        recipes = [recipe_of(self.rule, group, demand) for group in self.param_groups]
+        captured = capturing()
+        if self._plan is None or not self._plan.holds(recipes, demand, self.param_groups, self.state):
+            if captured:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; run "
+                    "some steps before, on another stream, with the same options, as docs/graphs.md shows"
+                )
             self._plan = None
             before = {param: dict(entry) for param, entry in self.state.items()}
             try:
-                plan = self._lay_out(recipes)
+                plan = self._lay_out(recipes, demand)
                 plan.refresh(self.param_groups)
             except BaseException:  # as out of memory: take back the state that was made
                 for param in list(self.state):
@@ -197,26 +225,44 @@ class FusedOptimizer(Optimizer):
                 raise
             self._plan = plan
         else:
+            if captured:
+                self._check_capture()
             self._plan.refresh(self.param_groups)
         return self._plan
 
-    def _recipe(self, group: dict[str, Any]) -> Recipe:
-        self._check(group)
-        return recipe_of(self.rule, group)
+    def _check_capture(self) -> None:
+        assert self._plan is not None
+        if not self._plan.demand.remote:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: its numbers come from the "
+                "host; construct it with capturable=True"
+            )
+        if self._plan not in self._captured:
+            self._captured.append(self._plan)
 
     def _check(self, group: dict[str, Any]) -> None:
         check_group(group, type(self).__name__)
         if isinstance(self, Options):  # torch.optim's own classes check what they are constructed with
             check_ranges(group, type(self))
 
-    def _lay_out(self, asked: list[Recipe]) -> Plan:
+    def _lay_out(self, asked: list[Recipe], demand: Demand) -> Plan:
         """Checks everything, then makes missing state, then plans."""
         live = list(self._live())
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, asked[group], self.state.get(param, {}))
-        recipes = merged(asked)
         executors = [self._executor(param) for _, _, param in live]
+        places = {(executor.name, param.device) for executor, (_, _, param) in zip(executors, live, strict=True)}
+        on_device = len(places) == 1 and next(iter(places))[0] == "triton"
+        on_device = on_device and (demand.remote or demand.measure or demand.scaled or demand.tentative)
+        if any(group.get("capturable") for group in self.param_groups) and places and not on_device:
+            raise RuntimeError(
+                f"{type(self).__name__}: capturable=True needs all parameters on one GPU that Triton supports, "
+                f"but they are on {', '.join(sorted(f'{d} ({e})' for e, d in places))}; set capturable=False"
+            )
+        recipes = [
+            replace(r, flags=r.flags._replace(skips=on_device and r.tentative)) for r in merged(asked)
+        ]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [
             self._make_state(param, recipes[group], self.param_groups[group]) for group, _, param in live
@@ -226,7 +272,8 @@ class FusedOptimizer(Optimizer):
             Slot(param, self._states(param, recipes[group]), group, recipes[group], executor, words[param])
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
-        return Plan(slots, fresh, asked, recipes, self.param_groups, self.state, self._versions)
+        work = Work(slots, fresh, self.param_groups, self.state, recipes, demand, self._outcome)
+        return Plan(work, asked, on_device, self._versions)
 
     def _words(self) -> dict[Tensor, tuple[int, int, int]]:
         """Stream and key of every parameter's noise: by its name, else by its place among all."""
@@ -256,8 +303,8 @@ class FusedOptimizer(Optimizer):
         if not recipe.states and not recipe.counts:
             return True
         entry = self.state[param]
-        missing = [name for name in recipe.states if entry.get(name) is None]
-        fresh = len(missing) == len(recipe.states)
+        missing = [name for name in recipe.own_states if entry.get(name) is None]
+        fresh = len(missing) == len(recipe.own_states)
         if recipe.counts and "step" not in entry:
             # Noise that is switched on late begins to count where a rule that does not would stand.
             entry["step"] = torch.tensor(0.0 if fresh or rule.counts else 1.0, dtype=torch.float32)
@@ -265,11 +312,88 @@ class FusedOptimizer(Optimizer):
             entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
         for name in missing:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
-            entry[name] = self._versions.new_state(param, value)
+            dtype = self._state_dtype(group, name, param) or param.dtype
+            entry[name] = self._versions.new_state(param, value, dtype)
+        if recipe.flags.ema and entry.get("ema") is None:
+            entry["ema"] = self._versions.new_state(param, 0.0, AVERAGE_DTYPES.get(param.dtype, torch.float32))
+            entry["ema"].copy_(param)
         return fresh
+
+    def _state_dtype(self, group: dict[str, Any], name: str, param: Tensor) -> torch.dtype | None:
+        """The dtype that a group asks for, for a state; None where it does not."""
+        if name == "ema" or param.is_complex():
+            return None
+        return STATE_DTYPES[group["state_dtype"]]
 
     def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
         return tuple(self.state[param][name] for name in recipe.states)
+
+    # -- what a step leaves -------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The Euclidean norm of all gradients of the last step, unscaled, before clipping.
+
+        A 0-dim fp32 tensor (fp64 where parameters are) on the device of the parameters; reading it waits for
+        nothing. None where no step has measured it: `max_grad_norm` and `skip_nonfinite` do,
+        `max_grad_norm=math.inf` without clipping.
+        """
+        report = self._report()
+        if report is None or self._plan is None or not self._plan.demand.measure:
+            return None
+        double = any(bucket.compute == torch.float64 for bucket in self._plan.buckets)
+        return report[0].to(torch.float64 if double else torch.float32, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were left out since construction or loading: 0-dim int64 on the parameters' device.
+
+        Left out by `skip_nonfinite`, or by a GradScaler where the step unscales (`fused=True`).
+        """
+        report = self._report()
+        return torch.zeros((), dtype=torch.int64) if report is None else report[1].to(torch.int64)
+
+    def _report(self) -> Tensor | None:
+        return None if self._plan is None else self._plan.control.report
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Parameters as their averages (`ema_decay`) within a `with`; as they were after it, exceptions included.
+
+        Parameters that have no average, having had no gradient or group without `ema_decay`, stay. Takes the
+        memory of a copy of the parameters. Buffers, as the statistics of batch norm, are not averaged.
+
+        Raises:
+            RuntimeError: no parameter has an average, or within another `ema_weights()`.
+
+        >>> import torch, fusedcalib
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> opt = fusedcalib.SGD([w], lr=1.0, ema_decay=0.5)
+        >>> w.grad = torch.full((1,), -8.0)
+        >>> opt.step()
+        >>> with opt.ema_weights():
+        ...     print(w.item())
+        4.0
+        >>> w.item()
+        8.0
+        """
+        if self._swapped:
+            raise RuntimeError("ema_weights() within ema_weights(): the parameters are their averages already")
+        averages = {p: entry["ema"] for p, entry in self.state.items() if "ema" in entry}
+        if not averages:
+            raise RuntimeError("ema_weights(): no parameter has an average; set ema_decay and step() first")
+        kept = {p: p.detach().clone() for p in averages}
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for param, average in averages.items():
+                    param.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for param, values in kept.items():
+                    param.copy_(values)
+            self._swapped = False
 
     # -- what runs ----------------------------------------------------------------------------
 

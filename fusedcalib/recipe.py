@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .kernels.stages import Flags
-from .noise import deviation, stage_of
-
-Group = Mapping[str, Any]
+from .noise import stage_of
+from .scalars import Group, Number, is_remote, where
 
 
 def decay_of(group: Group) -> str:
@@ -18,9 +17,10 @@ def decay_of(group: Group) -> str:
     return "decoupled" if group["decoupled_weight_decay"] else "coupled"
 
 
-def epsilons(group: Group) -> tuple[float, float]:
+def epsilons(group: Group) -> tuple[Number, Number]:
     """What is added under the root, and what to it: `eps` is one of them, the other exactly nothing."""
-    return (group["eps"], 0.0) if group["eps_inside_sqrt"] else (0.0, group["eps"])
+    inside, eps = group["eps_inside_sqrt"], group["eps"]
+    return where(inside, eps, 0.0), where(inside, 0.0, eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class Rule:
         update: device function `(p, g, state, h, VARIANT) -> (direction, new state)` on loaded values.
             It never sees the learning rate, decay, centring or how values are stored.
         scalars: `(group, step) -> (step size, *h)`, in double; `step` counts from 1. The new parameter is
-            `p - step_size * direction`. A step size of zero is no step: then nothing decays either.
+            `p - step_size * direction`. A step size of zero is no step: then nothing decays either. One
+            formula for all variants, without `if`: see scalars.py.
         states: the state tensors of each variant, by torch.optim's names.
         variant: the variant that a param group asks for.
         counts: whether `step` is kept per parameter in the state. Where it is not, `step` is 1 for a
@@ -62,38 +63,74 @@ class Recipe:
     flags: Flags
     min_ndim: int = 2  # fewest dimensions of a tensor that is centred
     seed: int = 0  # of the noise; not compiled, but a plan is made for one
+    tentative: bool = False  # a step may be left out
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the state tensors, in the order the rule's device function takes them."""
+        """Names of the state tensors, in the order the device functions take them."""
+        return (*(("ema",) if self.flags.ema else ()), *self.own_states)
+
+    @property
+    def own_states(self) -> tuple[str, ...]:
+        """Names of the rule's own."""
         return self.rule.states[self.flags.variant]
 
     @property
     def counts(self) -> bool:
-        """Whether a parameter's state has its steps: the rule wants them, or the noise."""
-        return self.rule.counts or self.flags.noise != "none"
+        """Whether a parameter's state has its steps: the rule wants them, or chance, or none may be taken."""
+        return self.rule.counts or self.flags.random or self.tentative
 
     def for_tensor(self, ndim: int, columns: int) -> Recipe:
         """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""
         centred = ndim >= max(2, self.min_ndim) and columns >= 2
         centralize = self.flags.centralize if centred else "none"
         flags = self.flags._replace(centralize=centralize, project=self.flags.project and ndim >= 2)
-        return Recipe(self.rule, flags)
+        return Recipe(self.rule, flags)  # what is compiled does not depend on the rest
 
 
-def recipe_of(rule: Rule, group: Group) -> Recipe:
+class Demand(NamedTuple):
+    """What a step is asked for besides what each of its groups says."""
+
+    measure: bool = False  # the norm of all gradients
+    check: bool = False  # to be left out if that is not finite
+    scaled: bool = False  # a factor for the gradients
+    tentative: bool = False  # it may be left out
+    remote: bool = False  # numbers that the host cannot know without waiting
+
+
+def demand_of(groups: Sequence[Group], grad_scale: object, found_inf: object) -> Demand:
+    """What a step of these groups is asked for, with what a GradScaler hands over."""
+    limits = [group["max_grad_norm"] for group in groups]
+    check = any(group["skip_nonfinite"] for group in groups)
+    clipped = any(is_remote(limit) or 0 < limit < math.inf for limit in limits)
+    measure = check or any(is_remote(limit) or limit > 0 for limit in limits)
+    tentative = check or found_inf is not None
+    values = (v for group in groups for k, v in group.items() if k != "params")
+    remote = any(group.get("capturable") for group in groups) or any(map(_any_remote, values))
+    return Demand(measure, check, clipped or grad_scale is not None, tentative, remote)
+
+
+def _any_remote(value: object) -> bool:
+    return any(map(is_remote, value)) if isinstance(value, tuple) else is_remote(value)
+
+
+def recipe_of(rule: Rule, group: Group, demand: Demand = Demand()) -> Recipe:
     """The recipe that a param group asks for."""
     centralize = group["centralize"]
+    on = {key: is_remote(group[key]) or group[key] != 0 for key in ("weight_decay", "l1", "ema_decay")}
     flags = Flags(
         variant=rule.variant(group),
         maximize=bool(group["maximize"]),
-        decay=rule.decay(group) if group["weight_decay"] != 0 else "none",
-        l1=group["l1"] != 0,
+        decay=rule.decay(group) if on["weight_decay"] else "none",
+        l1=on["l1"],
         centralize="gradient" if centralize is True else centralize or "none",
         project=group["max_row_norm"] not in (None, math.inf),
         noise=stage_of(group["noise"]),
+        scaled=demand.scaled,
+        ema=on["ema_decay"],
+        rounding="stochastic" if group["stochastic_rounding"] else "nearest",
     )
-    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"])
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], demand.tentative)
 
 
 def merged(recipes: list[Recipe]) -> list[Recipe]:
@@ -116,40 +153,3 @@ def _joined(own: Flags, others: list[Flags]) -> Flags:
         l1=any(flags.l1 for flags in others),
         project=any(flags.project for flags in others),
     )
-
-
-def scalars_of(recipe: Recipe, group: Group, step: float, *product: float) -> tuple[float, ...]:
-    """The row of scalars of a group at a step, in double, as kernels/stages.py reads it."""
-    numbers = Numbers(group)
-    step_size, *own = recipe.rule.scalars(numbers, step, *product)
-    decay, norm = numbers["weight_decay"], numbers["max_row_norm"]
-    if recipe.flags.decay in ("decoupled", "proximal"):
-        decay *= numbers["lr"] if step_size else 0.0
-        decay = 1 - decay if recipe.flags.decay == "decoupled" else 1 / (1 + decay)
-    unlimited = norm is None or not step_size
-    norm = math.inf if unlimited else norm
-    sigma = deviation(group["noise"], numbers["lr"], step, step_size != 0)
-    return (decay, step_size, numbers["l1"], norm, sigma, step, *own)
-
-
-class Numbers(Mapping[str, Any]):
-    """A param group whose hyperparameters read as Python numbers: lr and betas may be 0-dim tensors."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._group[key]
-        if isinstance(value, (tuple, list)):
-            return tuple(map(_number, value))
-        return _number(value)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._group)
-
-    def __len__(self) -> int:
-        return len(self._group)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value

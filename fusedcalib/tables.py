@@ -55,6 +55,9 @@ class Executor(Protocol):
     def run(self, bucket: Bucket) -> int:
         """Steps every slot of the bucket; returns the number of kernel launches."""
 
+    def squares(self, bucket: Bucket) -> float:
+        """Sum of the squares of all gradients of the bucket."""
+
 
 class Key(NamedTuple):
     """What one launch has in common."""
@@ -73,6 +76,44 @@ GEOMETRY = 8  # columns of the table between addresses and strides: see kernels/
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
+class Scalars:
+    """The rows of scalars of a step in double, and as buckets read them: in their own type, on their device."""
+
+    def __init__(self) -> None:
+        self.values: Array = np.zeros((0, 0))
+        self.resident: dict[torch.dtype, Tensor] = {}  # made on the device, where the step is decided there
+        self._casts: dict[Any, Any] = {}
+
+    def set(self, values: Any) -> None:
+        """Takes over the scalars of a step."""
+        new = np.array(values, dtype=np.float64)
+        if not np.array_equal(new, self.values, equal_nan=True):
+            self.values = new
+            self._casts.clear()
+
+    def of(self, compute: torch.dtype) -> Array:
+        """Rows in the type of the arithmetic."""
+        if compute not in self._casts:
+            self._casts[compute] = self.values.astype(_NUMPY[compute])
+        return self._casts[compute]  # type: ignore[no-any-return]
+
+    def on(self, device: torch.device, compute: torch.dtype) -> Tensor:
+        """Rows on a device, brought there once a step."""
+        if compute in self.resident:
+            return self.resident[compute]
+        if (device, compute) not in self._casts:
+            self._casts[device, compute] = sent(device, self.of(compute))
+        return self._casts[device, compute]  # type: ignore[no-any-return]
+
+
+def sent(device: torch.device, values: Array) -> Tensor:
+    """A copy on the device, queued behind the work of the current stream: the host does not wait."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(eq=False)
 class Bucket:
     """The slots of one launch, as tables."""
@@ -82,10 +123,10 @@ class Bucket:
     indices: Array  # of its slots in the plan
     table: Array  # int64 [slots, fields]
     tiles: Array  # int32 [programs, 3]
-    scalars: Array = field(default_factory=lambda: np.zeros((0, 0)))  # compute dtype [rows, count]
+    shared: Scalars = field(default_factory=Scalars)  # one for all buckets of a plan
+    capturable: bool = False
     table_version: int = 0  # counts changes, for executors that keep a copy
-    scalars_version: int = 0
-    cache: dict[str, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
+    cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
 
     @property
     def compute(self) -> torch.dtype:
@@ -97,16 +138,16 @@ class Bucket:
         """View of the table: the row of scalars of each slot."""
         return self.table[:, len(self.key.dtypes) + 2]
 
-    def set_scalars(self, values: list[tuple[float, ...]], rows: Array) -> None:
-        """Takes over the scalars of a step; `rows` says which of `values` each slot of the plan uses."""
+    @property
+    def scalars(self) -> Array:
+        """The rows of scalars, in the type of the arithmetic."""
+        return self.shared.of(self.compute)
+
+    def set_rows(self, rows: Array) -> None:
+        """Takes over which row of scalars each slot of the plan uses."""
         mine = rows[self.indices]
-        used, local = np.unique(mine, return_inverse=True)
-        scalars = np.array([values[i] for i in used], dtype=_NUMPY[self.compute])
-        if not np.array_equal(scalars, self.scalars):
-            self.scalars = scalars
-            self.scalars_version += 1
-        if not np.array_equal(local, self.scalar_rows):
-            self.scalar_rows[:] = local
+        if not np.array_equal(mine, self.scalar_rows):
+            self.scalar_rows[:] = mine
             self.table_version += 1
 
     def set_gradients(self, addresses: Array) -> bool:
@@ -119,7 +160,7 @@ class Bucket:
         return True
 
 
-def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
+def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = False) -> list[Bucket]:
     """Sorts slots into launches and lays each launch out."""
     members: dict[Key, list[tuple[int, Array, Array]]] = {}
     for index, slot in enumerate(slots):
@@ -138,7 +179,7 @@ def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
             recipe,
             tuple(t.dtype for t in tensors),
             len(layout.sizes),
-            recipe.flags.noise != "none" and (layout.rows == 1 or layout.columns % 4 == 0),
+            recipe.flags.random and (layout.rows == 1 or layout.columns % 4 == 0),
             is_aligned(tensors, layout),
             shape.row_class,
         )
@@ -151,6 +192,8 @@ def build_buckets(slots: Sequence[Slot]) -> list[Bucket]:
             np.array([index for index, _, _ in rows]),
             np.stack([row for _, row, _ in rows]),
             np.concatenate([tiles for _, _, tiles in rows]),
+            shared,
+            capturable,
         )
         for key, rows in members.items()
     ]

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from .control import GRID, control_kernel, norm_kernel
 from .language import AVAILABLE, tl
 from .rows import project_kernel, row_sums_kernel
 from .stages import Flags
@@ -91,7 +92,7 @@ def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
     Args:
         table: int64 [slots, fields] on the device.
         tiles: int32 [programs, 3] on the device.
-        scalars: compute dtype [rows, count] on the device.
+        scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them.
         sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
     """
     pieces = spec.tile.reduction == "pieces"
@@ -106,4 +107,45 @@ def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
     return len(kernels)
 
 
-__all__ = ["AVAILABLE", "OPTIONS", "Spec", "Tile", "dtype_of", "launch_step", "tile_for"]
+def programs_for(tiles: int) -> int:
+    """Programs of a launch of norm_kernel over so many tiles."""
+    return min(tiles, GRID)
+
+
+class Decision(NamedTuple):
+    """What is compiled of kernels/control.py: a tape (scalars.py), and whether the norm is looked at."""
+
+    code: tuple[int, ...]
+    outputs: tuple[int, ...]
+    leaves: int
+    check: bool
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernels, by name."""
+        return {"CODE": self.code, "OUTPUTS": self.outputs, "LEAVES": self.leaves, "CHECK": self.check}
+
+
+NORM_ARGUMENTS = ("REDUCTION", "DTYPES", "COMPUTE", "FIELDS", "D", "VECTOR", "R", "C")
+
+
+def norm_constants(spec: Spec) -> dict[str, Any]:
+    """Compile-time arguments of norm_kernel that come from the step."""
+    constants = spec.constants()
+    return {name: constants[name] for name in NORM_ARGUMENTS}
+
+
+def launch_norm(table, tiles, share, partials, done, control, spec: Spec, decision: Decision) -> int:
+    """Measures the gradients of a list; the last program of a step's launches decides. See kernels/control.py."""
+    constants = {**norm_constants(spec), **decision.constants(), "num_warps": spec.tile.warps, **OPTIONS}
+    grid = (programs_for(tiles.shape[0]),)
+    norm_kernel[grid](table, tiles, share, partials, done, control, **constants)
+    return 1
+
+
+def launch_control(control, decision: Decision) -> int:
+    """Decides without a norm: one program."""
+    control_kernel[(1,)](control, **decision.constants(), num_warps=4, **OPTIONS)
+    return 1
+
+
+__all__ = ["AVAILABLE", "OPTIONS", "Decision", "Spec", "Tile", "dtype_of", "launch_control", "launch_norm", "launch_step", "programs_for", "tile_for"]

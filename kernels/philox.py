@@ -29,6 +29,7 @@ _M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 _W0, _W1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
 _ROUNDS = tl.constexpr(ROUNDS)
 ON_WEIGHTS = tl.constexpr(PURPOSES["weights"] << 30)
+ON_ROUNDING = tl.constexpr(PURPOSES["rounding"] << 30)
 _LOG, _SIN, _COS = tl.constexpr(LOG), tl.constexpr(SIN), tl.constexpr(COS)
 _SQRT_HALF, _MINUS_TWO_LN2 = tl.constexpr(SQRT_HALF), tl.constexpr(MINUS_TWO_LN2)
 
@@ -102,3 +103,19 @@ def normal_tile(
         late = (index & 2) != 0
         x, y = normals(tl.where(late, b0, a0), tl.where(late, b1, a1), sigma)
         return tl.where((index & 1) != 0, y, x)
+
+
+@jit
+def bit_tile(r, start, columns, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
+    """The lower 16 bits [R, C] of each element's word. Arguments as of normal_tile."""
+    first = r[:, None] * columns + start
+    if QUADS:
+        index = (first >> 2) + tl.arange(0, C // 4)[None, :]
+        a0, a1, b0, b1 = words_at(index, c2, c3, k0, k1)
+        words = tl.join(tl.join(a0, b0), tl.join(a1, b1)).reshape([R, C])
+    else:
+        index = first + tl.arange(0, C)[None, :]
+        a0, a1, b0, b1 = words_at(index >> 2, c2, c3, k0, k1)
+        odd, late = (index & 1) != 0, (index & 2) != 0
+        words = tl.where(late, tl.where(odd, b1, b0), tl.where(odd, a1, a0))
+    return words & word(0xFFFF)

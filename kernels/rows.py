@@ -11,8 +11,8 @@ What `measured` does not use is never loaded: the compiler drops loads without a
 
 from .language import jit, tl
 from .ops import divide, sqrt
-from .stages import measured, projected
-from .table import columns_of, load_tile, noise_tile, scalars_of, store_tile, tile_of
+from .stages import averaged, measured, projected, rounded
+from .table import columns_of, load_tile, noise_tile, rounding_tile, scalars_of, store_tile, tile_of
 
 
 @jit
@@ -55,19 +55,56 @@ def project_row(
     columns,
     squares,
     h,
+    FLAGS: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
+    QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Scales row r [1], just written by this program, down to its largest norm; most rows need nothing."""
-    if sqrt(squares) > h[3]:
+    """Finishes row r [1], just written by this program: scaled down to its largest norm, if it must be."""
+    if must_finish(squares, h, FLAGS):
         tl.debug_barrier()  # what other threads wrote is read
         for start in range(0, columns, C):
-            c = start + lane
-            mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-            store_tile(row, r, c, mask, columns, projected(values[0], squares, h), (), DTYPES, D, VECTOR)
+            finish_tile(row, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+
+
+@jit
+def must_finish(squares, h, FLAGS: tl.constexpr):
+    """Whether a row is walked again: most need not, but an average is of finished parameters."""
+    if FLAGS.ema:
+        return True
+    else:
+        return sqrt(squares) > h[3]
+
+
+@jit
+def finish_tile(
+    row,
+    r,
+    start,
+    lane,
+    columns,
+    squares,
+    h,
+    FLAGS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    QUADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Projects and finishes a tile [1, C] of a row of which the norm had to be known first."""
+    c = start + lane
+    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+    bits = rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS)
+    p = rounded(projected(values[0], squares, h), bits, FLAGS, DTYPES[0])
+    if FLAGS.ema:
+        store_tile(row, r, c, mask, columns, p, averaged(p, values[2:3], h, FLAGS, DTYPES[0]), DTYPES, D, VECTOR)
+    else:
+        store_tile(row, r, c, mask, columns, p, (), DTYPES, D, VECTOR)
 
 
 @jit
@@ -90,7 +127,7 @@ def row_sums_kernel(
     C: tl.constexpr,
 ):
     """sums[0, program] = sum over its tile [1, C] of the measured quantity. Arguments as step_kernel's."""
-    slot, row_block, column_block = tile_of(tiles)
+    slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
     row = table + slot * FIELDS
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
@@ -128,17 +165,19 @@ def project_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Scales the pieces of rows, written by step_kernel, down to their largest norm. Arguments as there."""
-    slot, row_block, column_block = tile_of(tiles)
+    """Finishes the pieces of rows, written by step_kernel, of which the norm is known now. Arguments as there."""
+    slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
     row = table + slot * FIELDS
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
+    if FLAGS.skips:
+        if h[8] != 0:
+            return
     squares = total_of_pieces(sums + tl.num_programs(0), column_block, columns, COMPUTE, C)
-    if sqrt(squares) > h[3]:
+    if must_finish(squares, h, FLAGS):
         r = row_block * R + tl.arange(0, R)
-        c = column_block * C + tl.arange(0, C)
-        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-        store_tile(row, r, c, mask, columns, projected(values[0], squares, h), (), DTYPES, D, VECTOR)
+        start, lane = column_block * C, tl.arange(0, C)
+        finish_tile(row, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
 
 
 @jit

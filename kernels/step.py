@@ -6,8 +6,8 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 from .language import jit, tl
 from .ops import divide
 from .rows import mean_of_loop, mean_of_pieces, project_row, row_total, square_total
-from .stages import measured, projected, stepped
-from .table import columns_of, load_tile, noise_tile, scalars_of, store_tile, tile_of
+from .stages import averaged, measured, projected, rounded, stepped
+from .table import columns_of, load_tile, noise_tile, rounding_tile, scalars_of, store_tile, tile_of
 
 
 @jit
@@ -29,10 +29,13 @@ def step_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    slot, row_block, column_block = tile_of(tiles)
+    slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
     row = table + slot * FIELDS
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
+    if FLAGS.skips:
+        if h[8] != 0:
+            return
     r = row_block * R + tl.arange(0, R)
     lane = tl.arange(0, C)
     mean = 0.0
@@ -47,10 +50,13 @@ def step_kernel(
             p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
                 squares += tl.where(mask, p * p, 0)
+            p = rounded(p, rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS), FLAGS, DTYPES[0])
+            if not FLAGS.project:
+                state = averaged(p, state, h, FLAGS, DTYPES[0])
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
         if FLAGS.project:
             total = tl.sum(tl.sum(squares, axis=1), axis=0)
-            project_row(row, r, lane, columns, total, h, DTYPES, COMPUTE, D, VECTOR, C)
+            project_row(row, r, lane, columns, total, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
     else:
         c = column_block * C + lane
         mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
@@ -67,4 +73,8 @@ def step_kernel(
                 p = projected(p, row_total(p * p, mask), h)
             else:
                 square_total(sums, p, mask)
+        bits = rounding_tile(row, r, column_block * C, columns, h, FLAGS, DTYPES, C, QUADS)
+        p = rounded(p, bits, FLAGS, DTYPES[0])
+        if not FLAGS.project or REDUCTION == "tile":
+            state = averaged(p, state, h, FLAGS, DTYPES[0])
         store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)

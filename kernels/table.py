@@ -15,16 +15,16 @@ A tile is int32 (slot, row block, column block).
 """
 
 from .language import jit, tl
-from .philox import ON_WEIGHTS, normal_tile, word
+from .philox import ON_ROUNDING, ON_WEIGHTS, bit_tile, normal_tile, word
 
 GEOMETRY = 8
 _GEOMETRY = tl.constexpr(GEOMETRY)
 
 
 @jit
-def tile_of(tiles):
-    """Slot, row block and column block of this program. Offsets are 64-bit: tensors pass 2^31 elements."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+def tile_of(tiles, index):
+    """Slot, row block and column block of a tile. Offsets are 64-bit: tensors pass 2^31 elements."""
+    tile = tiles + index * tl.full([], 3, tl.int64)
     slot = tl.load(tile).to(tl.int64)
     return slot, tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
 
@@ -127,12 +127,38 @@ def noise_tile(
     if FLAGS.noise == "none":
         return 0.0
     else:
-        words = row + len(DTYPES) + 5
-        stream = tl.load(words).to(tl.uint32)
-        key0, key1 = tl.load(words + 1).to(tl.uint32), tl.load(words + 2).to(tl.uint32)
-        step = h[5].to(tl.int32).to(tl.uint32)
+        stream, key0, key1, step = words_of(row, h, len(DTYPES))
         if FLAGS.noise == "weights":
             step = step | word(ON_WEIGHTS)
         sigma = h[4].to(tl.float32)
         z = normal_tile(r, start, columns, sigma, stream, step, key0, key1, r.shape[0], C, QUADS)
         return z.to(COMPUTE)
+
+
+@jit
+def rounding_tile(
+    row,
+    r,
+    start,
+    columns,
+    h,
+    FLAGS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    C: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    """Sixteen random bits [R, C] for rows r [R] and C columns from `start`, 0 where rounding is to nearest."""
+    if FLAGS.rounding == "stochastic":
+        stream, key0, key1, step = words_of(row, h, len(DTYPES))
+        step = step | word(ON_ROUNDING)
+        return bit_tile(r, start, columns, stream, step, key0, key1, r.shape[0], C, QUADS)
+    else:
+        return 0
+
+
+@jit
+def words_of(row, h, K: tl.constexpr):
+    """The slot's stream, key (two words) and step."""
+    words = row + K + 5
+    stream, step = tl.load(words).to(tl.uint32), h[5].to(tl.int32).to(tl.uint32)
+    return stream, tl.load(words + 1).to(tl.uint32), tl.load(words + 2).to(tl.uint32), step

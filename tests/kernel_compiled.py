@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from kernel_kinds import Config
 
@@ -17,8 +16,9 @@ from fusedcalib import gpu
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.rows import project_kernel, row_sums_kernel
 from fusedcalib.kernels.step import step_kernel
-from fusedcalib.recipe import recipe_of, scalars_of
-from fusedcalib.tables import Slot, build_buckets
+from fusedcalib.recipe import recipe_of
+from fusedcalib.scalars import scalars_of
+from fusedcalib.tables import Scalars, Slot, build_buckets
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -51,9 +51,9 @@ def spec_of(config: Config) -> launch.Spec:
     (group,) = optimizer.param_groups
     recipe = recipe_of(optimizer.rule, group)
     states = (state,) * len(recipe.states)
-    (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)])
-    product = (0.5,) if recipe.rule.product else ()
-    bucket.set_scalars([scalars_of(recipe, group, 1.0, *product)], np.array([0]))
+    scalars = Scalars()
+    scalars.set([scalars_of(recipe, group, 1.0)])
+    (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)], scalars)
     return gpu.spec_of(bucket)
 
 

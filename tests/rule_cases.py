@@ -15,7 +15,17 @@ from fusedcalib.reference import ORACLES
 
 # Options of every param group that torch.optim does not know, as a group stores their defaults.
 OWN = {"centralize": False, "centralize_min_ndim": 2, "l1": 0.0, "max_row_norm": math.inf}
-OWN |= {"noise": {}, "seed": 0}
+# What the oracles know nothing of, as param groups hold it.
+AROUND = {
+    "noise": {},
+    "seed": 0,
+    "max_grad_norm": 0.0,
+    "skip_nonfinite": False,
+    "ema_decay": 0.0,
+    "stochastic_rounding": False,
+    "state_dtype": "parameter",
+}
+OWN |= AROUND
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ each_few = each(FEW)
 def oracle_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """An optimizer that steps by an oracle, arguments and state as torch.optim's classes have them."""
     ignored = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-    ignored |= {"noise": {}, "seed": 0}  # the oracles know no noise
+    ignored |= AROUND
     oracle = ORACLES[name]
     options = inspect.signature(getattr(fusedcalib, name)).parameters
     defaults = {k: v.default for k, v in options.items() if k not in ("params", "backend")} | ignored

@@ -49,7 +49,7 @@ def test_c05_flags_are_those_of_torch(rule, backend, flag):
     """What torch's class does not take is refused; an unsupported flag by name, with what to use instead."""
     expected, message = TypeError, flag
     if rule.takes(flag):
-        if flag in ("fused", "foreach"):
+        if flag != "differentiable":
             return
         instead = rf"torch\.optim\.{rule.name}\b" if rule.in_torch else "set it to False"
         expected, message = ValueError, rf"(?s){flag}.*{instead}"

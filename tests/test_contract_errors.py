@@ -69,7 +69,7 @@ FAULTS = {
     "listed twice": (twice, r"(?i)twice"),
     "unknown centralize": (group_option(centralize="rows"), r"(?s)centralize.*rows"),
     "differentiable": (group_option(differentiable=True), rf"differentiable.*{INSTEAD}"),
-    "capturable": (group_option(capturable=True), rf"capturable.*{INSTEAD}"),
+    "capturable": (group_option(capturable=True), r"capturable.*GPU.*set capturable=False"),
     "state of another size": (stored(lambda m: m[1:].clone()), MOMENT),
     "state elsewhere": (stored(lambda m: m.to("meta")), MOMENT),
     "state of integers": (stored(lambda m: m.long()), MOMENT),

@@ -12,6 +12,8 @@ from rule_cases import RULES
 
 import fusedcalib
 from fusedcalib import GradientNoise, LangevinNoise, WeightNoise, noise
+from fusedcalib.recipe import recipe_of
+from fusedcalib.scalars import scalars_of
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 WORDS = (7, 11, 13)
@@ -102,18 +104,25 @@ def test_streams_follow_names_and_seeds():
 # -- schedules --------------------------------------------------------------------------------
 
 
+def deviation(kind, lr, step):
+    """What a step takes: h[4] of kernels/stages.py."""
+    opt = fusedcalib.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, noise=kind)
+    return scalars_of(recipe_of(opt.rule, opt.param_groups[0]), opt.param_groups[0], step)[4]
+
+
 @pytest.mark.parametrize("step", [1, 2, 10_001])
 def test_the_variance_of_gradient_noise_falls(step):
     """t = 0 at the first step; the deviation is the root of the variance."""
     expected = math.sqrt(0.3 / step**0.55)
-    assert noise.deviation(GradientNoise(0.3), 0.1, step, True) == pytest.approx(expected, rel=1e-12)
+    assert deviation(GradientNoise(0.3), 0.1, step) == pytest.approx(expected, rel=1e-12)
 
 
 def test_noise_on_weights():
-    assert noise.deviation(WeightNoise(0.25), 0.1, 3, True) == 0.25
-    assert noise.deviation(LangevinNoise(0.5), 0.04, 3, True) == pytest.approx(0.2)
-    assert noise.deviation(WeightNoise(0.25), 0.0, 3, False) == 0
-    assert noise.deviation(None, 0.1, 3, True) == 0
+    assert deviation(WeightNoise(0.25), 0.1, 3) == 0.25
+    assert deviation(LangevinNoise(0.5), 0.04, 3) == pytest.approx(0.2)
+    assert deviation(WeightNoise(0.25), 0.0, 3) == deviation(LangevinNoise(0.5), 0.0, 3) == 0
+    assert deviation(GradientNoise(0.25), 0.0, 1) == 0.5
+    assert deviation(None, 0.1, 3) == 0
 
 
 # -- in a step --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule, epsilons
+from ..recipe import Group, Rule, epsilons, recipe_of
 
 
 @jit
@@ -65,6 +65,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     def share_memory(self) -> None:
         """Makes the state and moves its accumulators to shared memory, for training by several processes."""
         for group in self.param_groups:
+            self._check(group)
             for param in group["params"]:
-                self._make_state(param, self._recipe(group), group)
+                self._make_state(param, recipe_of(self.rule, group), group)
         super().share_memory()

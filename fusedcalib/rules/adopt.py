@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import scalars
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, minimum, sqrt, where
@@ -28,10 +29,11 @@ def adopt(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     exponent = group["clip_exponent"]
-    bound = math.inf if exponent in (None, math.inf) else (step - 1) ** exponent
+    bound = scalars.where(exponent == math.inf, math.inf, (step - 1) ** exponent)
     # The first gradient is only measured: no step is taken.
-    step_size = 0.0 if step == 1 else group["lr"]
-    return step_size, 1 - beta1, beta2, 1 - beta2, group["eps"], bound, float(step == 1)
+    first = scalars.where(step == 1, 1.0, 0.0)
+    step_size = scalars.where(first, 0.0, group["lr"])
+    return step_size, 1 - beta1, beta2, 1 - beta2, group["eps"], bound, first
 
 
 class ADOPT(FusedOptimizer, Options):

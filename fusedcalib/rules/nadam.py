@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from .. import scalars
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
 from ..optimizer import FusedOptimizer
@@ -28,7 +27,7 @@ def _mu(group: Group, step: float) -> float:
 def _scalars(group: Group, step: float, product: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     mu, ahead = _mu(group, step), _mu(group, step + 1)
-    averages = 1 - beta1, beta2, 1 - beta2, 1 / math.sqrt(1 - beta2**step), group["eps"]
+    averages = 1 - beta1, beta2, 1 - beta2, 1 / scalars.sqrt(1 - beta2**step), group["eps"]
     return group["lr"], *averages, (1 - mu) / (1 - product), ahead / (1 - product * ahead)
 
 

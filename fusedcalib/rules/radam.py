@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from .. import scalars
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
 from ..optimizer import FusedOptimizer
@@ -25,10 +24,9 @@ def _rectification(beta2: float, step: float) -> float:
     longest = 2 / (1 - beta2) - 1
     unbias = 1 - beta2**step
     length = longest - 2 * step * beta2**step / unbias
-    if length <= 5:
-        return 0.0
-    ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    return math.sqrt(ratio * unbias)
+    known = length > 5
+    least = scalars.where(known, (longest - 4) * (longest - 2) * length, 1.0)
+    return scalars.where(known, scalars.sqrt((length - 4) * (length - 2) * longest / least * unbias), 0.0)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:

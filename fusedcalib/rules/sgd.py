@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from .. import scalars
 from ..kernels.language import jit, tl
 from ..optimizer import FusedOptimizer
 from ..recipe import Group, Rule
@@ -31,9 +32,7 @@ def _variant(group: Group) -> str:
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
-    if group["momentum"] == 0:
-        return (group["lr"],)
-    gain = 1.0 if step == 1 else 1 - group["dampening"]  # torch: the first step is not dampened
+    gain = scalars.where(step == 1, 1.0, 1 - group["dampening"])  # torch: the first step is not dampened
     return group["lr"], group["momentum"], gain
 
 

@@ -25,7 +25,7 @@ def signum(p, g, state, h, VARIANT: tl.constexpr):
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     momentum = group["momentum"]
-    return (group["lr"], momentum, 1 - momentum) if momentum else (group["lr"],)
+    return group["lr"], momentum, 1 - momentum
 
 
 class Signum(FusedOptimizer, Options):

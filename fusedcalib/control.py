@@ -1,0 +1,161 @@
+"""What is decided in a step: its scalars, its number, whether it is taken. Here on the host.
+
+That is where it is decided unless the host would have to wait for a GPU: see gpu_control.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .recipe import Demand, Recipe
+from .scalars import Situation, number_of, numbers_of, row_of
+from .tables import Array, Bucket, Scalars, Slot
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan is made for.
+
+    Attributes:
+        slots: the parameters to step.
+        fresh: of each, whether its state is new.
+        groups, state: the optimizer's.
+        recipes: what is compiled for each group.
+        demand: what the step is asked for besides.
+        outcome: the optimizer's, over all its plans.
+    """
+
+    slots: list[Slot]
+    fresh: list[bool]
+    groups: list[dict[str, Any]]
+    state: dict[Tensor, Any]
+    recipes: list[Recipe]
+    demand: Demand
+    outcome: Outcome
+
+
+class Outcome:
+    """What the last step found: the norm of the gradients, and how many steps were left out so far."""
+
+    def __init__(self) -> None:
+        self._reports: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """fp64 [2] on the device, for good: the norm, the count."""
+        if device not in self._reports:
+            with torch.inference_mode(False):
+                self._reports[device] = torch.zeros(2, dtype=torch.float64, device=device)
+        return self._reports[device]
+
+
+class Counts:
+    """The steps taken by each slot, and the running product of a rule that keeps one.
+
+    Each `state["step"]` is a 0-dim tensor of its own, as torch.optim's, but all are views of one buffer:
+    counting a step is one addition whatever the number of parameters.
+    """
+
+    def __init__(self, work: Work) -> None:
+        rule = work.slots[0].recipe.rule if work.slots else None
+        self._name = rule.product[0] if rule and rule.product else None
+        self._entries = [work.state[slot.param] if slot.recipe.counts else {} for slot in work.slots]
+        # A slot that keeps no count only tells its first step from the later ones.
+        taken = [entry.get("step", float(not new)) for entry, new in zip(self._entries, work.fresh, strict=True)]
+        self.taken = np.array([float(x) for x in taken], dtype=np.float32)
+        self.most = np.array([math.inf if entry else 1.0 for entry in self._entries], dtype=np.float32)
+        products = [entry[self._name] if self._name else 1.0 for entry in self._entries]
+        self.products = np.array([float(x) for x in products], dtype=np.float32)
+
+    def share(self, what: str, values: Array, device: torch.device) -> Any:
+        """A buffer of values, of which the 0-dim states of that name become views; None where there are none."""
+        name = "step" if what == "step" else self._name
+        if name is None:
+            return None
+        buffer = torch.from_numpy(values.copy()).to(device)
+        for entry, view in zip(self._entries, buffer, strict=True):
+            if entry:
+                entry[name] = view
+        return buffer
+
+
+class HostControl:
+    """Counts and scalars on the host. What a device knows, as a norm, is waited for."""
+
+    def __init__(self, work: Work, scalars: Scalars, buckets: Sequence[Bucket]) -> None:
+        self._scalars = scalars
+        self._buckets = buckets
+        self._recipes = work.recipes
+        self._demand = work.demand
+        here = torch.device("cpu")
+        self.report = work.outcome.on(here)
+        self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
+        self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
+        counts = Counts(work)
+        self._most = torch.from_numpy(counts.most)
+        self._taken = counts.share("step", counts.taken, here)
+        self._product = counts.share("product", counts.products, here)
+        self._new_product: Array | None = None
+
+    def refresh(self, groups: Groups) -> None:
+        """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
+        self._now = groups
+        self._found, self._rows = self._distinct()
+        self._write()
+        for bucket in self._buckets:
+            bucket.set_rows(self._rows)
+
+    def _write(self, norm: float = 0.0, scale: float = 1.0) -> None:
+        values, products = [], []
+        for group, step, *product in self._found:
+            recipe, options = self._recipes[int(group)], self._now[int(group)]
+            before = float(product[0]) if product else 1.0
+            row, after = row_of(
+                recipe.rule, numbers_of(recipe, options), Situation(float(step), before, norm, scale)
+            )
+            values.append(row)
+            products.append(after)
+        self._scalars.set(values)
+        if self._product is not None:
+            self._new_product = np.array(products, dtype=np.float32)[self._rows]
+
+    def _distinct(self) -> tuple[Array, Array]:
+        """The distinct (group, step, ...) that occur, a row each, and which of them each slot has."""
+        history = [self._taken.numpy() + 1]
+        if self._product is not None:
+            history.append(self._product.numpy())
+        if all(h.size and h.min() == h.max() for h in history):  # the usual case: a group is a row
+            firsts = self._firsts
+            return np.stack([self._groups[firsts], *(h[firsts] for h in history)], axis=1), self._of_slots
+        found, rows = np.unique(np.stack([self._groups, *history], axis=1), axis=0, return_inverse=True)
+        return found, rows.reshape(-1)
+
+    def decide(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[bool, int]:
+        """Measures where that is asked for; returns whether to step, and the number of kernel launches."""
+        skip = found_inf is not None and bool(number_of(found_inf) != 0)
+        scale = 1.0 if grad_scale is None else float(number_of(grad_scale))
+        norm = 0.0
+        if self._demand.measure:
+            norm = math.sqrt(sum(bucket.key.executor.squares(bucket) for bucket in self._buckets)) / scale
+            self.report[0] = norm
+            skip = skip or (self._demand.check and not norm < math.inf)
+        if skip:
+            self.report[1] += 1
+            return False, 0
+        if self._demand.scaled:
+            self._write(norm, scale)
+        return True, 0
+
+    def advance(self) -> None:
+        """Counts a step."""
+        torch.minimum(self._taken.add_(1), self._most, out=self._taken)
+        if self._product is not None and self._new_product is not None:
+            self._product.copy_(torch.from_numpy(self._new_product))

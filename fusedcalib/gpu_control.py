@@ -1,0 +1,120 @@
+"""A step decided on the device: nothing is waited for, so that all of it can be captured in a graph.
+
+A GPU's gradients, the loss scale and a captured graph's replays are known to the GPU alone. There the numbers
+of a step are computed by the launch that measures the gradients, or by one program where none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .control import Counts, Groups, Work
+from .gpu import guarded, resident_of
+from .kernels import launch
+from .mirror import Mirror, capturing
+from .scalars import leaves_of, shape_of, tape_of
+from .tables import Bucket, Scalars
+
+
+class DeviceControl:
+    """Counts and scalars on the device that steps; nothing is waited for, so all of it can be captured.
+
+    The launches are those of kernels/control.py. The host only hands over the options of the groups, where
+    they changed. Slots that had taken as many steps when the plan was made share a row from then on.
+    """
+
+    def __init__(self, work: Work, scalars: Scalars, buckets: Sequence[Bucket]) -> None:
+        self._buckets = buckets
+        device = self._device = buckets[0].key.device
+        self._recipes = work.recipes
+        demand = self._demand = work.demand
+        counts = Counts(work)
+        of_groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
+        history = np.stack([of_groups, counts.taken, counts.products], axis=1)
+        found, example, used = np.unique(history, axis=0, return_index=True, return_inverse=True)
+        self._row_groups = [int(group) for group in found[:, 0]]
+        rows = used.reshape(-1)
+        for bucket in buckets:
+            bucket.set_rows(rows)
+        self._tape = tape_of(work.recipes[0].rule, shape_of(work.groups[0]))
+        leaves, width = len(self._tape.leaves), len(self._tape.outputs) - 1
+        # One more line than leaves: the kernel notes new products there.
+        self._numbers = Mirror(device, np.zeros((leaves + 1, len(found))))
+        self._sources = Mirror(device, np.zeros((leaves, len(found)), dtype=np.int64))
+        taken = counts.share("step", counts.taken, device)
+        products = counts.share("product", counts.products, device)
+        computes = {bucket.compute for bucket in buckets}
+        for compute in computes:
+            scalars.resident[compute] = torch.zeros(len(found), width, dtype=compute, device=device)
+        scalars.set(np.zeros((len(found), width)))
+        grids = [launch.programs_for(len(bucket.tiles)) for bucket in buckets] if demand.measure else []
+        firsts = np.cumsum([0, *grids])
+        self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=device)
+        self._done = torch.zeros(1, dtype=torch.int32, device=device)
+        self._shares = {
+            bucket: torch.tensor([len(bucket.tiles), first], dtype=torch.int32, device=device)
+            for bucket, first in zip(buckets, firsts[:-1], strict=False)
+        }
+        sizes = torch.tensor([len(found), len(work.slots), firsts[-1]], dtype=torch.int32, device=device)
+        slot_of_row, row_of_slot = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (example, rows))
+        most = torch.from_numpy(counts.most).to(device)
+        numbers, sources = self._numbers.tensor, self._sources.tensor
+        self._before = (sizes, numbers, sources, slot_of_row, row_of_slot, taken, most, products)
+        rows_of = scalars.resident.get
+        self.report = work.outcome.on(device)
+        self._after = (self.report, rows_of(torch.float32), rows_of(torch.float64))
+        self._decision = launch.Decision(self._tape.code, self._tape.outputs, leaves, demand.check)
+
+    def refresh(self, groups: Groups) -> None:
+        """Hands over the options of the groups where they changed."""
+        per_group = {
+            group: leaves_of(self._tape, self._recipes[group], groups[group]) for group in set(self._row_groups)
+        }
+        numbers, sources = self._numbers.host.copy(), self._sources.host.copy()
+        for row, group in enumerate(self._row_groups):
+            for i, leaf in enumerate(per_group[group]):
+                remote = isinstance(leaf, Tensor)
+                numbers[i, row] = 0.0 if remote else leaf
+                sources[i, row] = _source(leaf, self._device) if isinstance(leaf, Tensor) else 0
+        for mirror, values in ((self._numbers, numbers), (self._sources, sources)):
+            mirror.update(values)
+            if not capturing():
+                mirror.prepare_capture()
+
+    def decide(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[bool, int]:
+        """Launches what measures and decides; returns that the step is to be launched, and those launches."""
+        tensors = (*self._before, *map(self._here, (grad_scale, found_inf)), *self._after)
+        with guarded(self._device):
+            if not self._demand.measure:
+                return True, launch.launch_control(tensors, self._decision)
+            for bucket in self._buckets:
+                resident = resident_of(bucket)
+                table, tiles = resident.up_to_date(bucket)
+                launch.launch_norm(
+                    table,
+                    tiles,
+                    self._shares[bucket],
+                    self._partials,
+                    self._done,
+                    tensors,
+                    resident.spec,
+                    self._decision,
+                )
+            return True, len(self._buckets)
+
+    def _here(self, flag: Tensor | None) -> Tensor | None:
+        return None if flag is None else flag.to(self._device, torch.float32, non_blocking=True)
+
+    def advance(self) -> None:
+        """The device has counted."""
+
+
+def _source(leaf: Tensor, device: torch.device) -> int:
+    """Where the kernel reads a number: an address, its lowest bit set for fp64."""
+    if leaf.device != device:
+        raise ValueError(f"a hyperparameter lies on {leaf.device}, the parameters on {device}; move it there")
+    return leaf.data_ptr() + (leaf.dtype == torch.float64)

@@ -1,0 +1,284 @@
+"""The numbers of a step, in double: written once over Python numbers, also recorded for a GPU to compute.
+
+A rule's `scalars` and `row_of` here are plain Python. Called with numbers they give the row of scalars of a
+param group. Called with `Recorded` ones they give a `Tape`: the same operations, which the last program of
+kernels/control.py takes on the device, where step, gradient norm and loss scale are known without waiting.
+So they may use + - * / ** and the functions of this file, but no `if` on a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernels.tape import CODES
+from .noise import schedule_of
+
+if TYPE_CHECKING:
+    from .recipe import Recipe, Rule
+
+Group = Mapping[str, Any]
+Number = Any  # a float or a Recorded one
+DECAYS = {"none": 0.0, "coupled": 0.0, "decoupled": 1.0, "proximal": 2.0}
+
+
+def sqrt(x: Number) -> Number:
+    """Square root; NaN of a negative number."""
+    if isinstance(x, Recorded):
+        return Recorded("sqrt", (x,))
+    return math.sqrt(x) if x >= 0 else math.nan
+
+
+def where(condition: Number, x: Number, y: Number) -> Number:
+    """x where the condition holds, else y. Both are computed."""
+    if isinstance(condition, Recorded):
+        return Recorded("where", (condition, x, y))
+    return x if condition else y
+
+
+def fp32(x: Number) -> Number:
+    """Rounded to fp32."""
+    return Recorded("fp32", (x,)) if isinstance(x, Recorded) else float(np.float32(x))
+
+
+class Situation(NamedTuple):
+    """What a row of scalars depends on besides the param group."""
+
+    step: Number  # from 1
+    product: Number = 1.0  # of the rule, before this step
+    norm: Number = 0.0  # of all gradients
+    scale: Number = 1.0  # of the loss, by which gradients are divided
+    skip: Number = 0.0  # whether the step is left out
+
+
+def row_of(rule: Rule, numbers: Group, now: Situation) -> tuple[tuple[Number, ...], Number]:
+    """The row of scalars as kernels/stages.py reads it, and the rule's new product."""
+    product = now.product
+    if rule.product:
+        product = fp32(product * fp32(rule.product[1](numbers, now.step)))  # rounded as torch.optim's
+        step_size, *own = rule.scalars(numbers, now.step, product)
+    else:
+        step_size, *own = rule.scalars(numbers, now.step)
+    moves = step_size != 0
+    decay, kind = numbers["weight_decay"], numbers["decay"]
+    rate = where(moves, numbers["lr"], 0.0) * decay
+    kept = where(kind == DECAYS["decoupled"], 1 - rate, where(kind == 0, decay, 1 / (1 + rate)))
+    longest = where(moves, numbers["max_row_norm"], math.inf)
+    scale, step_power, lr_power, always = numbers["noise"]
+    sigma = scale * now.step**step_power * numbers["lr"] ** lr_power
+    sigma = where(always + moves > 0, sigma, 0.0)
+    limit = numbers["max_grad_norm"]
+    clip = limit / (now.norm + 1e-6)
+    factor = where(limit > 0, where(clip > 1, 1.0, clip), 1.0) / now.scale
+    common = (kept, step_size, numbers["l1"], longest, sigma, now.step, factor, 1 - numbers["ema_decay"])
+    return (*common, now.skip, *own), product
+
+
+class Numbers(Group):
+    """A param group, and what its recipe says of it, as numbers: `number` makes one of every entry."""
+
+    def __init__(self, recipe: Recipe, group: Group, number: Callable[[Any], Any]) -> None:
+        self._group = group
+        self._number = number
+        self._own = {
+            "decay": DECAYS[recipe.flags.decay],
+            "max_grad_norm": group["max_grad_norm"] or 0.0,
+            "ema_decay": group["ema_decay"] or 0.0,
+            "noise": schedule_of(group["noise"]),
+        }
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._own[key] if key in self._own else self._group[key]
+        if isinstance(value, (tuple, list)):
+            return tuple(self._number(v) for v in value)
+        return self._number(math.inf if value is None else value)  # None stands for no limit
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._group, **self._own})
+
+    def __len__(self) -> int:
+        return len({**self._group, **self._own})
+
+
+def numbers_of(recipe: Recipe, group: Group) -> Numbers:
+    """Of Python numbers: hyperparameters may be 0-dim tensors, which are waited for."""
+    return Numbers(recipe, group, number_of)
+
+
+def number_of(value: Any) -> Any:
+    """A hyperparameter as a Python number."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def is_remote(value: Any) -> bool:
+    """Whether a hyperparameter lies on a device, where the host would have to wait for it."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def scalars_of(recipe: Recipe, group: Group, step: float, product: float = 1.0) -> tuple[float, ...]:
+    """The row of scalars of a group at a step that is neither clipped nor skipped."""
+    return row_of(recipe.rule, numbers_of(recipe, group), Situation(step, product))[0]
+
+
+# -- recording --------------------------------------------------------------------------------
+
+
+class Recorded:
+    """A number that is not known yet: an operation and what it is applied to."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, name: str, operands: tuple[Any, ...]) -> None:
+        self.name, self.operands = name, operands
+
+    def __bool__(self) -> bool:
+        raise TypeError("this number is known on the device only: say where(condition, x, y), not if")
+
+    def __add__(self, other: Number) -> Recorded:
+        return Recorded("add", (self, other))
+
+    def __radd__(self, other: Number) -> Recorded:
+        return Recorded("add", (other, self))
+
+    def __sub__(self, other: Number) -> Recorded:
+        return Recorded("subtract", (self, other))
+
+    def __rsub__(self, other: Number) -> Recorded:
+        return Recorded("subtract", (other, self))
+
+    def __mul__(self, other: Number) -> Recorded:
+        return Recorded("multiply", (self, other))
+
+    def __rmul__(self, other: Number) -> Recorded:
+        return Recorded("multiply", (other, self))
+
+    def __truediv__(self, other: Number) -> Recorded:
+        return Recorded("divide", (self, other))
+
+    def __rtruediv__(self, other: Number) -> Recorded:
+        return Recorded("divide", (other, self))
+
+    def __pow__(self, other: Number) -> Recorded:
+        return Recorded("power", (self, other))
+
+    def __rpow__(self, other: Number) -> Recorded:
+        return Recorded("power", (other, self))
+
+    def __neg__(self) -> Recorded:
+        return Recorded("subtract", (0.0, self))
+
+    def __eq__(self, other: object) -> Any:
+        return Recorded("equal", (self, other))
+
+    def __ne__(self, other: object) -> Any:
+        return 1 - (self == other)
+
+    def __gt__(self, other: Number) -> Recorded:
+        return Recorded("greater", (self, other))
+
+    def __lt__(self, other: Number) -> Recorded:
+        return Recorded("greater", (other, self))
+
+    def __ge__(self, other: Number) -> Recorded:
+        return where(self == other, 1.0, self > other)  # type: ignore[no-any-return]
+
+    def __le__(self, other: Number) -> Recorded:
+        return where(self == other, 1.0, self < other)  # type: ignore[no-any-return]
+
+
+class Tape(NamedTuple):
+    """A row of scalars as straight-line code over a list of numbers, which grows by one an operation.
+
+    The list begins with a `Situation`, then the leaves.
+    """
+
+    leaves: tuple[Any, ...]  # (key of a group, index in its value), or a constant
+    code: tuple[int, ...]  # of each operation: its code, the places of three operands
+    outputs: tuple[int, ...]  # places of the row of scalars and, last, of the product
+
+
+@cache
+def tape_of(rule: Rule, shape: tuple[tuple[str, int], ...]) -> Tape:
+    """The tape of a rule, for groups whose values have these lengths (0: a number)."""
+    return _linear(rule, dict(shape))
+
+
+def shape_of(group: Group) -> tuple[tuple[str, int], ...]:
+    """What of a group its tape depends on: the lengths of its tuples."""
+    return tuple((key, len(v)) for key, v in group.items() if isinstance(v, (tuple, list)) and key != "params")
+
+
+def _linear(rule: Rule, lengths: Mapping[str, int]) -> Tape:
+    situation = Situation(*(Recorded("situation", (i,)) for i in range(len(Situation._fields))))
+    row, product = row_of(rule, _Leaves(lengths), situation)
+    leaves: dict[Any, int] = {}
+    order: dict[Recorded, None] = {}
+
+    def visit(x: Any) -> None:
+        if not isinstance(x, Recorded):
+            leaves.setdefault(float(x), len(leaves))
+        elif x.name == "leaf":
+            leaves.setdefault(x.operands, len(leaves))
+        elif x.name != "situation" and x not in order:
+            for operand in x.operands:
+                visit(operand)
+            order[x] = None
+
+    wanted = (*row, product)
+    for x in wanted:
+        visit(x)
+    places: dict[Recorded, int] = {}
+
+    def place(x: Any) -> int:
+        if not isinstance(x, Recorded):
+            return len(situation) + leaves[float(x)]
+        if x.name == "leaf":
+            return len(situation) + leaves[x.operands]
+        return cast(int, x.operands[0]) if x.name == "situation" else places[x]
+
+    code: list[int] = []
+    for x in order:
+        operands = [place(operand) for operand in x.operands]
+        code += [CODES[x.name], *operands, *[0] * (3 - len(operands))]
+        places[x] = len(situation) + len(leaves) + len(places)
+    return Tape(tuple(leaves), tuple(code), tuple(map(place, wanted)))
+
+
+class _Leaves(Group):
+    """A group all of whose numbers are leaves."""
+
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        self._lengths = {**lengths, "noise": 4}
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._lengths:
+            return tuple(Recorded("leaf", (key, i)) for i in range(self._lengths[key]))
+        return Recorded("leaf", (key, 0))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lengths)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+
+def leaves_of(tape: Tape, recipe: Recipe, group: Group) -> list[float | Tensor]:
+    """The leaves of a group: numbers, and 0-dim tensors where they lie on a device."""
+    numbers = Numbers(recipe, group, lambda v: v if is_remote(v) else number_of(v))
+    found: list[float | Tensor] = []
+    for leaf in tape.leaves:
+        if not isinstance(leaf, tuple):
+            found.append(leaf)
+            continue
+        value = numbers[leaf[0]]
+        value = value[leaf[1]] if isinstance(value, tuple) else value
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(f"{leaf[0]} on a device must be one fp32 or fp64 number, not {value}")
+        found.append(value if isinstance(value, Tensor) else float(value))
+    return found

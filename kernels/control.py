@@ -1,0 +1,161 @@
+"""The launch before the step: the norm of all gradients, and with it the scalars of the step.
+
+`norm_kernel` leaves sums of squares, one a program, and counts the programs that are done. The last one of
+all launches adds them up in a fixed order and writes the scalars, so nothing has to come back to the host:
+not the norm, not whether a step is left out, not how many were taken. Where no norm is asked for,
+`control_kernel` writes the scalars alone.
+
+Squares are added up in fp64. They cannot overflow for numbers of fp32 and less, so the norm is finite just
+where every gradient is; and however gradients are cut into tiles it comes out the same but for the last bits
+of 53, of which the fp32 factor keeps 24.
+"""
+
+from .language import jit, tl
+from .table import columns_of, load_tile, tile_of
+from .tape import played
+
+LANES = 128  # rows of scalars, or slots, at a time
+GRID = 1024  # programs of a launch at most: each takes every GRID-th tile
+_LANES = tl.constexpr(LANES)
+
+
+@jit
+def norm_kernel(
+    table,
+    tiles,
+    share,  # int32 [2]: how many tiles there are, where the sums of this launch begin
+    partials,  # fp64 [programs of all launches]
+    done,  # int32 [1]: programs that are done; 0 between steps
+    control,  # see `decide`
+    REDUCTION: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    CODE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    LEAVES: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Sums of squares of the gradients of one list of tiles; the last program goes on to `decide`."""
+    squares = tl.zeros([R, C], tl.float64)
+    for index in range(tl.program_id(0), tl.load(share), tl.num_programs(0)):
+        slot, row_block, column_block = tile_of(tiles, index)
+        row = table + slot * FIELDS
+        columns = columns_of(row, len(DTYPES), VECTOR)
+        r = row_block * R + tl.arange(0, R)
+        if REDUCTION == "loop":
+            for start in range(0, columns, C):
+                c = start + tl.arange(0, C)
+                squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+        else:
+            c = column_block * C + tl.arange(0, C)
+            squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+    tl.store(partials + tl.load(share + 1) + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
+    tl.debug_barrier()  # what this program wrote comes before its count
+    programs = tl.load(control[0] + 2)
+    if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
+        tl.store(done, 0)
+        total = tl.zeros([_LANES], tl.float64)
+        for start in range(0, programs, _LANES):
+            lane = start + tl.arange(0, _LANES)
+            total += tl.load(partials + lane, lane < programs, other=0, cache_modifier=".cg")
+        decide(tl.sqrt(tl.sum(total, axis=0)), control, CODE, OUTPUTS, LEAVES, CHECK)
+
+
+@jit
+def squares_of(
+    row, r, c, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Squares [R, C], fp64, of the gradient at rows r and columns c, 0 outside."""
+    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+    g = values[1].to(tl.float64)
+    return g * g
+
+
+@jit
+def control_kernel(
+    control, CODE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, CHECK: tl.constexpr
+):
+    """The scalars of a step without a norm: one program."""
+    decide(tl.full([], 0, tl.float64), control, CODE, OUTPUTS, LEAVES, CHECK)
+
+
+@jit
+def decide(norm, control, CODE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, CHECK: tl.constexpr):
+    """Writes the scalars of a step and counts it, unless it is left out.
+
+    control: a tuple of
+        sizes        int32 [3]: how many rows of scalars there are, slots, programs of norm_kernel
+        numbers      fp64 [LEAVES, rows]: the leaves of the tape
+        sources      int64 [LEAVES, rows]: where a leaf lies that is on the device, its lowest bit set if it
+                     is fp64; else 0
+        example      int32 [rows]: a slot that uses the row
+        used         int32 [slots]: the row that a slot uses
+        steps        fp32 [slots]: taken so far
+        most         fp32 [slots]: where counting ends
+        products     fp32 [slots], of a rule that keeps one; else None
+        grad_scale   fp32 [1] or None: gradients are this much too large
+        found_inf    fp32 [1] or None: whether one of them was found not to be finite
+        report       fp64 [2]: takes the norm, and counts the steps left out
+        singles, doubles   the scalars in fp32 and fp64 [rows, outputs - 1], where they are used; else None
+    OUTPUTS: places on the tape of the scalars and, last, of the product.
+    CHECK: a step whose norm is not finite is left out.
+    """
+    sizes, numbers, sources, example, used, steps, most = control[:7]
+    products, grad_scale, found_inf, report, singles, doubles = control[7:]
+    rows, slots = tl.load(sizes), tl.load(sizes + 1)
+    scale = tl.full([], 1, tl.float64)
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(tl.float64)
+    skip = tl.full([], 0, tl.float64)
+    if found_inf is not None:
+        skip = (tl.load(found_inf) != 0).to(tl.float64)
+    norm = norm / scale
+    if CHECK:
+        skip = tl.where(norm < float("inf"), skip, 1.0)
+    tl.store(report, norm)
+    tl.store(report + 1, tl.load(report + 1) + skip)
+    for start in range(0, rows, _LANES):
+        lane = start + tl.arange(0, _LANES)
+        mask = lane < rows
+        slot = tl.load(example + lane, mask, other=0)
+        step = tl.load(steps + slot).to(tl.float64) + 1
+        product = step * 0 + 1
+        if products is not None:
+            product = tl.load(products + slot).to(tl.float64)
+        values = (step, product, step * 0 + norm, step * 0 + scale, step * 0 + skip)
+        for i in tl.static_range(LEAVES):
+            values = values + (leaf(numbers + i * rows + lane, sources + i * rows + lane, mask),)
+        values = played(values, CODE)
+        for i in tl.static_range(len(OUTPUTS) - 1):
+            place = lane * (len(OUTPUTS) - 1) + i
+            if singles is not None:
+                tl.store(singles + place, values[OUTPUTS[i]].to(tl.float32), mask)
+            if doubles is not None:
+                tl.store(doubles + place, values[OUTPUTS[i]], mask)
+        if products is not None:
+            tl.store(numbers + LEAVES * rows + lane, values[OUTPUTS[len(OUTPUTS) - 1]], mask)
+    tl.debug_barrier()  # the rows are written before the slots' counts change
+    if skip == 0:
+        for start in range(0, slots, _LANES):
+            lane = start + tl.arange(0, _LANES)
+            mask = lane < slots
+            taken = tl.load(steps + lane, mask) + 1
+            tl.store(steps + lane, tl.minimum(taken, tl.load(most + lane, mask)), mask)
+            if products is not None:
+                row = tl.load(used + lane, mask, other=0)
+                tl.store(products + lane, tl.load(numbers + LEAVES * rows + row, mask).to(tl.float32), mask)
+
+
+@jit
+def leaf(number, source, mask):
+    """A leaf of the tape [lanes], fp64: the number, or what lies at its source."""
+    address = tl.load(source, mask, other=0)
+    single = tl.load(address.to(tl.pointer_type(tl.float32)), (address != 0) & (address & 1 == 0), other=0)
+    double = tl.load((address - 1).to(tl.pointer_type(tl.float64)), address & 1 == 1, other=0)
+    value = tl.load(number, mask, other=1)
+    return tl.where(address == 0, value, tl.where(address & 1 == 1, double, single.to(tl.float64)))
