@@ -38,6 +38,17 @@ NONE_IS = {
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+def extras_of(cls: type, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a class that torch.optim's constructor does not take; `fused`, which all of ours do, too."""
+    takes_fused = any("fused" in inspect.signature(base).parameters for base in cls.__mro__ if _is_torch(base))
+    ours = issubclass(cls, Options)
+    return {**EXTRAS, **({} if takes_fused or ours else {"fused": None}), **own}
+
+
+def _is_torch(cls: type) -> bool:
+    return cls.__module__.startswith("torch.optim.")
+
+
 class Options(Optimizer):
     """In the place of torch.optim's class for optimizers that it does not have: checks and keeps options."""
 
@@ -112,7 +123,7 @@ def signature_of(cls: type, extras: dict[str, Any]) -> inspect.Signature:
             if p.kind not in (*_VARIADIC, p.POSITIONAL_ONLY):
                 found.setdefault(p.name, p)
         handed_on = any(p.kind in _VARIADIC for p in parameters)
-        if not handed_on and (base is Options or base.__module__.startswith("torch.optim.")):
+        if not handed_on and (base is Options or _is_torch(base)):
             keyword = inspect.Parameter.KEYWORD_ONLY
             for name, default in extras.items():
                 found.setdefault(name, inspect.Parameter(name, keyword, default=default))

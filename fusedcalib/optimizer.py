@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import EXTRAS, Options, check_ranges, plain, signature_of
+from .arguments import Options, check_ranges, extras_of, plain, signature_of
 from .checks import STATE_DTYPES, check_group, check_parameter, check_slots, describe
 from .control import Outcome, Work
 from .executors import choose
@@ -85,7 +85,7 @@ class FusedOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        extras = {**EXTRAS, **cls.rule.extras, "backend": "auto"}
+        extras = {**extras_of(cls, cls.rule.extras), "backend": "auto"}
         cls.__signature__ = signature_of(cls, extras)  # type: ignore[attr-defined]
 
     def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
@@ -93,7 +93,7 @@ class FusedOptimizer(Optimizer):
         if backend not in BACKENDS:
             raise ValueError(f"Invalid backend: {backend!r}, expected one of {', '.join(BACKENDS)}")
         self._backend = backend
-        own = {**EXTRAS, **self.rule.extras}
+        own = extras_of(type(self), self.rule.extras)
         self._extras = plain({key: options.pop(key, default) for key, default in own.items()})
         self._forget()
         super().__init__(params, *args, **options)
@@ -129,7 +129,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._extras = {**plain({**EXTRAS, **self.rule.extras}), **self._extras}
+        self._extras = {**plain(extras_of(type(self), self.rule.extras)), **self._extras}
         self._forget()
         self._tell_scaler()
         for group in self.param_groups:  # a torch.optim checkpoint does not have our keys

@@ -100,14 +100,19 @@ class Demand(NamedTuple):
 
 def demand_of(groups: Sequence[Group], grad_scale: object, found_inf: object) -> Demand:
     """What a step of these groups is asked for, with what a GradScaler hands over."""
-    limits = [group["max_grad_norm"] for group in groups]
+    limits = [group["max_grad_norm"] for group in groups if _is_on(group["max_grad_norm"])]
     check = any(group["skip_nonfinite"] for group in groups)
-    clipped = any(is_remote(limit) or 0 < limit < math.inf for limit in limits)
-    measure = check or any(is_remote(limit) or limit > 0 for limit in limits)
+    clipped = any(is_remote(limit) or limit < math.inf for limit in limits)
+    measure = check or bool(limits)
     tentative = check or found_inf is not None
     values = (v for group in groups for k, v in group.items() if k != "params")
     remote = any(group.get("capturable") for group in groups) or any(map(_any_remote, values))
     return Demand(measure, check, clipped or grad_scale is not None, tentative, remote)
+
+
+def _is_on(value: Any) -> bool:
+    """Whether an option is neither None nor 0, as far as the host knows."""
+    return is_remote(value) or bool(value)
 
 
 def _any_remote(value: object) -> bool:
@@ -117,7 +122,7 @@ def _any_remote(value: object) -> bool:
 def recipe_of(rule: Rule, group: Group, demand: Demand = Demand()) -> Recipe:
     """The recipe that a param group asks for."""
     centralize = group["centralize"]
-    on = {key: is_remote(group[key]) or group[key] != 0 for key in ("weight_decay", "l1", "ema_decay")}
+    on = {key: _is_on(group[key]) for key in ("weight_decay", "l1", "ema_decay")}
     flags = Flags(
         variant=rule.variant(group),
         maximize=bool(group["maximize"]),

@@ -88,8 +88,7 @@ class Numbers(Group):
         self._number = number
         self._own = {
             "decay": DECAYS[recipe.flags.decay],
-            "max_grad_norm": group["max_grad_norm"] or 0.0,
-            "ema_decay": group["ema_decay"] or 0.0,
+            **{k: 0.0 if group[k] is None else group[k] for k in ("max_grad_norm", "ema_decay")},
             "noise": schedule_of(group["noise"]),
         }
 
