@@ -22,7 +22,7 @@ FLAT = (1, 4096, 8)
 HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
 # Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
 UNALIGNED_WARPS = 16
-UNALIGNED_LOOP = (1, 1024, 8, "loop")
+UNALIGNED_LOOP = (1, 1024, 4, "loop")
 
 
 class Tile(NamedTuple):
@@ -55,7 +55,7 @@ class Spec(NamedTuple):
             return self.tile
         if self.tile.reduction == "loop" or self.tile.columns > 4096:
             return Tile(*UNALIGNED_LOOP)
-        return self.tile._replace(warps=UNALIGNED_WARPS)
+        return self.tile if self.inner else self.tile._replace(warps=UNALIGNED_WARPS)
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels, by name."""
