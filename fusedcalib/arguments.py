@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from .noise import as_dict
-from .scalars import is_remote
+from .numbers import is_remote
 
 # Options of every param group that torch.optim does not know, with their defaults.
 EXTRAS: dict[str, Any] = {
@@ -39,10 +39,11 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def extras_of(cls: type, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a class that torch.optim's constructor does not take; `fused`, which all of ours do, too."""
-    takes_fused = any("fused" in inspect.signature(base).parameters for base in cls.__mro__ if _is_torch(base))
-    ours = issubclass(cls, Options)
-    return {**EXTRAS, **({} if takes_fused or ours else {"fused": None}), **own}
+    """Options of a class that the constructor it has does not take: `fused` and `capturable` are for all."""
+    bases = [base for base in cls.__mro__ if base is Options or _is_torch(base)]
+    taken = {name for base in bases for name in inspect.signature(vars(base)["__init__"]).parameters}
+    flags = {"fused": None, "capturable": False}
+    return {**EXTRAS, **{k: v for k, v in flags.items() if k not in taken}, **own}
 
 
 def _is_torch(cls: type) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .layout import overlaps_itself
 from .noise import as_dict
+from .numbers import is_remote
 from .recipe import Recipe
-from .scalars import is_remote
 
 STATE_DTYPES: dict[str | None, torch.dtype | None] = {
     None: None,
@@ -48,15 +48,21 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
     as_dict(group["noise"])
     limit, decay = group["max_grad_norm"], group["ema_decay"]
     if not (limit is None or is_remote(limit) or limit >= 0):
-        raise ValueError(f"Invalid max_grad_norm value: {limit!r}, expected a number > 0, or None for no limit")
+        raise ValueError(
+            f"Invalid max_grad_norm value: {limit!r}, expected a number > 0, or None for no limit"
+        )
     if not (decay is None or is_remote(decay) or 0 <= decay < 1):
-        raise ValueError(f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1), or None for no average")
+        raise ValueError(
+            f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1), or None for no average"
+        )
     for flag in ("skip_nonfinite", "stochastic_rounding"):
         if not isinstance(group[flag], bool):
             raise ValueError(f"Invalid {flag} value: {group[flag]!r}, expected True or False")
     if group["state_dtype"] not in STATE_DTYPES:
         names = ", ".join(str(dtype) for dtype in STATE_DTYPES.values() if dtype)
-        raise ValueError(f"Invalid state_dtype value: {group['state_dtype']!r}, expected one of {names}, or None")
+        raise ValueError(
+            f"Invalid state_dtype value: {group['state_dtype']!r}, expected one of {names}, or None"
+        )
     if type(group["seed"]) is not int or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"Invalid seed value: {group['seed']!r}, expected an int in [0, 2^64)")
     if group.get("differentiable"):

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .numbers import number_of
 from .recipe import Demand, Recipe
-from .scalars import Situation, number_of, numbers_of, row_of
+from .scalars import Situation, numbers_of, row_of
 from .tables import Array, Bucket, Scalars, Slot
 
 Groups = Sequence[dict[str, Any]]
@@ -48,13 +49,30 @@ class Outcome:
 
     def __init__(self) -> None:
         self._reports: dict[torch.device, Tensor] = {}
+        self._norm: tuple[Tensor, torch.dtype] | None = None
 
-    def on(self, device: torch.device) -> Tensor:
-        """fp64 [2] on the device, for good: the norm, the count."""
+    def on(self, device: torch.device, measured: torch.dtype | None) -> Tensor:
+        """fp64 [2] on the device, for good: the norm, to be read in a dtype if it is measured, and the count."""
         if device not in self._reports:
             with torch.inference_mode(False):
                 self._reports[device] = torch.zeros(2, dtype=torch.float64, device=device)
-        return self._reports[device]
+        report = self._reports[device]
+        self._norm = (report, measured) if measured else None
+        return report
+
+    def norm(self) -> Tensor | None:
+        """The norm, if the last plan measures it."""
+        return self._norm and self._norm[0][0].to(self._norm[1], copy=True)
+
+    def skipped(self) -> Tensor:
+        """The count."""
+        counts = [report[1] for report in self._reports.values()] or [torch.zeros(())]
+        return torch.stack([count.to(counts[-1].device) for count in counts]).sum().to(torch.int64)
+
+
+def norm_dtype(buckets: Sequence[Bucket]) -> torch.dtype:
+    """Of the norm of all gradients: fp32 unless parameters are fp64."""
+    return torch.float64 if any(bucket.compute == torch.float64 for bucket in buckets) else torch.float32
 
 
 class Counts:
@@ -69,7 +87,9 @@ class Counts:
         self._name = rule.product[0] if rule and rule.product else None
         self._entries = [work.state[slot.param] if slot.recipe.counts else {} for slot in work.slots]
         # A slot that keeps no count only tells its first step from the later ones.
-        taken = [entry.get("step", float(not new)) for entry, new in zip(self._entries, work.fresh, strict=True)]
+        taken = [
+            entry.get("step", float(not new)) for entry, new in zip(self._entries, work.fresh, strict=True)
+        ]
         self.taken = np.array([float(x) for x in taken], dtype=np.float32)
         self.most = np.array([math.inf if entry else 1.0 for entry in self._entries], dtype=np.float32)
         products = [entry[self._name] if self._name else 1.0 for entry in self._entries]
@@ -96,7 +116,7 @@ class HostControl:
         self._recipes = work.recipes
         self._demand = work.demand
         here = torch.device("cpu")
-        self.report = work.outcome.on(here)
+        self._report = work.outcome.on(here, norm_dtype(buckets) if work.demand.measure else None)
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         counts = Counts(work)
@@ -145,10 +165,10 @@ class HostControl:
         norm = 0.0
         if self._demand.measure:
             norm = math.sqrt(sum(bucket.key.executor.squares(bucket) for bucket in self._buckets)) / scale
-            self.report[0] = norm
+            self._report[0] = norm
             skip = skip or (self._demand.check and not norm < math.inf)
         if skip:
-            self.report[1] += 1
+            self._report[1] += 1
             return False, 0
         if self._demand.scaled:
             self._write(norm, scale)

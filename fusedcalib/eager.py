@@ -43,7 +43,7 @@ def _stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.bfloat16:
         return x
     cut = (x.view(torch.int32) + bits) & -0x10000
-    return torch.where(x == x, cut.view(torch.float32), x)  # noqa: PLR0124
+    return torch.where(x == x, cut.view(torch.float32), x)
 
 
 # The names of kernels/ops.py, in plain torch.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .control import Counts, Groups, Work
+from .control import Counts, Groups, Work, norm_dtype
 from .gpu import guarded, resident_of
 from .kernels import launch
 from .mirror import Mirror, capturing
@@ -65,14 +65,15 @@ class DeviceControl:
         numbers, sources = self._numbers.tensor, self._sources.tensor
         self._before = (sizes, numbers, sources, slot_of_row, row_of_slot, taken, most, products)
         rows_of = scalars.resident.get
-        self.report = work.outcome.on(device)
-        self._after = (self.report, rows_of(torch.float32), rows_of(torch.float64))
+        report = work.outcome.on(device, norm_dtype(buckets) if demand.measure else None)
+        self._after = (report, rows_of(torch.float32), rows_of(torch.float64))
         self._decision = launch.Decision(self._tape.code, self._tape.outputs, leaves, demand.check)
 
     def refresh(self, groups: Groups) -> None:
         """Hands over the options of the groups where they changed."""
         per_group = {
-            group: leaves_of(self._tape, self._recipes[group], groups[group]) for group in set(self._row_groups)
+            group: leaves_of(self._tape, self._recipes[group], groups[group])
+            for group in set(self._row_groups)
         }
         numbers, sources = self._numbers.host.copy(), self._sources.host.copy()
         for row, group in enumerate(self._row_groups):

@@ -51,8 +51,14 @@ class FusedOptimizer(Optimizer):
     Args:
         params: parameters, named parameters or param groups, as torch.optim takes them.
         maximize: ascend instead of descend: the gradient changes sign, penalties do not. Default False.
-        foreach, fused: accepted for compatibility; the step is always one fused pass.
-        capturable, differentiable: must be False.
+        foreach: accepted for compatibility.
+        fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where a
+            gradient is not finite, without rewriting gradients or waiting for the device. Every step is one
+            fused pass. Default None.
+        capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured in
+            a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
+            the GPU anew. Default False.
+        differentiable: must be False.
         centralize: remove the mean of each row from the gradient (True or "gradient") or from the update
             ("update"); tensors of one dimension and rows of one element stay as they are. Default False.
         centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
@@ -66,9 +72,24 @@ class FusedOptimizer(Optimizer):
         seed: of the noise, an int of 64 bits. It is the same whatever the device, the order of the
             parameters or how they are grouped, and goes on where a checkpoint left it. A parameter's noise
             follows its name, where parameters are named, else its place among all. Default 0.
+        max_grad_norm: largest Euclidean norm of all gradients together, in units of the gradient: they are
+            scaled down to it as by `torch.nn.utils.clip_grad_norm_`, but in the step, without changing
+            `p.grad`. The norm is of all groups; a group may have a limit of its own. `grad_norm` is the
+            norm; `math.inf` only measures it. Default None: no limit.
+        skip_nonfinite: leave a step out whose gradients are not all finite: parameters, state and counters
+            stay; `skipped_steps` counts. For all groups if for one. Default False.
+        ema_decay: :math:`\beta` of an exponential moving average of the parameter,
+            :math:`\bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta`, in [0, 1), from the parameter
+            before the first step on; in fp32, as the state `ema`. `ema_weights()` swaps it in. Default
+            None: no average.
+        stochastic_rounding: round bf16 parameters to one of their two neighbours at random, such that the
+            mean is right, by `seed`; parameters of 32 and more bits are not affected. Default False.
+        state_dtype: of the states that are like the parameter: torch.float32, bfloat16, float16 or
+            float64; kept by load_state_dict. Default None: the parameter's, as torch.optim.
         backend: "auto", "triton", "numba" or "eager"; for the whole optimizer.
 
-    All but `params` and `backend` may differ between param groups and change between steps.
+    All but `params`, `backend`, `fused` and `capturable` may differ between param groups and change between
+    steps.
 
     Raises:
         ValueError: an option out of range, as torch.optim.
@@ -103,6 +124,7 @@ class FusedOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops all that is not groups and state."""
         self._plan: Plan | None = None
+        self._before: dict[Tensor, dict[str, Any]] | None = None  # the state, where it was made for the plan
         self._captured: list[Plan] = []  # what graphs go on reading
         self._versions = Versions()
         self._outcome = Outcome()
@@ -188,7 +210,10 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._prepare().run(*self._scaling())
+            plan = self._prepare()
+            plan.run(*self._scaling())
+            if not plan.taken and self._before is not None:  # the state it would have begun with
+                self._take_back()
         return loss
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
@@ -198,7 +223,9 @@ class FusedOptimizer(Optimizer):
     def _prepare(self) -> Plan:
         """All host work of a step but the launches."""
         if self._swapped:
-            raise RuntimeError("step() within ema_weights(): the parameters are their averages; leave it first")
+            raise RuntimeError(
+                "step() within ema_weights(): the parameters are their averages; leave it first"
+            )
         for group in self.param_groups:
             self._check(group)
         demand = demand_of(self.param_groups, *self._scaling())
@@ -210,25 +237,30 @@ class FusedOptimizer(Optimizer):
                     f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; run "
                     "some steps before, on another stream, with the same options, as docs/graphs.md shows"
                 )
-            self._plan = None
-            before = {param: dict(entry) for param, entry in self.state.items()}
+            self._before = {param: dict(entry) for param, entry in self.state.items()}
             try:
-                plan = self._lay_out(recipes, demand)
-                plan.refresh(self.param_groups)
-            except BaseException:  # as out of memory: take back the state that was made
-                for param in list(self.state):
-                    if param in before:
-                        self.state[param].clear()
-                        self.state[param].update(before[param])
-                    else:
-                        del self.state[param]
+                self._plan = self._lay_out(recipes, demand)
+                self._plan.refresh(self.param_groups)
+            except BaseException:  # as out of memory
+                self._take_back()
                 raise
-            self._plan = plan
         else:
+            self._before = None
             if captured:
                 self._check_capture()
             self._plan.refresh(self.param_groups)
         return self._plan
+
+    def _take_back(self) -> None:
+        """Drops the plan and the state that was made for it."""
+        assert self._before is not None
+        for param in list(self.state):
+            if param in self._before:
+                self.state[param].clear()
+                self.state[param].update(self._before[param])
+            else:
+                del self.state[param]
+        self._plan = self._before = None
 
     def _check_capture(self) -> None:
         assert self._plan is not None
@@ -252,7 +284,9 @@ class FusedOptimizer(Optimizer):
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, asked[group], self.state.get(param, {}))
         executors = [self._executor(param) for _, _, param in live]
-        places = {(executor.name, param.device) for executor, (_, _, param) in zip(executors, live, strict=True)}
+        places = {
+            (executor.name, param.device) for executor, (_, _, param) in zip(executors, live, strict=True)
+        }
         on_device = len(places) == 1 and next(iter(places))[0] == "triton"
         on_device = on_device and (demand.remote or demand.measure or demand.scaled or demand.tentative)
         if any(group.get("capturable") for group in self.param_groups) and places and not on_device:
@@ -261,7 +295,7 @@ class FusedOptimizer(Optimizer):
                 f"but they are on {', '.join(sorted(f'{d} ({e})' for e, d in places))}; set capturable=False"
             )
         recipes = [
-            replace(r, flags=r.flags._replace(skips=on_device and r.tentative)) for r in merged(asked)
+            replace(r, flags=r.flags._replace(skips=on_device and demand.tentative)) for r in merged(asked)
         ]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [
@@ -315,7 +349,9 @@ class FusedOptimizer(Optimizer):
             dtype = self._state_dtype(group, name, param) or param.dtype
             entry[name] = self._versions.new_state(param, value, dtype)
         if recipe.flags.ema and entry.get("ema") is None:
-            entry["ema"] = self._versions.new_state(param, 0.0, AVERAGE_DTYPES.get(param.dtype, torch.float32))
+            entry["ema"] = self._versions.new_state(
+                param, 0.0, AVERAGE_DTYPES.get(param.dtype, torch.float32)
+            )
             entry["ema"].copy_(param)
         return fresh
 
@@ -338,11 +374,7 @@ class FusedOptimizer(Optimizer):
         nothing. None where no step has measured it: `max_grad_norm` and `skip_nonfinite` do,
         `max_grad_norm=math.inf` without clipping.
         """
-        report = self._report()
-        if report is None or self._plan is None or not self._plan.demand.measure:
-            return None
-        double = any(bucket.compute == torch.float64 for bucket in self._plan.buckets)
-        return report[0].to(torch.float64 if double else torch.float32, copy=True)
+        return self._outcome.norm()
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -350,11 +382,7 @@ class FusedOptimizer(Optimizer):
 
         Left out by `skip_nonfinite`, or by a GradScaler where the step unscales (`fused=True`).
         """
-        report = self._report()
-        return torch.zeros((), dtype=torch.int64) if report is None else report[1].to(torch.int64)
-
-    def _report(self) -> Tensor | None:
-        return None if self._plan is None else self._plan.control.report
+        return self._outcome.skipped()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -378,7 +406,9 @@ class FusedOptimizer(Optimizer):
         8.0
         """
         if self._swapped:
-            raise RuntimeError("ema_weights() within ema_weights(): the parameters are their averages already")
+            raise RuntimeError(
+                "ema_weights() within ema_weights(): the parameters are their averages already"
+            )
         averages = {p: entry["ema"] for p, entry in self.state.items() if "ema" in entry}
         if not averages:
             raise RuntimeError("ema_weights(): no parameter has an average; set ema_decay and step() first")

@@ -26,6 +26,7 @@ class Plan:
 
     def __init__(self, work: Work, asked: list[Recipe], on_device: bool, versions: Versions) -> None:
         self.demand = work.demand
+        self.taken = False  # the last step, as far as the host knows
         self._asked = asked
         scalars = Scalars()
         self.buckets = build_buckets(work.slots, scalars, on_device and work.demand.remote)
@@ -62,8 +63,8 @@ class Plan:
             grad_scale: by which the gradients are too large.
             found_inf: not 0 if one of them is not finite: then the step is left out.
         """
-        taken, launches = self.control.decide(grad_scale, found_inf)
-        if taken:
+        self.taken, launches = self.control.decide(grad_scale, found_inf)
+        if self.taken:
             launches += sum(bucket.key.executor.run(bucket) for bucket in self.buckets)
             self.control.advance()
             # Kernels write through addresses: tell autograd, as an in-place operation would.

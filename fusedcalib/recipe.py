@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .kernels.stages import Flags
 from .noise import stage_of
-from .scalars import Group, Number, is_remote, where
+from .numbers import Group, Number, is_remote, where
 
 
 def decay_of(group: Group) -> str:
@@ -32,7 +32,7 @@ class Rule:
             It never sees the learning rate, decay, centring or how values are stored.
         scalars: `(group, step) -> (step size, *h)`, in double; `step` counts from 1. The new parameter is
             `p - step_size * direction`. A step size of zero is no step: then nothing decays either. One
-            formula for all variants, without `if`: see scalars.py.
+            formula for all variants, without `if`: see numbers.py.
         states: the state tensors of each variant, by torch.optim's names.
         variant: the variant that a param group asks for.
         counts: whether `step` is kept per parameter in the state. Where it is not, `step` is 1 for a
@@ -63,7 +63,6 @@ class Recipe:
     flags: Flags
     min_ndim: int = 2  # fewest dimensions of a tensor that is centred
     seed: int = 0  # of the noise; not compiled, but a plan is made for one
-    tentative: bool = False  # a step may be left out
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -78,7 +77,7 @@ class Recipe:
     @property
     def counts(self) -> bool:
         """Whether a parameter's state has its steps: the rule wants them, or chance, or none may be taken."""
-        return self.rule.counts or self.flags.random or self.tentative
+        return self.rule.counts or self.flags.random or self.flags.skips
 
     def for_tensor(self, ndim: int, columns: int) -> Recipe:
         """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""
@@ -135,7 +134,7 @@ def recipe_of(rule: Rule, group: Group, demand: Demand = Demand()) -> Recipe:
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
     )
-    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], demand.tentative)
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"])
 
 
 def merged(recipes: list[Recipe]) -> list[Recipe]:

@@ -1,9 +1,8 @@
-"""The numbers of a step, in double: written once over Python numbers, also recorded for a GPU to compute.
+"""The scalars of a step, in double: written once over numbers (numbers.py), also recorded for a device.
 
-A rule's `scalars` and `row_of` here are plain Python. Called with numbers they give the row of scalars of a
-param group. Called with `Recorded` ones they give a `Tape`: the same operations, which the last program of
-kernels/control.py takes on the device, where step, gradient norm and loss scale are known without waiting.
-So they may use + - * / ** and the functions of this file, but no `if` on a number.
+A rule's `scalars` and `row_of` here are plain Python. Of numbers they make the row of scalars of a param
+group. Of recorded ones they make a `Tape`: the same operations, which the last program of kernels/control.py
+takes on the device, where step, gradient norm and loss scale are known without waiting.
 """
 
 from __future__ import annotations
@@ -11,40 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .kernels.tape import CODES
 from .noise import schedule_of
+from .numbers import Group, Number, Recorded, fp32, is_remote, number_of, where
+from .recipe import Recipe, Rule
 
-if TYPE_CHECKING:
-    from .recipe import Recipe, Rule
-
-Group = Mapping[str, Any]
-Number = Any  # a float or a Recorded one
 DECAYS = {"none": 0.0, "coupled": 0.0, "decoupled": 1.0, "proximal": 2.0}
-
-
-def sqrt(x: Number) -> Number:
-    """Square root; NaN of a negative number."""
-    if isinstance(x, Recorded):
-        return Recorded("sqrt", (x,))
-    return math.sqrt(x) if x >= 0 else math.nan
-
-
-def where(condition: Number, x: Number, y: Number) -> Number:
-    """x where the condition holds, else y. Both are computed."""
-    if isinstance(condition, Recorded):
-        return Recorded("where", (condition, x, y))
-    return x if condition else y
-
-
-def fp32(x: Number) -> Number:
-    """Rounded to fp32."""
-    return Recorded("fp32", (x,)) if isinstance(x, Recorded) else float(np.float32(x))
 
 
 class Situation(NamedTuple):
@@ -110,85 +86,12 @@ def numbers_of(recipe: Recipe, group: Group) -> Numbers:
     return Numbers(recipe, group, number_of)
 
 
-def number_of(value: Any) -> Any:
-    """A hyperparameter as a Python number."""
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def is_remote(value: Any) -> bool:
-    """Whether a hyperparameter lies on a device, where the host would have to wait for it."""
-    return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
 def scalars_of(recipe: Recipe, group: Group, step: float, product: float = 1.0) -> tuple[float, ...]:
     """The row of scalars of a group at a step that is neither clipped nor skipped."""
     return row_of(recipe.rule, numbers_of(recipe, group), Situation(step, product))[0]
 
 
-# -- recording --------------------------------------------------------------------------------
-
-
-class Recorded:
-    """A number that is not known yet: an operation and what it is applied to."""
-
-    __hash__ = object.__hash__
-
-    def __init__(self, name: str, operands: tuple[Any, ...]) -> None:
-        self.name, self.operands = name, operands
-
-    def __bool__(self) -> bool:
-        raise TypeError("this number is known on the device only: say where(condition, x, y), not if")
-
-    def __add__(self, other: Number) -> Recorded:
-        return Recorded("add", (self, other))
-
-    def __radd__(self, other: Number) -> Recorded:
-        return Recorded("add", (other, self))
-
-    def __sub__(self, other: Number) -> Recorded:
-        return Recorded("subtract", (self, other))
-
-    def __rsub__(self, other: Number) -> Recorded:
-        return Recorded("subtract", (other, self))
-
-    def __mul__(self, other: Number) -> Recorded:
-        return Recorded("multiply", (self, other))
-
-    def __rmul__(self, other: Number) -> Recorded:
-        return Recorded("multiply", (other, self))
-
-    def __truediv__(self, other: Number) -> Recorded:
-        return Recorded("divide", (self, other))
-
-    def __rtruediv__(self, other: Number) -> Recorded:
-        return Recorded("divide", (other, self))
-
-    def __pow__(self, other: Number) -> Recorded:
-        return Recorded("power", (self, other))
-
-    def __rpow__(self, other: Number) -> Recorded:
-        return Recorded("power", (other, self))
-
-    def __neg__(self) -> Recorded:
-        return Recorded("subtract", (0.0, self))
-
-    def __eq__(self, other: object) -> Any:
-        return Recorded("equal", (self, other))
-
-    def __ne__(self, other: object) -> Any:
-        return 1 - (self == other)
-
-    def __gt__(self, other: Number) -> Recorded:
-        return Recorded("greater", (self, other))
-
-    def __lt__(self, other: Number) -> Recorded:
-        return Recorded("greater", (other, self))
-
-    def __ge__(self, other: Number) -> Recorded:
-        return where(self == other, 1.0, self > other)  # type: ignore[no-any-return]
-
-    def __le__(self, other: Number) -> Recorded:
-        return where(self == other, 1.0, self < other)  # type: ignore[no-any-return]
+# -- recorded ---------------------------------------------------------------------------------
 
 
 class Tape(NamedTuple):
@@ -210,7 +113,9 @@ def tape_of(rule: Rule, shape: tuple[tuple[str, int], ...]) -> Tape:
 
 def shape_of(group: Group) -> tuple[tuple[str, int], ...]:
     """What of a group its tape depends on: the lengths of its tuples."""
-    return tuple((key, len(v)) for key, v in group.items() if isinstance(v, (tuple, list)) and key != "params")
+    return tuple(
+        (key, len(v)) for key, v in group.items() if isinstance(v, (tuple, list)) and key != "params"
+    )
 
 
 def _linear(rule: Rule, lengths: Mapping[str, int]) -> Tape:
@@ -277,7 +182,9 @@ def leaves_of(tape: Tape, recipe: Recipe, group: Group) -> list[float | Tensor]:
             continue
         value = numbers[leaf[0]]
         value = value[leaf[1]] if isinstance(value, tuple) else value
-        if isinstance(value, Tensor) and (value.numel() != 1 or value.dtype not in (torch.float32, torch.float64)):
+        if isinstance(value, Tensor) and (
+            value.numel() != 1 or value.dtype not in (torch.float32, torch.float64)
+        ):
             raise ValueError(f"{leaf[0]} on a device must be one fp32 or fp64 number, not {value}")
         found.append(value if isinstance(value, Tensor) else float(value))
     return found

@@ -85,7 +85,9 @@ def control_kernel(
 
 
 @jit
-def decide(norm, control, CODE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, CHECK: tl.constexpr):
+def decide(
+    norm, control, CODE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, CHECK: tl.constexpr
+):
     """Writes the scalars of a step and counts it, unless it is left out.
 
     control: a tuple of

@@ -21,6 +21,9 @@ ROW_CLASSES = (
 )
 FLAT = (1, 4096, 8)
 HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
+# Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
+UNALIGNED_WARPS = 16
+UNALIGNED_LOOP = (1, 1024, 4, "loop")
 
 
 class Tile(NamedTuple):
@@ -46,6 +49,15 @@ class Spec(NamedTuple):
     vector: int
     tile: Tile
 
+    @property
+    def built(self) -> Tile:
+        """The tile as it is compiled; the list of tiles is the same, for a loop also has one a row."""
+        if self.vector > 1:
+            return self.tile
+        if self.tile.reduction == "loop" or self.tile.columns > 4096:
+            return Tile(*UNALIGNED_LOOP)
+        return self.tile if self.inner else self.tile._replace(warps=UNALIGNED_WARPS)
+
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels, by name."""
         return {
@@ -58,9 +70,9 @@ class Spec(NamedTuple):
             "D": self.inner,
             "QUADS": self.quads,
             "VECTOR": self.vector,
-            "R": self.tile.rows,
-            "C": self.tile.columns,
-            "REDUCTION": self.tile.reduction,
+            "R": self.built.rows,
+            "C": self.built.columns,
+            "REDUCTION": self.built.reduction,
         }
 
 
@@ -101,7 +113,7 @@ def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
         kernels.insert(0, row_sums_kernel)
     if pieces and spec.flags.project:
         kernels.append(project_kernel)
-    constants = {**spec.constants(), "num_warps": spec.tile.warps, **OPTIONS}
+    constants = {**spec.constants(), "num_warps": spec.built.warps, **OPTIONS}
     for kernel in kernels:
         kernel[(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
     return len(kernels)
@@ -148,4 +160,16 @@ def launch_control(control, decision: Decision) -> int:
     return 1
 
 
-__all__ = ["AVAILABLE", "OPTIONS", "Decision", "Spec", "Tile", "dtype_of", "launch_control", "launch_norm", "launch_step", "programs_for", "tile_for"]
+__all__ = [
+    "AVAILABLE",
+    "OPTIONS",
+    "Decision",
+    "Spec",
+    "Tile",
+    "dtype_of",
+    "launch_control",
+    "launch_norm",
+    "launch_step",
+    "programs_for",
+    "tile_for",
+]

@@ -70,7 +70,7 @@ def stochastic(x, bits, DTYPE: tl.constexpr):
 
     bits: 16 random ones (uint32). Only of bf16; any other DTYPE leaves x. Infinity and NaN stay.
     """
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         cut = (x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
         return tl.where(x == x, cut.to(tl.float32, bitcast=True), x)
     else:

@@ -88,34 +88,52 @@ def normal_tile(
 ):
     """Normals [R, C] of rows r [R] and C columns from `start`; an element's index is r * columns + c.
 
-    QUADS: four neighbours in a row share a counter. Else (rows of odd lengths) each element asks its own.
+    QUADS: four neighbours in a row share a counter; 33 instructions an element. Else (rows of odd lengths)
+    a row begins within a counter, so four elements choose from the words of two: 60 to 70 instructions.
     """
     first = r[:, None] * columns + start
-    if QUADS:
-        index = (first >> 2) + tl.arange(0, C // 4)[None, :]
-        a0, a1, b0, b1 = words_at(index, c2, c3, k0, k1)
-        x0, x1 = normals(a0, a1, sigma)
-        x2, x3 = normals(b0, b1, sigma)
-        return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([R, C])  # interleaved: 0, 1, 2, 3
-    else:
-        index = first + tl.arange(0, C)[None, :]
-        a0, a1, b0, b1 = words_at(index >> 2, c2, c3, k0, k1)
-        late = (index & 2) != 0
-        x, y = normals(tl.where(late, b0, a0), tl.where(late, b1, a1), sigma)
-        return tl.where((index & 1) != 0, y, x)
+    a0, a1, b0, b1, d0, d1 = words_from(first, c2, c3, k0, k1, C, QUADS)
+    x0, x1 = normals(a0, a1, sigma)
+    x2, x3 = normals(b0, b1, sigma)
+    if not QUADS:
+        x4, _ = normals(d0, d1, sigma)
+        odd = (first & 1) != 0
+        x0, x1 = tl.where(odd, x1, x0), tl.where(odd, x2, x1)
+        x2, x3 = tl.where(odd, x3, x2), tl.where(odd, x4, x3)
+    return interleaved(x0, x1, x2, x3, R, C)
 
 
 @jit
 def bit_tile(r, start, columns, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
     """The lower 16 bits [R, C] of each element's word. Arguments as of normal_tile."""
     first = r[:, None] * columns + start
-    if QUADS:
-        index = (first >> 2) + tl.arange(0, C // 4)[None, :]
-        a0, a1, b0, b1 = words_at(index, c2, c3, k0, k1)
-        words = tl.join(tl.join(a0, b0), tl.join(a1, b1)).reshape([R, C])
-    else:
-        index = first + tl.arange(0, C)[None, :]
-        a0, a1, b0, b1 = words_at(index >> 2, c2, c3, k0, k1)
-        odd, late = (index & 1) != 0, (index & 2) != 0
-        words = tl.where(late, tl.where(odd, b1, b0), tl.where(odd, a1, a0))
-    return words & word(0xFFFF)
+    a0, a1, b0, b1, d0, d1 = words_from(first, c2, c3, k0, k1, C, QUADS)
+    if not QUADS:
+        odd = (first & 1) != 0
+        a0, a1 = tl.where(odd, a1, a0), tl.where(odd, b0, a1)
+        b0, b1 = tl.where(odd, b1, b0), tl.where(odd, d0, b1)
+    return interleaved(a0, a1, b0, b1, R, C) & word(0xFFFF)
+
+
+@jit
+def words_from(first, c2, c3, k0, k1, C: tl.constexpr, QUADS: tl.constexpr):
+    """Words [R, C // 4] from element `first` [R, 1] on, or from that before it where it is odd.
+
+    Four of each four elements, and two more where rows begin within a counter (not QUADS).
+    """
+    index = (first >> 2) + tl.arange(0, C // 4)[None, :]
+    a0, a1, b0, b1 = words_at(index, c2, c3, k0, k1)
+    d0, d1 = a0, a1
+    if not QUADS:
+        d0, d1, e0, e1 = words_at(index + 1, c2, c3, k0, k1)
+        late = (first & 2) != 0
+        a0, a1 = tl.where(late, b0, a0), tl.where(late, b1, a1)
+        b0, b1 = tl.where(late, d0, b0), tl.where(late, d1, b1)
+        d0, d1 = tl.where(late, e0, d0), tl.where(late, e1, d1)
+    return a0, a1, b0, b1, d0, d1
+
+
+@jit
+def interleaved(x0, x1, x2, x3, R: tl.constexpr, C: tl.constexpr):
+    """Four blocks [R, C // 4] as one [R, C]: 0, 1, 2, 3, 0, ..."""
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([R, C])

@@ -102,7 +102,9 @@ def finish_tile(
     bits = rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS)
     p = rounded(projected(values[0], squares, h), bits, FLAGS, DTYPES[0])
     if FLAGS.ema:
-        store_tile(row, r, c, mask, columns, p, averaged(p, values[2:3], h, FLAGS, DTYPES[0]), DTYPES, D, VECTOR)
+        store_tile(
+            row, r, c, mask, columns, p, averaged(p, values[2:3], h, FLAGS, DTYPES[0]), DTYPES, D, VECTOR
+        )
     else:
         store_tile(row, r, c, mask, columns, p, (), DTYPES, D, VECTOR)
 

@@ -50,7 +50,9 @@ def step_kernel(
             p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
                 squares += tl.where(mask, p * p, 0)
-            p = rounded(p, rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS), FLAGS, DTYPES[0])
+            p = rounded(
+                p, rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS), FLAGS, DTYPES[0]
+            )
             if not FLAGS.project:
                 state = averaged(p, state, h, FLAGS, DTYPES[0])
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)

@@ -66,12 +66,12 @@ class Compiled(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return self.spec.tile.warps * TARGETS[self.target][2]
+        return self.spec.built.warps * TARGETS[self.target][2]
 
     @property
     def elements(self) -> int:
         """Elements of a tile for each thread."""
-        return self.spec.tile.rows * self.spec.tile.columns // self.threads
+        return self.spec.built.rows * self.spec.built.columns // self.threads
 
     @property
     def ptx(self) -> "Counter[str]":
@@ -102,7 +102,7 @@ def traffic(config: Config) -> tuple[int, int]:
     spec = spec_of(config)
     p, g, *states = (dtype.primitive_bitwidth // 8 for dtype in spec.dtypes)
     read, written = p + g + sum(states), p + sum(states)
-    if spec.tile.reduction == "loop":
+    if spec.built.reduction == "loop":
         of_penalties = spec.flags.decay == "coupled" or spec.flags.l1
         read += g + of_penalties * p if spec.flags.centralize == "gradient" else 0
         read, written = read + spec.flags.project * p, written + spec.flags.project * p
@@ -127,7 +127,7 @@ def compiled_for(spec: launch.Spec, target: str = "sm_90", kernel: str = "step")
         signature={**tables, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
     )
-    options = {"num_warps": spec.tile.warps, **launch.OPTIONS}
+    options = {"num_warps": spec.built.warps, **launch.OPTIONS}
     built = compile_for(source, target=GPUTarget(*TARGETS[target]), options=options)
     return Compiled(spec, target, dict(built.asm))
 
@@ -143,10 +143,13 @@ def _tool(name: str, *arguments: str, cubin: bytes) -> str:
 
 
 def spilled(built: Compiled) -> int:
-    """Bytes of stack, where registers are spilled to; on AMD also the number of spills."""
+    """Bytes of stack, where registers are spilled to; on AMD also the number of vector registers.
+
+    Scalar ones go to lanes of those: where that is not enough, to the stack.
+    """
     if "cubin" not in built.asm:
-        found = re.findall(r"(?:spill_count|private_segment_fixed_size): *(\d+)", built.asm["amdgcn"])
-        assert len(found) >= 3
+        found = re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size): *(\d+)", built.asm["amdgcn"])
+        assert len(found) >= 2
         return sum(map(int, found))
     usage = _tool("cuobjdump", "-res-usage", cubin=built.asm["cubin"])
     return sum(map(int, re.search(r"REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", usage).groups()))

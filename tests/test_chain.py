@@ -16,7 +16,12 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 COMPILED = ("SGD", "AdamW", "NAdam")
 each_run = pytest.mark.parametrize(
     ("rule", "backend"),
-    [pytest.param(RULES[n], b, id=f"{n}-{b}") for b in BACKENDS for n in RULES if b == "eager" or n in COMPILED],
+    [
+        pytest.param(RULES[n], b, id=f"{n}-{b}")
+        for b in BACKENDS
+        for n in RULES
+        if b == "eager" or n in COMPILED
+    ],
 )
 EVERYTHING = {
     "max_grad_norm": 1.0,

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 from kernel_cases import INTERPRETED
-from kernel_compiled import KERNELS, TARGETS, compiled, spec_of, spilled
+from kernel_compiled import KERNELS, TARGETS, compiled, compiled_for, sass, spec_of, spilled
 from kernel_kinds import ALL_STAGES, KINDS, Config, config
 
 import fusedcalib
+from fusedcalib import GradientNoise, WeightNoise
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
@@ -130,6 +131,59 @@ def test_hostile_memory_compiles_without_spilling(
     built = compiled(hostile, target)
     assert (built.spec.inner, built.spec.vector) == (inner, 1)
     assert spilled(built) == 0
+
+
+NOISE = {"centralize": "update", "noise": GradientNoise(0.1)}
+
+
+@pytest.mark.parametrize(("kind", "row_class"), [("AdamW plain", "flat"), ("AdamW plain", "longest rows")])
+@pytest.mark.parametrize("noise", [GradientNoise(0.1), WeightNoise(0.1)], ids=lambda n: n.kind)
+def test_noise_costs_few_instructions(kind: str, row_class: str, noise: Any):
+    """A counter serves four elements: ten rounds of four multiplications; two of them share a root."""
+    without, built = compiled(config(kind, row_class)), compiled(config(kind, row_class, noise=noise))
+    assert built.spec.quads
+    assert without.elements == built.elements
+    assert len(sass(built)) - len(sass(without)) <= 35 * built.elements
+    assert spilled(built) == 0
+
+
+@pytest.mark.parametrize("kind", ["SGD plain", "AdamW plain"])
+@pytest.mark.parametrize("row_class", ["flat", "longest rows"])
+def test_noise_that_is_off_leaves_no_instruction(kind: str, row_class: str):
+    """Nothing is read or computed for it, however its elements would be numbered."""
+    spec = spec_of(config(kind, row_class, noise=None))
+    assert spec == spec_of(config(kind, row_class))
+    without, on = compiled_for(spec), compiled(config(kind, row_class, noise=GradientNoise(0.1)))
+    assert sass(compiled_for(spec._replace(quads=True))) == sass(without)
+    assert on.narrow("ld") - without.narrow("ld") == 5  # three words, a deviation and a step
+    assert not any(re.match(r"mul\.hi|xor|fma", name) for name in without.ptx)
+    # To make a number takes one addition and three multiplications; to use it, one addition.
+    assert (on.ptx - without.ptx)[ADD] == 2 * on.elements
+    assert (on.ptx - without.ptx)[MUL] == 3 * on.elements
+
+
+ODD = ((8, 63), (8, 255), (8, 1023), (8, 4095), (8, 8191), (8, 20001), (2, 40001))
+WIDEST = [max(KINDS, key=lambda k: KINDS[k].tensors), "AdamW plain"]
+HOSTILE = [(shape, "") for shape in ODD]
+HOSTILE += [((8, 8192), "transposed"), ((8, 8192), "unaligned")]
+UNEVEN = [("sm_90", kind, (8, n), "") for kind in KINDS if kind not in WIDEST for n in (4095, 8191)]
+UNEVEN += [(t, kind, *how) for t in ("sm_80", "sm_90", "gfx942") for kind in WIDEST for how in HOSTILE]
+UNEVEN += [("sm_90", "AdamW plain", (8, 1023), "transposed")]
+
+
+@pytest.mark.parametrize(("target", "kind", "shape", "slicing"), UNEVEN)
+def test_noise_on_hostile_rows_spills_no_register(
+    target: str, kind: str, shape: tuple[int, ...], slicing: str
+):
+    """Centred updates hold most. Where rows begin within a counter noise costs at most 75 instructions."""
+    asked = config(kind, **NOISE)._replace(shape=shape, slicing=slicing)
+    built = compiled(asked, target)
+    assert built.spec.vector == 1
+    kernels = ["step", "sums"] if built.spec.built.reduction == "pieces" else ["step"]
+    assert [spilled(compiled(asked, target, kernel)) for kernel in kernels] == [0] * len(kernels)
+    if target == "sm_90" and built.spec.built.reduction == "tile":
+        without = compiled(config(kind, centralize="update")._replace(shape=shape, slicing=slicing), target)
+        assert len(sass(built)) - len(sass(without)) <= 75 * built.elements
 
 
 @pytest.mark.parametrize("rule", fusedcalib.optimizers())

@@ -44,12 +44,19 @@ def test_c05_contradicting_flags(rule, ours):
     assert str(mine.value) == str(theirs.value)
 
 
-@pytest.mark.parametrize("flag", ["differentiable", "capturable", "fused", "foreach"])
+@pytest.mark.parametrize("flag", ["fused", "capturable"])
+def test_c05_every_class_takes_what_steps_here_can_do(rule, backend, flag):
+    """Also where torch's does not: what it stands for is for every rule."""
+    assert rule.ours(parameters(), backend=backend, **{flag: True}).param_groups[0][flag] is True
+    assert rule.ours(parameters(), backend=backend).param_groups[0][flag] in (None, False)
+
+
+@pytest.mark.parametrize("flag", ["differentiable", "foreach"])
 def test_c05_flags_are_those_of_torch(rule, backend, flag):
     """What torch's class does not take is refused; an unsupported flag by name, with what to use instead."""
     expected, message = TypeError, flag
     if rule.takes(flag):
-        if flag != "differentiable":
+        if flag == "foreach":
             return
         instead = rf"torch\.optim\.{rule.name}\b" if rule.in_torch else "set it to False"
         expected, message = ValueError, rf"(?s){flag}.*{instead}"

@@ -122,6 +122,14 @@ def test_capture_in_a_graph_is_refused(monkeypatch):
     p.grad = torch.ones(2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot be captured"):
-        fusedcalib.SGD([p]).step()
+    opt = fusedcalib.SGD([p])
+    with pytest.raises(RuntimeError, match=r"captured.*run some steps before"):
+        opt.step()
     assert p.tolist() == [0.0, 0.0]
+    monkeypatch.undo()
+    opt.step()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="construct it with capturable=True"):
+        opt.step()
+    assert p.tolist() == pytest.approx([-0.001, -0.001])

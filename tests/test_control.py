@@ -9,7 +9,7 @@ from kernel_cases import TRITON
 from rule_cases import RULES, each, each_few
 
 import fusedcalib
-from fusedcalib import GradientNoise, scalars
+from fusedcalib import GradientNoise, arguments, recipe, scalars
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
 each_rule = each(RULES)
@@ -141,9 +141,8 @@ def test_options_change(rule, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
     """Changed in place after the host has seen them, as a captured graph sees them."""
-    monkeypatch.setattr(scalars, "is_remote", lambda value: isinstance(value, torch.Tensor))
-    monkeypatch.setattr("fusedcalib.recipe.is_remote", scalars.is_remote)
-    monkeypatch.setattr("fusedcalib.arguments.is_remote", scalars.is_remote)
+    for module in (arguments, recipe, scalars):
+        monkeypatch.setattr(module, "is_remote", lambda value: isinstance(value, torch.Tensor))
     w = torch.nn.Parameter(torch.zeros(3, device=DEVICE))
     lr = torch.tensor(0.5, dtype=dtype, device=DEVICE)
     opt = fusedcalib.SGD([w], lr=lr, backend=backend)

@@ -135,9 +135,9 @@ FLOORS = (
     {"gpu_control"},
     {"control", "cpu", "gpu"},
     {"eager", "cpu_memory", "cpu_threads"},
-    {"tables", "mirror"},
+    {"tables", "mirror", "scalars"},
     {"arguments", "recipe", "layout", "watch", "rebind", "distributed"},
-    {"scalars"},
+    {"numbers"},
     {"noise", "cpu_noise"},
     {"kernels"},
 )

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from rule_cases import each, RULES
+from rule_cases import RULES, each
 
 import fusedcalib
 from fusedcalib import GradientNoise, LangevinNoise, WeightNoise, scalars
 from fusedcalib.kernels.tape import CODES
+from fusedcalib.numbers import Recorded
 from fusedcalib.recipe import recipe_of
 
 each_rule = each(RULES)
@@ -73,7 +74,7 @@ def test_a_tape_gives_the_numbers_of_the_host(rule, now):
 
 def test_a_recorded_number_decides_nothing():
     with pytest.raises(TypeError, match="where"):
-        bool(scalars.Recorded("add", (1, 2)) > 3)
+        bool(Recorded("add", (1, 2)) > 3)
 
 
 def test_tensors_are_leaves_where_they_are():

@@ -88,6 +88,7 @@ def test_capturable_inputs(rule, backend, kwargs):
         built.step().step(2, missing=(1, 4)).step(2)
         built.check()
     else:
+        built.gradients()
         with pytest.raises(RuntimeError, match="capturable=True needs all parameters on one GPU"):
             built.ours.step()
 

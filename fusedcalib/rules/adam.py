@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import scalars
+from .. import numbers
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, sqrt
 from ..optimizer import FusedOptimizer
@@ -32,7 +32,7 @@ def _scalars(group: Group, step: float) -> tuple[float, ...]:
     unbias = 1 - beta2**step
     inside, outside = epsilons(group)
     step_size = group["lr"] / (1 - beta1**step)
-    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / scalars.sqrt(unbias), inside * unbias, outside
+    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / numbers.sqrt(unbias), inside * unbias, outside
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import scalars
+from .. import numbers
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
@@ -28,8 +28,8 @@ def adan(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2, beta3 = group["betas"]
     averages = beta1, 1 - beta1, beta2, 1 - beta2, beta3, 1 - beta3
-    unbias = 1 / (1 - beta1**step), beta2 / (1 - beta2**step), 1 / scalars.sqrt(1 - beta3**step)
-    return group["lr"], *averages, *unbias, group["eps"], scalars.where(step == 1, 1.0, 0.0)
+    unbias = 1 / (1 - beta1**step), beta2 / (1 - beta2**step), 1 / numbers.sqrt(1 - beta3**step)
+    return group["lr"], *averages, *unbias, group["eps"], numbers.where(step == 1, 1.0, 0.0)
 
 
 class Adan(FusedOptimizer, Options):

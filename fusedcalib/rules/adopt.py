@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import scalars
+from .. import numbers
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, minimum, sqrt, where
@@ -29,10 +29,10 @@ def adopt(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     exponent = group["clip_exponent"]
-    bound = scalars.where(exponent == math.inf, math.inf, (step - 1) ** exponent)
+    bound = numbers.where(exponent == math.inf, math.inf, (step - 1) ** exponent)
     # The first gradient is only measured: no step is taken.
-    first = scalars.where(step == 1, 1.0, 0.0)
-    step_size = scalars.where(first, 0.0, group["lr"])
+    first = numbers.where(step == 1, 1.0, 0.0)
+    step_size = numbers.where(first, 0.0, group["lr"])
     return step_size, 1 - beta1, beta2, 1 - beta2, group["eps"], bound, first
 
 

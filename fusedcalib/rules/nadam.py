@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import scalars
+from .. import numbers
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
 from ..optimizer import FusedOptimizer
@@ -27,7 +27,7 @@ def _mu(group: Group, step: float) -> float:
 def _scalars(group: Group, step: float, product: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     mu, ahead = _mu(group, step), _mu(group, step + 1)
-    averages = 1 - beta1, beta2, 1 - beta2, 1 / scalars.sqrt(1 - beta2**step), group["eps"]
+    averages = 1 - beta1, beta2, 1 - beta2, 1 / numbers.sqrt(1 - beta2**step), group["eps"]
     return group["lr"], *averages, (1 - mu) / (1 - product), ahead / (1 - product * ahead)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import scalars
+from .. import numbers
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
 from ..optimizer import FusedOptimizer
@@ -25,8 +25,8 @@ def _rectification(beta2: float, step: float) -> float:
     unbias = 1 - beta2**step
     length = longest - 2 * step * beta2**step / unbias
     known = length > 5
-    least = scalars.where(known, (longest - 4) * (longest - 2) * length, 1.0)
-    return scalars.where(known, scalars.sqrt((length - 4) * (length - 2) * longest / least * unbias), 0.0)
+    least = numbers.where(known, (longest - 4) * (longest - 2) * length, 1.0)
+    return numbers.where(known, numbers.sqrt((length - 4) * (length - 2) * longest / least * unbias), 0.0)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:

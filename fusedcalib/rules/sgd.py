@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from .. import scalars
+from .. import numbers
 from ..kernels.language import jit, tl
 from ..optimizer import FusedOptimizer
 from ..recipe import Group, Rule
@@ -32,7 +32,7 @@ def _variant(group: Group) -> str:
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
-    gain = scalars.where(step == 1, 1.0, 1 - group["dampening"])  # torch: the first step is not dampened
+    gain = numbers.where(step == 1, 1.0, 1 - group["dampening"])  # torch: the first step is not dampened
     return group["lr"], group["momentum"], gain
 
 
