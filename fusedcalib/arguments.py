@@ -78,7 +78,7 @@ class Options(Optimizer):
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as param groups hold them: numbers, strings and dicts, so that they can be saved."""
-    found = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
+    found: dict[str, Any] = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
     if "noise" in found:
         found["noise"] = as_dict(found["noise"])
     if isinstance(found.get("state_dtype"), torch.dtype):

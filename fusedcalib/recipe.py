@@ -118,7 +118,10 @@ def _any_remote(value: object) -> bool:
     return any(map(is_remote, value)) if isinstance(value, tuple) else is_remote(value)
 
 
-def recipe_of(rule: Rule, group: Group, demand: Demand = Demand()) -> Recipe:
+NOTHING = Demand()
+
+
+def recipe_of(rule: Rule, group: Group, demand: Demand = NOTHING) -> Recipe:
     """The recipe that a param group asks for."""
     centralize = group["centralize"]
     on = {key: _is_on(group[key]) for key in ("weight_decay", "l1", "ema_decay")}

@@ -147,7 +147,7 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
 
 
 def launch_norm(table, tiles, share, partials, done, control, spec: Spec, decision: Decision) -> int:
-    """Measures the gradients of a list; the last program of a step's launches decides. See kernels/control.py."""
+    """Measures the gradients of a list; of all such launches the last program decides: see control.py."""
     constants = {**norm_constants(spec), **decision.constants(), "num_warps": spec.tile.warps, **OPTIONS}
     grid = (programs_for(tiles.shape[0]),)
     norm_kernel[grid](table, tiles, share, partials, done, control, **constants)

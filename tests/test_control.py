@@ -165,7 +165,7 @@ def test_groups_and_histories_have_rows_of_their_own(backend):
 
 @pytest.mark.parametrize("columns", [64, 1024, 8192])
 def test_two_launches(backend, columns):
-    """With everything on, for a list of one dtype set and row class; one that measures nothing has two too."""
+    """With everything on, for a list of one dtype set and row class; also where nothing is measured."""
     params = parameters(((4, columns),) * 5, torch.bfloat16)
     chain = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "stochastic_rounding": True}
     chain |= {"centralize": True, "noise": GradientNoise(), "weight_decay": 0.1, "capturable": True}
