@@ -1,4 +1,4 @@
-"""What the compiler makes of the whole chain: norm, clip, unscale, skip, centring, noise, rounding, average."""
+"""What the compiler makes of the whole chain: norm, clip, skip, centring, noise, rounding, average."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ ISSUES_PER_BYTE = 132 * 128 * 1.7e9 / 4.3e12
 
 @pytest.mark.parametrize("row_class", HELD)
 def test_the_chain_moves_40_bytes(row_class: str):
-    """AdamW in fp32 and its average: 28 + 8, and 4 for the norm; all by 128-bit accesses, centring for none."""
+    """AdamW in fp32 and its average: 28 + 8, and 4 for the norm; all by 128-bit accesses."""
     built = compiled(config("AdamW plain", row_class, **CHAIN))
     norm = compiled_control("AdamW", config=config("AdamW plain", row_class, **CHAIN))
     assert (built.bytes_moved("ld"), built.bytes_moved("st")) == (20, 16)

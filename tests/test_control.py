@@ -138,6 +138,17 @@ def test_options_change(rule, backend):
     runs.check()
 
 
+def test_options_change_in_place(backend):
+    """A tensor of the host, the dict of the noise."""
+    lr = torch.tensor(0.5)
+    runs = Runs(RULES["AdamW"], backend, capturable=True, lr=lr, noise=GradientNoise(0.1)).step()
+    lr.fill_(0.25)
+    runs.step()
+    for optimizer in (runs.ours, runs.theirs):
+        optimizer.param_groups[0]["noise"]["eta"] = 0.4
+    runs.step().check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
     """Changed in place after the host has seen them, as a captured graph sees them."""
