@@ -69,9 +69,9 @@ class FusedOptimizer(Optimizer):
             tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
         noise: `fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient
             before centring or on the parameter after the step; as a dict in param groups. Default None.
-        seed: of the noise, an int of 64 bits. It is the same whatever the device, the order of the
-            parameters or how they are grouped, and goes on where a checkpoint left it. A parameter's noise
-            follows its name, where parameters are named, else its place among all. Default 0.
+        seed: of noise and stochastic rounding, an int of 64 bits. They are the same whatever the device, the
+            order of the parameters or how they are grouped, and go on where a checkpoint left them. A
+            parameter's follow its name, where parameters are named, else its place among all. Default 0.
         max_grad_norm: largest Euclidean norm of all gradients together, in units of the gradient: they are
             scaled down to it as by `torch.nn.utils.clip_grad_norm_`, but in the step, without changing
             `p.grad`. The norm is of all groups; a group may have a limit of its own. `grad_norm` is the
