@@ -137,7 +137,7 @@ def test_own_work_is_no_load_of_others(monkeypatch):
 
 def judge(make, gc, dtype=torch.float32):
     params = shapes.build(LITTLE, CPU, dtype)
-    return gate.check(LITTLE, {"it": (gc, params, make(params))}, baselines.ADAMW)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gc, params, make(params))}, baselines.ADAMW)["it"]
 
 
 def torch_adamw(**changed):
@@ -185,7 +185,7 @@ def judged(name, gc, **changed):
     params = shapes.build(LITTLE, CPU)
     options = {**subject.options, **changed}
     optimizer = getattr(fusedcalib, subject.cls)(params, **options, centralize=gc)
-    return gate.check(LITTLE, {"it": (gc, params, optimizer.step)}, subject)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gc, params, optimizer.step)}, subject)["it"]
 
 
 @pytest.mark.parametrize("gc", [False, True], ids=["plain", "gc"])
