@@ -73,8 +73,8 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
                 f"wrong result: {verdict.of_bound:.3g} times the bound away from float64"
             )
             del built[name]
-    for name in [name for name in built if METHODS[name].extras.noise is not None]:
-        if fault := _noise(name, built[name][1], subject, device, dtype):
+    for name in [name for name in built if METHODS[name].extras != NONE]:
+        if fault := _fault(name, built[name][1], subject, device, dtype):
             reasons[name] = fault
             del built[name]
     methods = _refreshed(spec, built)
@@ -116,15 +116,13 @@ def _entry(name: str, params: list[Tensor], built: Built) -> gate.Entry:
     return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages)
 
 
-def _noise(name: str, built: Built, subject: Subject, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Gives a method its noise back, and judges it."""
-    method = METHODS[name]
-    eta = method.extras.noise
-    assert built.set_noise is not None
-    assert eta is not None
-    built.set_noise(eta)
+def _fault(name: str, built: Built, subject: Subject, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Judges what the gate cannot see, and gives the method its noise back."""
+    extras = METHODS[name].extras
+    if built.set_noise and extras.noise is not None:
+        built.set_noise(extras.noise)
     try:
-        return gate.noise_fault(method.make, eta, method.gc, subject, device, dtype)
+        return gate.fault(METHODS[name], subject, device, dtype)
     except Exception as error:  # as in the gate
         return f"{type(error).__name__}: {error}"
 

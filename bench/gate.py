@@ -16,8 +16,9 @@ torch.nn.utils.clip_grad_norm_ is judged with torch's own norm, which is far off
 12M elements in one tensor). An average has a bound of its own: the share of the parameters' bounds that
 goes into it, and ROUNDINGS u |average| for each step.
 
-Noise is left out of these steps: its variance is set to 0. That it is there when timed, has the deviation
-that it should, falls as it should and is new in each step is seen on one tensor (`noise_fault`).
+Noise is left out of these steps: its variance is set to 0. That it has the deviation that it should, falls
+as it should and is new in each step is seen on one tensor of zeros, and so is the limit of the clip, as
+AdamW's step hardly depends on the size of gradients (`fault`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .baselines import GAMMA, NONE, Extras, Maker, Subject
+from .baselines import GAMMA, NONE, Extras, Method, Subject
 from .shapes import ParamList
 from .timing import one_thread
 
 STEPS = 3
 ROUNDINGS = 8.0  # operations between load and store, each of half a unit in the last place
 SHIFT = 16.0  # the same for the mean (a tree of sums) and the difference
-SPARE = (1024, 512)  # shape of the tensor on which noise is seen
+SPARE = (1024, 512)  # shape of the tensor on which clip and noise are seen
 BATCH = {"cpu": 2**18, "cuda": 2**24}  # elements that are judged at once: few enough for a cache
 
 Oracle = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -213,41 +214,75 @@ def _path(start: Tensor, grads: list[Tensor], gc: bool, subject: Subject) -> lis
     return path
 
 
-def noise_fault(
-    make: Maker, eta: float, gc: bool, subject: Subject, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """What is wrong with the noise of a method, seen in two steps whose gradient is nothing else."""
-    spec = ParamList("spare", (SPARE,))
-    params = shapes.build(spec, device, dtype)
-    param = params[0]
-    count, columns = param.numel(), SPARE[1]
-    with torch.no_grad():
-        param.zero_()
-    built = make(spec, params, subject)
-    assert built.optimizer is not None
-    seen: list[Tensor] = []
-    before = torch.zeros(SPARE, device=device, dtype=torch.float64)
-    for step in range(2):
+class Spare:
+    """A method on one tensor of zeros, to see what gradient its rule is given."""
+
+    def __init__(self, method: Method, subject: Subject, device: torch.device, dtype: torch.dtype) -> None:
+        spec = ParamList("spare", (SPARE,))
+        (self._param,) = params = shapes.build(spec, device, dtype)
+        with torch.no_grad():
+            self._param.zero_()
+        self.built = method.make(spec, params, subject)
+        self._options = subject.options
+        self._before = torch.zeros(SPARE, device=device, dtype=torch.float64)
+
+    def seen(self, grad: Tensor | None = None) -> Tensor:
+        """The gradient that the rule saw in a step with this one (nothing)."""
+        param, optimizer = self._param, self.built.optimizer
         assert param.grad is not None
-        param.grad.zero_()
-        built.step()
-        average = built.optimizer.state[param].get("exp_avg")
+        assert optimizer is not None
+        param.grad.zero_() if grad is None else param.grad.copy_(grad)
+        self.built.step()
+        average, before = optimizer.state[param].get("exp_avg"), self._before
         if average is None:  # plain SGD
-            after = param.detach().double()
-            noise = (before - after) / subject.options["lr"] - subject.options["weight_decay"] * before
-        else:
-            after, beta = average.double(), subject.options["betas"][0]
-            noise = (after - beta * before) / (1 - beta)
-        before = after
+            self._before = param.detach().double()
+            return (before - self._before) / self._options["lr"] - self._options["weight_decay"] * before
+        self._before, beta = average.double(), self._options["betas"][0]
+        return (self._before - beta * before) / (1 - beta)
+
+
+def fault(method: Method, subject: Subject, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the clip or the noise of a method: AdamW, or chance, hides it from the gate."""
+    wrong = None
+    if method.extras.clip is not None:
+        wrong = _clip_fault(method, Spare(method, subject, device, dtype), method.extras.clip)
+    if method.extras.noise is not None and not wrong:
+        wrong = _noise_fault(method, Spare(method, subject, device, dtype), method.extras.noise)
+    return wrong
+
+
+def _clip_fault(method: Method, spare: Spare, limit: float) -> str | None:
+    """A gradient beyond the limit, and one within it."""
+    if spare.built.set_noise:
+        spare.built.set_noise(0.0)
+    like = spare.seen()
+    grad = torch.randn(SPARE, generator=torch.Generator().manual_seed(1)).to(like).add_(1.0)
+    grad /= grad.norm()
+    for share in (100.0, 0.5):
+        seen = spare.seen(grad * (share * limit))
+        wanted = grad * (min(share, 1.0) * limit)
+        if method.gc:
+            wanted -= wanted.mean(dim=1, keepdim=True)
+        if not float((seen - wanted).abs().amax()) <= 1e-4 * float(wanted.abs().amax()):
+            return f"wrong clip of a gradient of {share:g} times the limit"
+    return None
+
+
+def _noise_fault(method: Method, spare: Spare, eta: float) -> str | None:
+    """Two steps whose gradient is nothing but noise."""
+    rows, columns = SPARE
+    noises = []
+    for step in range(2):
+        noise = spare.seen()
         sigma = math.sqrt(eta / (1 + step) ** GAMMA)
-        share = math.sqrt(1 - 1 / columns) if gc else 1.0  # what centring leaves
-        found = float(noise.std())
+        share = math.sqrt(1 - 1 / columns) if method.gc else 1.0  # what centring leaves
+        found, mean = float(noise.std()), float(noise.mean())
         if not abs(found / (sigma * share) - 1) <= 0.01:  # ten deviations of it
-            return f"wrong noise: deviation {found:.3g} in step {step}, not {sigma:.3g}"
-        if not abs(float(noise.mean())) <= 6 * sigma / math.sqrt(count):
-            return f"wrong noise: mean {float(noise.mean()):.3g} in step {step}"
-        if gc and not float(noise.mean(dim=1).abs().amax()) <= 1e-3 * sigma:
+            return f"wrong noise: deviation {found:.3g} in step {step}, not {sigma * share:.3g}"
+        if not abs(mean) <= 6 * sigma / math.sqrt(rows * columns):
+            return f"wrong noise: mean {mean:.3g} in step {step}"
+        if method.gc and not float(noise.mean(dim=1).abs().amax()) <= 1e-3 * sigma:
             return f"wrong noise: not centred in step {step}"
-        seen.append(noise.flatten())
-    alike = float(torch.corrcoef(torch.stack(seen))[0, 1])
+        noises.append(noise.flatten())
+    alike = float(torch.corrcoef(torch.stack(noises))[0, 1])
     return f"wrong noise: two steps correlate by {alike:.3g}" if not abs(alike) <= 0.01 else None

@@ -160,6 +160,8 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     for goal in whole["goals"]:
         value = tables.number(goal["value"])
         log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
+    if tables.chain_cases(whole):
+        print("\n".join(_aligned(tables.chain_table(whole))), flush=True)
     for title in more["left_out"]:
         log(f"left out for want of time: {title}")
     wrong = _wrong(done)
@@ -199,13 +201,17 @@ def _multi_tensor(done: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _text(case: dict[str, Any]) -> str:
-    header, rows = tables.case_table(case)
+    return "\n".join([*_aligned(tables.case_table(case)), *_reasons(case)])
+
+
+def _aligned(table: tables.Table) -> list[str]:
+    header, rows = table
     widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         for cells in (header, *rows)
     )
-    return "\n".join([*(f"    {line}" for line in lines), *_reasons(case)])
+    return [f"    {line}" for line in lines]
 
 
 def _reasons(case: dict[str, Any]) -> list[str]:
