@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Buil
             param.grad.copy_(value)
 
     return {
-        name: replace(b, fresh=lambda params=params: refresh(params)) if b.spoils else b
+        name: replace(b, fresh=partial(refresh, params)) if b.spoils else b
         for name, (params, b) in built.items()
     }
 

@@ -233,11 +233,13 @@ class Spare:
         assert optimizer is not None
         param.grad.zero_() if grad is None else param.grad.copy_(grad)
         self.built.step()
-        average, before = optimizer.state[param].get("exp_avg"), self._before
+        average: Tensor | None = optimizer.state[param].get("exp_avg")
+        before = self._before
         if average is None:  # plain SGD
             self._before = param.detach().double()
-            return (before - self._before) / self._options["lr"] - self._options["weight_decay"] * before
-        self._before, beta = average.double(), self._options["betas"][0]
+            lr, decay = float(self._options["lr"]), float(self._options["weight_decay"])
+            return (before - self._before) / lr - decay * before
+        self._before, beta = average.double(), float(self._options["betas"][0])
         return (self._before - beta * before) / (1 - beta)
 
 

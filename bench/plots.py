@@ -183,13 +183,13 @@ def chain(results: Results, path: Path) -> Path:
 
 
 def _chain_title(cases: list[dict[str, Any]]) -> str:
-    parts = [
-        f"{spread['median']:.2f} with {tables.chain_name(case)}"
-        for case in cases
-        if (case["subject"], case["dtypes"]) == ("AdamW", "fp32")
-        and (spread := tables.chain_ratio(case, "own", "eager"))
-    ]
-    return f"In one step / composed: {'; '.join(parts[-1:]) or 'not measured'}"
+    """Of the step with most around it."""
+    usual = [case for case in cases if (case["subject"], case["dtypes"]) == ("AdamW", "fp32")]
+    spread = tables.chain_ratio(usual[-1], "own", "eager") if usual else None
+    if spread is None:
+        return "What a step costs with more around it"
+    mark = tables.DISTURBED if spread["disturbed"] else ""
+    return f"In one step / composed: {mark}{spread['median']:.2f} with {tables.chain_name(usual[-1])}"
 
 
 Series = tuple[str, str, list[dict[str, Any] | None]]  # title, colour, spreads

@@ -159,6 +159,10 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
     moved = 28 * LITTLE.params / 1e-3 * 1e-9
     (copied,) = (r["pct_copy"] for r in one["methods"] if r["name"] == "own_gc")
     assert copied == pytest.approx(100 * moved / data["ceil"]["copy_gbs"])
+    chain = case.run(
+        case.Case("little", ("torch_fused", "eager_chain", "own_chain"), extras="chain"), CPU, QUICK
+    )
+    assert row_of(chain, "own_chain")["ratio_to"]["eager_chain"]["n"] == QUICK.rounds
     assert probe.queue(probe.Probe(1e3, timing.QUEUE_LIMIT + 1, 0), flush=False) is None
     assert probe.queue(probe.Probe(1e6, 1, 0), flush=False) is None
 
