@@ -42,7 +42,7 @@ def extras_of(cls: type, own: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a class that the constructor it has does not take: `fused` and `capturable` are for all."""
     bases = [base for base in cls.__mro__ if base is Options or _is_torch(base)]
     taken = {name for base in bases for name in inspect.signature(vars(base)["__init__"]).parameters}
-    flags = {"fused": None, "capturable": False}
+    flags = {"fused": False, "capturable": False}
     return {**EXTRAS, **{k: v for k, v in flags.items() if k not in taken}, **own}
 
 
