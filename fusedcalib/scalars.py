@@ -172,7 +172,7 @@ def leaves_of(tape: Tape, recipe: Recipe, group: Group) -> list[float | Tensor]:
         value = value[leaf[1]] if isinstance(value, (tuple, list)) else value
         if not is_remote(value):
             value = float(number_of(value))
-        elif value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{leaf[0]} on a device must be one fp32 or fp64 number, not {value}")
+        elif value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{leaf[0]} on a device must be fp32 or fp64, not {value.dtype}")
         found.append(value)
     return found
