@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Place, local_of, place_of
 from .layout import overlaps_itself
 from .noise import as_dict
 from .numbers import is_remote
@@ -78,16 +79,15 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
     """Raises where the parameter, its gradient or its state cannot be stepped as they are."""
     grad = param.grad
     assert grad is not None
+    place = _check_spread(owner, param, recipe)
+    param, grad = local_of(param), local_of(grad)
+    state = {k: local_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
     if grad.is_sparse or param.is_sparse:
         raise RuntimeError(
             f"{owner} has a sparse gradient, which is not supported; make it dense "
             "(embeddings: sparse=False) or use torch.optim.SparseAdam or torch.optim.SGD"
         )
     for what, t in (("parameter", param), ("gradient", grad)):
-        if hasattr(t, "to_local"):
-            raise RuntimeError(
-                f"{owner} is a DTensor ({what}), which is not supported; use torch.optim for it"
-            )
         if t.layout != torch.strided or (t.numel() and t.data_ptr() == 0):
             raise RuntimeError(f"{owner}: its {what} is not a dense tensor with memory of its own")
     if param.is_neg() or param.is_conj():
@@ -97,6 +97,11 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
     if recipe.flags.by_rows and param.is_complex():
         raise ValueError(
             f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None"
+        )
+    if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
+        raise RuntimeError(
+            f"{owner}: noise and stochastic rounding number its elements, which its placements leave in "
+            "pieces; shard it by its first or second dimension"
         )
     if overlaps_itself(param):
         raise RuntimeError(
@@ -123,6 +128,28 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
                 raise RuntimeError(f"{owner}: its state {name!r} overlaps itself in memory")
 
 
+def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
+    """The place of a DTensor's local part; raises where it or its gradient cannot be stepped."""
+    assert param.grad is not None
+    spread, of_grad = (getattr(t, "placements", None) for t in (param, param.grad))
+    if spread != of_grad:
+        raise RuntimeError(
+            f"{owner} has placements {spread}, but its gradient {of_grad}; redistribute the gradient"
+        )
+    if spread is None:
+        return None
+    try:
+        place = place_of(param)
+    except RuntimeError as error:
+        raise RuntimeError(f"{owner}: {error}; redistribute it") from None
+    if not place.whole_rows and recipe.flags.by_rows and param.ndim >= 2:
+        raise RuntimeError(
+            f"{owner} has placements {spread}, which split its rows; row means and norms over ranks are not "
+            "supported: shard it by dimension 0, or set centralize=False and max_row_norm=None for its group"
+        )
+    return place
+
+
 def _check_like(what: str, t: Tensor, param: Tensor) -> None:
     if t.shape != param.shape or t.device != param.device:
         raise RuntimeError(
@@ -135,7 +162,8 @@ def _check_like(what: str, t: Tensor, param: Tensor) -> None:
 
 def check_slots(name: str, params: Sequence[Tensor]) -> None:
     """Raises where two parameters share memory: they would be stepped at once."""
-    seen = [p.data_ptr() for p in params if p.numel()]
+    parts = [local_of(p) for p in params]
+    seen = [p.data_ptr() for p in parts if p.numel()]
     if len(seen) != len(set(seen)):
         raise RuntimeError(
             f"{name}: two parameters share memory (a parameter is listed twice?); list it once"

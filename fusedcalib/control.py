@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distributed import summed
 from .numbers import number_of
 from .recipe import Demand, Recipe
 from .scalars import Situation, numbers_of, row_of
@@ -75,6 +76,11 @@ def norm_dtype(buckets: Sequence[Bucket]) -> torch.dtype:
     return torch.float64 if any(bucket.compute == torch.float64 for bucket in buckets) else torch.float32
 
 
+def meshes_of(work: Work) -> list[Any]:
+    """The meshes over which parameters are spread, in the order of those: also of parts without elements."""
+    return list(dict.fromkeys(slot.place.mesh for slot in work.slots if slot.place))
+
+
 class Counts:
     """The steps taken by each slot, and the running product of a rule that keeps one.
 
@@ -115,6 +121,7 @@ class HostControl:
         self._buckets = buckets
         self._recipes = work.recipes
         self._demand = work.demand
+        self._meshes = meshes_of(work)
         here = torch.device("cpu")
         self._report = work.outcome.on(here, norm_dtype(buckets) if work.demand.measure else None)
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
@@ -164,7 +171,7 @@ class HostControl:
         scale = 1.0 if grad_scale is None else float(number_of(grad_scale))
         norm = 0.0
         if self._demand.measure:
-            norm = math.sqrt(sum(bucket.key.executor.squares(bucket) for bucket in self._buckets)) / scale
+            norm = math.sqrt(self._squares()) / scale
             self._report[0] = norm
             skip = skip or (self._demand.check and not norm < math.inf)
         if skip:
@@ -173,6 +180,19 @@ class HostControl:
         if self._demand.scaled:
             self._write(norm, scale)
         return True, 0
+
+    def _squares(self) -> float:
+        """Sum of the squares of all gradients, each element once; over the ranks where they are spread."""
+        total = 0.0
+        for mesh in (None, *self._meshes):
+            squares = sum(
+                (b.key.executor.squares(b) / b.key.copies for b in self._buckets if b.key.mesh == mesh), 0.0
+            )
+            if mesh is not None:
+                device = torch.device(mesh.device_type)
+                squares = summed(torch.tensor(squares, dtype=torch.float64, device=device), mesh).item()
+            total += squares
+        return total
 
     def advance(self) -> None:
         """Counts a step."""

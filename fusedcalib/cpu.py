@@ -20,6 +20,7 @@ from numba.extending import overload
 from .cpu_memory import Memory, fetch_add, geometry_at, set_double, tile_at, words_at
 from .cpu_noise import BLOCK, KEPT, bits_maker, noise_maker
 from .cpu_threads import on_threads, threads_for
+from .distributed import local_of
 from .kernels import stages
 from .layout import Layout
 from .rebind import Function, folded
@@ -281,7 +282,8 @@ def kernel_for(
             slot, row_block, column_block = tile_at(tiles, t)
             row = table + 8 * slot * fields
             addresses = integers(row)
-            rows, columns, scalar_row, tall, wide, stream, key0, key1 = geometry_at(row + geometry)
+            place = geometry_at(row + geometry)
+            rows, columns, scalar_row, tall, wide, stream, key0, key1, origin, pitch = place
             words = (np.uint64(stream), np.uint64(key0), np.uint64(key1))
             h = scalars_at(scalars, scalar_row)
             strides, along = spread(1), spread(columns)
@@ -294,7 +296,7 @@ def kernel_for(
             addresses = shift(addresses, strides, column_block * wide)
             total = 0.0
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
-                at = r * columns + column_block * wide
+                at = origin + r * pitch + column_block * wide
                 total += on_row(row, shift(addresses, along, r), strides, runs, length, h, at, words)
             if totals != 0:
                 set_double(totals, t, total)
@@ -338,7 +340,7 @@ def _run(bucket: Bucket, recipe: Recipe | None, totals: int) -> None:
     key, cache, scalars = bucket.key, bucket.cache, bucket.scalars
     if recipe not in cache:
         cache[recipe] = kernel_for(recipe, key.dtypes, bucket.compute, scalars.shape[1], key.inner)
-        cache["elements"] = sum(slot.param.numel() for slot in bucket.slots)
+        cache["elements"] = sum(local_of(slot.param).numel() for slot in bucket.slots)
     tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data, scalars.ctypes.data)
     count = len(bucket.tiles)
     threads = threads_for(count, cache["elements"])

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distributed import Place
 from .kernels import stages
 from .layout import Layout
 from .noise import normals, rounding_bits
 from .rebind import Function, rebound
 from .recipe import Recipe
-from .tables import Bucket, Shape
+from .tables import Bucket, Shape, Slot
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
@@ -98,12 +99,13 @@ class EagerExecutor:
             tensors = slot.tensors()
             param, flags = tensors[0], bucket.key.recipe.flags
             noise = bits = param  # of no use
+            runs = _runs(slot, param)
             if flags.noise != "none":
-                values = normals(0, param.numel(), int(h[5]), slot.words, h[4], flags.noise)
-                noise = _laid_out(bucket, param, values)
+                drawn = [normals(*run, int(h[5]), slot.words, h[4], flags.noise) for run in runs]
+                noise = _laid_out(bucket, param, np.concatenate(drawn))
             if flags.rounding == "stochastic":
-                words = rounding_bits(0, param.numel(), int(h[5]), slot.words)
-                bits = _laid_out(bucket, param, words.astype(np.int32))
+                drawn = [rounding_bits(*run, int(h[5]), slot.words) for run in runs]
+                bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.int32))
             for *block, z, b in _blocks((*tensors, noise, bits), elements):
                 _step(bucket, tuple(block), h, z, b)
         return 0
@@ -120,6 +122,16 @@ def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor
         return [tensors]
     rows = max(1, elements * param.shape[0] // param.numel())
     return zip(*(torch.split(t, rows) for t in tensors), strict=True)
+
+
+def _runs(slot: Slot, param: Tensor) -> list[tuple[int, int]]:
+    """Where runs of elements that are here begin in the whole parameter, and their lengths."""
+    rows = param.shape[0] if param.ndim else 1
+    columns = param.numel() // rows
+    place = slot.place or Place(0, columns)
+    if place.pitch == columns:
+        return [(place.first, param.numel())]
+    return [(place.first + row * place.pitch, columns) for row in range(rows)]
 
 
 def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:

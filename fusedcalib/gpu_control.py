@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .control import Counts, Groups, Work, norm_dtype
+from .control import Counts, Groups, Work, meshes_of, norm_dtype
+from .distributed import summed
 from .gpu import guarded, resident_of
 from .kernels import launch
 from .mirror import Mirror, capturing
@@ -61,6 +62,14 @@ class DeviceControl:
             bucket: torch.tensor([len(bucket.tiles), first], dtype=torch.int32, device=device)
             for bucket, first in zip(buckets, firsts[:-1], strict=False)
         }
+        self._meshes = meshes_of(work)
+        self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh
+        for mesh in (None, *self._meshes):
+            weights = np.zeros(firsts[-1])
+            for bucket, first, last in zip(buckets, firsts[:-1], firsts[1:], strict=False):
+                if bucket.key.mesh == mesh:
+                    weights[first:last] = 1 / bucket.key.copies
+            self._weights[mesh] = torch.from_numpy(weights).to(device)
         sizes = torch.tensor([len(found), len(work.slots), firsts[-1]], dtype=torch.int32, device=device)
         slot_of_row, row_of_slot = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (example, rows))
         most = torch.from_numpy(counts.most).to(device)
@@ -96,7 +105,7 @@ class DeviceControl:
         tensors = (*self._before, *map(self._here, (grad_scale, found_inf)), *self._after)
         with guarded(self._device):
             if not self._demand.measure:
-                return True, launch.launch_control(tensors, self._decision)
+                return True, launch.launch_control(None, tensors, self._decision)
             for bucket in self._buckets:
                 resident = resident_of(bucket)
                 table, tiles = resident.up_to_date(bucket)
@@ -109,8 +118,20 @@ class DeviceControl:
                     tensors,
                     resident.spec,
                     self._decision,
+                    not self._meshes,
                 )
-            return True, len(self._buckets)
+            launches = len(self._buckets)
+            if self._meshes:
+                launches += launch.launch_control(self._squares(), tensors, self._decision)
+            return True, launches
+
+    def _squares(self) -> Tensor:
+        """Sum of the squares of all gradients, each element once, over the ranks where they are spread."""
+        sums = [self._partials @ weights for weights in self._weights.values()]
+        for mesh, total in zip(self._weights, sums, strict=True):
+            if mesh is not None:
+                summed(total, mesh)
+        return torch.stack(sums).sum().reshape(1)
 
     def _here(self, flag: Tensor | None) -> Tensor | None:
         return None if flag is None else flag.to(self._device, torch.float32, non_blocking=True)

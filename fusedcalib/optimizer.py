@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .arguments import Options, check_ranges, extras_of, plain, signature_of
 from .checks import STATE_DTYPES, check_group, check_parameter, check_slots, describe
 from .control import Outcome, Work
+from .distributed import is_spread, like, local_of, place_of
 from .executors import choose
 from .mirror import capturing
 from .noise import words_of
@@ -292,7 +293,15 @@ class FusedOptimizer(Optimizer):
         ]
         words = self._words()
         slots = [
-            Slot(param, self._states(param, recipes[group]), group, recipes[group], executor, words[param])
+            Slot(
+                param,
+                self._states(param, recipes[group]),
+                group,
+                recipes[group],
+                executor,
+                words[param],
+                place_of(param) if is_spread(param) else None,
+            )
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
         work = Work(slots, fresh, self.param_groups, self.state, recipes, demand, self._outcome)
@@ -321,7 +330,7 @@ class FusedOptimizer(Optimizer):
 
     def _executor(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
-        grad = param.grad
+        grad = None if param.grad is None else local_of(param.grad)
         lazy = grad is not None and (grad.is_neg() or grad.is_conj())
         return choose("eager" if lazy else self._backend, param.device, param.dtype)
 
@@ -348,12 +357,10 @@ class FusedOptimizer(Optimizer):
         for name in missing:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
             dtype = self._state_dtype(group, name, param) or param.dtype
-            entry[name] = self._versions.new_state(param, value, dtype)
+            entry[name] = like(param, self._versions.new_state(param, value, dtype))
         if recipe.flags.ema and entry.get("ema") is None:
-            entry["ema"] = self._versions.new_state(
-                param, 0.0, AVERAGE_DTYPES.get(param.dtype, torch.float32)
-            )
-            entry["ema"].copy_(param)
+            average = self._versions.new_state(param, 0.0, dtype)
+            entry["ema"] = like(param, average.copy_(local_of(param)))
         return fresh
 
     def _state_dtype(self, group: dict[str, Any], name: str, param: Tensor) -> torch.dtype | None:
@@ -363,7 +370,7 @@ class FusedOptimizer(Optimizer):
         return STATE_DTYPES[group["state_dtype"]]
 
     def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-        return tuple(self.state[param][name] for name in recipe.states)
+        return tuple(local_of(self.state[param][name]) for name in recipe.states)
 
     # -- what a step leaves -------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .control import HostControl, Work
+from .distributed import local_of
 from .recipe import Demand, Recipe
 from .tables import Scalars, Slot, build_buckets
 from .watch import Watch
@@ -83,14 +84,15 @@ class Versions:
         self._anchors: dict[torch.device, Tensor] = {}
 
     def new_state(self, param: Tensor, value: float, dtype: torch.dtype) -> Tensor:
-        """A state like the parameter, in memory of its own, filled with a value."""
+        """A state like the parameter's local part, in memory of its own, filled with a value."""
+        local = local_of(param)
         if param.device not in self._anchors:
             with torch.inference_mode(False):
                 self._anchors[param.device] = torch.empty(0, device=param.device)
         state = self._anchors[param.device].detach()
         fill = complex(value, value) if param.is_complex() else value  # as torch.optim
         state.data = torch.full_like(
-            param, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+            local, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
         )
         return state
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distributed import Place, local_of
 from .layout import Layout, layout_of
 from .recipe import Recipe
 
@@ -17,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Slot(NamedTuple):
-    """One parameter to step. It does not hold the gradient: `zero_grad` must be able to free it."""
+    """One parameter to step, its local states. It does not hold the gradient: `zero_grad` must free it."""
 
     param: Tensor
     states: tuple[Tensor, ...]
@@ -25,12 +26,13 @@ class Slot(NamedTuple):
     recipe: Recipe
     executor: Executor
     words: tuple[int, int, int] = (0, 0, 0)  # stream and key of its noise
+    place: Place | None = None  # where its local part lies, if it is spread over ranks
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state...; complex ones as pairs of reals, as torch.optim's rules see them."""
         assert self.param.grad is not None
-        grad = self.param.grad.detach().resolve_conj().resolve_neg()  # copies only where it is lazy
-        tensors = (self.param.detach(), grad, *self.states)
+        param, grad = (local_of(t).detach() for t in (self.param, self.param.grad))
+        tensors = (param, grad.resolve_conj().resolve_neg(), *self.states)  # copies only where it is lazy
         if self.param.is_complex():
             return tuple(torch.view_as_real(t) for t in tensors)
         return tensors
@@ -70,9 +72,11 @@ class Key(NamedTuple):
     quads: bool
     aligned: bool
     row_class: object
+    mesh: object  # the ranks that share its parameters, if they are spread
+    copies: int  # how many of them have the same part
 
 
-GEOMETRY = 8  # columns of the table between addresses and strides: see kernels/table.py
+GEOMETRY = 10  # columns of the table between addresses and strides: see kernels/table.py
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -171,7 +175,9 @@ def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = Fal
         columns = param.numel() // param.shape[0] if param.ndim else 1
         recipe = slot.recipe.for_tensor(param.ndim, columns)
         by_rows = recipe.flags.by_rows
-        layout = layout_of(tensors, by_rows)
+        place = slot.place or Place(0, columns)
+        # Rows whose elements are not numbered on from one to the next must be told apart.
+        layout = layout_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
         shape = slot.executor.shape(layout, by_rows, len(tensors))
         key = Key(
             slot.executor,
@@ -179,12 +185,14 @@ def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = Fal
             recipe,
             tuple(t.dtype for t in tensors),
             len(layout.sizes),
-            recipe.flags.random and (layout.rows == 1 or layout.columns % 4 == 0),
+            recipe.flags.random and _in_quads(layout, place),
             is_aligned(tensors, layout),
             shape.row_class,
+            place.mesh,
+            place.copies,
         )
         rows = members.setdefault(key, [])
-        rows.append((index, _row(slot, tensors, layout, shape), _tiles(len(rows), layout, shape)))
+        rows.append((index, _row(slot, tensors, layout, shape, place), _tiles(len(rows), layout, shape)))
     return [
         Bucket(
             key,
@@ -205,9 +213,15 @@ def is_aligned(tensors: Sequence[Tensor], layout: Layout) -> bool:
     return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def _row(slot: Slot, tensors: Sequence[Tensor], layout: Layout, shape: Shape) -> Array:
+def _in_quads(layout: Layout, place: Place) -> bool:
+    """Whether every row begins with a counter of its own: its elements are numbered from a multiple of 4."""
+    return place.first % 4 == 0 and (layout.rows == 1 or (layout.columns % 4 == 0 and place.pitch % 4 == 0))
+
+
+def _row(slot: Slot, tensors: Sequence[Tensor], layout: Layout, shape: Shape, place: Place) -> Array:
     """The slot's row of the table, see kernels/table.py."""
-    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *slot.words)
+    random = (*slot.words, place.first, place.pitch)
+    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)
     return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)

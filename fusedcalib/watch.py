@@ -18,6 +18,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from .distributed import is_spread, local_of
+
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 _shape_of = attrgetter("shape")
@@ -42,10 +44,11 @@ class Watch:
         moments = (t for e in self._entries for k, t in e.items() if k != "step")
         self._tensors = [*self._live, *(t for t in moments if isinstance(t, Tensor))]
         self._entries += _END
-        self._pointers = list(map(Tensor.data_ptr, self._tensors))
-        grads = [p.grad for p in self._live]
+        self._spread = any(map(is_spread, self._tensors))  # then looking takes longer
+        self._pointers = self._look(self._tensors)
+        grads = self._local([p.grad for p in self._live])
         self._grads = _weak(grads)
-        self._geometry = _geometry(self._live, grads)
+        self._geometry = _geometry(self._local(self._live), grads)
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
@@ -55,20 +58,29 @@ class Watch:
             and all(p.grad is None for p in self._idle)
             and _same(state.values(), self._entries)
             and _same(chain.from_iterable(self._values), self._states)
-            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and self._look(self._tensors) == self._pointers
             and self._take_over(list(map(_grad_of, self._live)))
         )
+
+    def _local(self, tensors: list[Any]) -> list[Any]:
+        """What of them lies here."""
+        return list(map(local_of, tensors)) if self._spread else tensors
+
+    def _look(self, tensors: list[Tensor]) -> list[int]:
+        """Their addresses; that of a DTensor itself would be 0."""
+        return list(map(Tensor.data_ptr, self._local(tensors)))
 
     def _take_over(self, grads: list[Tensor]) -> bool:
         """Whether these gradients can take the place of those in the plan."""
         if any(map(is_, grads, repeat(None))):
             return False
+        grads = self._local(grads)
         same = _same([grad() for grad in self._grads], [*grads, *_END])
         if not same and not all(map(_is_plain, grads)):
             return False
         pointers = list(map(Tensor.data_ptr, grads))
         if not same or pointers != self.grad_pointers:
-            if _geometry(self._live, grads) != self._geometry:
+            if _geometry(self._local(self._live), grads) != self._geometry:
                 return False
             self._grads = _weak(grads)
             self.grad_pointers = pointers

@@ -2,8 +2,8 @@
 
 `norm_kernel` leaves sums of squares, one a program, and counts the programs that are done. The last one of
 all launches adds them up in a fixed order and writes the scalars, so nothing has to come back to the host:
-not the norm, not whether a step is left out, not how many were taken. Where no norm is asked for,
-`control_kernel` writes the scalars alone.
+not the norm, not whether a step is left out, not how many were taken. Where no norm is asked for, or it is
+added up over ranks, `control_kernel` writes the scalars alone.
 
 Squares are added up in fp64. They cannot overflow for numbers of fp32 and less, so the norm is finite just
 where every gradient is; and however gradients are cut into tiles it comes out the same but for the last bits
@@ -39,6 +39,7 @@ def norm_kernel(
     OUTPUTS: tl.constexpr,
     LEAVES: tl.constexpr,
     CHECK: tl.constexpr,
+    DECIDE: tl.constexpr,  # else the sums are added up elsewhere
 ):
     """Sums of squares of the gradients of one list of tiles; the last program goes on to `decide`."""
     squares = tl.zeros([R, C], tl.float64)
@@ -55,15 +56,16 @@ def norm_kernel(
             c = column_block * C + tl.arange(0, C)
             squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
     tl.store(partials + tl.load(share + 1) + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
-    tl.debug_barrier()  # what this program wrote comes before its count
-    programs = tl.load(control[0] + 2)
-    if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
-        tl.store(done, 0)
-        total = tl.zeros([_LANES], tl.float64)
-        for start in range(0, programs, _LANES):
-            lane = start + tl.arange(0, _LANES)
-            total += tl.load(partials + lane, lane < programs, other=0, cache_modifier=".cg")
-        decide(tl.sqrt(tl.sum(total, axis=0)), control, CODE, OUTPUTS, LEAVES, CHECK)
+    if DECIDE:
+        tl.debug_barrier()  # what this program wrote comes before its count
+        programs = tl.load(control[0] + 2)
+        if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
+            tl.store(done, 0)
+            total = tl.zeros([_LANES], tl.float64)
+            for start in range(0, programs, _LANES):
+                lane = start + tl.arange(0, _LANES)
+                total += tl.load(partials + lane, lane < programs, other=0, cache_modifier=".cg")
+            decide(tl.sqrt(tl.sum(total, axis=0)), control, CODE, OUTPUTS, LEAVES, CHECK)
 
 
 @jit
@@ -78,10 +80,13 @@ def squares_of(
 
 @jit
 def control_kernel(
-    control, CODE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, CHECK: tl.constexpr
+    squares, control, CODE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, CHECK: tl.constexpr
 ):
-    """The scalars of a step without a norm: one program."""
-    decide(tl.full([], 0, tl.float64), control, CODE, OUTPUTS, LEAVES, CHECK)
+    """The scalars of a step: one program. squares: fp64 [1], of all gradients, or None where not measured."""
+    norm = tl.full([], 0, tl.float64)
+    if squares is not None:
+        norm = tl.sqrt(tl.load(squares))
+    decide(norm, control, CODE, OUTPUTS, LEAVES, CHECK)
 
 
 @jit

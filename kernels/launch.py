@@ -150,17 +150,19 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
     return {name: constants[name] for name in NORM_ARGUMENTS}
 
 
-def launch_norm(table, tiles, share, partials, done, control, spec: Spec, decision: Decision) -> int:
+def launch_norm(
+    table, tiles, share, partials, done, control, spec: Spec, decision: Decision, decide: bool = True
+) -> int:
     """Measures the gradients of a list; of all such launches the last program decides: see control.py."""
-    constants = {**norm_constants(spec), **decision.constants(), **OPTIONS}
+    constants = {**norm_constants(spec), **decision.constants(), "DECIDE": decide, **OPTIONS}
     grid = (programs_for(tiles.shape[0]),)
     norm_kernel[grid](table, tiles, share, partials, done, control, **constants)
     return 1
 
 
-def launch_control(control, decision: Decision) -> int:
-    """Decides without a norm: one program."""
-    control_kernel[(1,)](control, **decision.constants(), num_warps=4, **OPTIONS)
+def launch_control(squares, control, decision: Decision) -> int:
+    """Decides, by squares that were added up elsewhere or without a norm: one program."""
+    control_kernel[(1,)](squares, control, **decision.constants(), num_warps=4, **OPTIONS)
     return 1
 
 

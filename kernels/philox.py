@@ -83,15 +83,12 @@ def words_at(index, c2, c3, k0, k1):
 
 
 @jit
-def normal_tile(
-    r, start, columns, sigma, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr
-):
-    """Normals [R, C] of rows r [R] and C columns from `start`; an element's index is r * columns + c.
+def normal_tile(first, sigma, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
+    """Normals [R, C] of C elements each from the indices `first` [R, 1] on.
 
     QUADS: four neighbours in a row share a counter; 33 instructions an element. Else (rows of odd lengths)
     a row begins within a counter, so four elements choose from the words of two: 60 to 70 instructions.
     """
-    first = r[:, None] * columns + start
     a0, a1, b0, b1, d0, d1 = words_from(first, c2, c3, k0, k1, C, QUADS)
     x0, x1 = normals(a0, a1, sigma)
     x2, x3 = normals(b0, b1, sigma)
@@ -104,9 +101,8 @@ def normal_tile(
 
 
 @jit
-def bit_tile(r, start, columns, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
+def bit_tile(first, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
     """The lower 16 bits [R, C] of each element's word. Arguments as of normal_tile."""
-    first = r[:, None] * columns + start
     a0, a1, b0, b1, d0, _ = words_from(first, c2, c3, k0, k1, C, QUADS)
     if not QUADS:
         odd = (first & 1) != 0

@@ -41,7 +41,7 @@ def mean_of_loop(
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
         mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR)
-        z = noise_tile(row, r, start, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+        z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
     return divide(tl.sum(tl.sum(totals, axis=1), axis=0), columns.to(COMPUTE))
@@ -99,7 +99,7 @@ def finish_tile(
     """Projects and finishes a tile [1, C] of a row of which the norm had to be known first."""
     c = start + lane
     mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-    bits = rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS)
+    bits = rounding_tile(row, r, start, h, FLAGS, DTYPES, C, QUADS)
     p = rounded(projected(values[0], squares, h), bits, FLAGS, DTYPES[0])
     if FLAGS.ema:
         store_tile(
@@ -136,7 +136,7 @@ def row_sums_kernel(
     r = row_block * R + tl.arange(0, R)
     c = column_block * C + tl.arange(0, C)
     mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-    z = noise_tile(row, r, column_block * C, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+    z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
     x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))
 

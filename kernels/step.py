@@ -46,13 +46,11 @@ def step_kernel(
         for start in range(0, columns, C):
             c = start + lane
             mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-            z = noise_tile(row, r, start, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+            z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
             p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
                 squares += tl.where(mask, p * p, 0)
-            p = rounded(
-                p, rounding_tile(row, r, start, columns, h, FLAGS, DTYPES, C, QUADS), FLAGS, DTYPES[0]
-            )
+            p = rounded(p, rounding_tile(row, r, start, h, FLAGS, DTYPES, C, QUADS), FLAGS, DTYPES[0])
             if not FLAGS.project:
                 state = averaged(p, state, h, FLAGS, DTYPES[0])
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
@@ -62,7 +60,7 @@ def step_kernel(
     else:
         c = column_block * C + lane
         mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-        z = noise_tile(row, r, column_block * C, columns, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+        z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         if FLAGS.centralize != "none":
             if REDUCTION == "tile":
                 x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
@@ -75,7 +73,7 @@ def step_kernel(
                 p = projected(p, row_total(p * p, mask), h)
             else:
                 square_total(sums, p, mask)
-        bits = rounding_tile(row, r, column_block * C, columns, h, FLAGS, DTYPES, C, QUADS)
+        bits = rounding_tile(row, r, column_block * C, h, FLAGS, DTYPES, C, QUADS)
         p = rounded(p, bits, FLAGS, DTYPES[0])
         if not FLAGS.project or REDUCTION == "tile":
             state = averaged(p, state, h, FLAGS, DTYPES[0])

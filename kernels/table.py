@@ -7,7 +7,8 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K + 2              its row in the table of scalars
     K + 3, K + 4       rows, columns of its tiles (the CPU loop reads them; a GPU tile is a constant)
     K + 5 ... K + 7    its words of randomness: stream, key (two)
-    K + 8 ...          only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+    K + 8, K + 9       the index of its first element there, and from one row to the next
+    K + 10 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
 
 A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
 row * columns + column in each. Otherwise a column is an index over the inner dimensions.
@@ -17,7 +18,7 @@ A tile is int32 (slot, row block, column block).
 from .language import jit, tl
 from .philox import ON_ROUNDING, ON_WEIGHTS, bit_tile, normal_tile, word
 
-GEOMETRY = 8
+GEOMETRY = 10
 _GEOMETRY = tl.constexpr(GEOMETRY)
 
 
@@ -115,7 +116,6 @@ def noise_tile(
     row,
     r,
     start,
-    columns,
     h,
     FLAGS: tl.constexpr,
     DTYPES: tl.constexpr,
@@ -131,7 +131,8 @@ def noise_tile(
         if FLAGS.noise == "weights":
             step = step | word(ON_WEIGHTS)
         sigma = h[4].to(tl.float32)
-        z = normal_tile(r, start, columns, sigma, stream, step, key0, key1, r.shape[0], C, QUADS)
+        first = indices_of(row, r, start, len(DTYPES))
+        z = normal_tile(first, sigma, stream, step, key0, key1, r.shape[0], C, QUADS)
         return z.to(COMPUTE)
 
 
@@ -140,7 +141,6 @@ def rounding_tile(
     row,
     r,
     start,
-    columns,
     h,
     FLAGS: tl.constexpr,
     DTYPES: tl.constexpr,
@@ -151,9 +151,17 @@ def rounding_tile(
     if FLAGS.rounding == "stochastic":
         stream, key0, key1, step = words_of(row, h, len(DTYPES))
         step = step | word(ON_ROUNDING)
-        return bit_tile(r, start, columns, stream, step, key0, key1, r.shape[0], C, QUADS)
+        first = indices_of(row, r, start, len(DTYPES))
+        return bit_tile(first, stream, step, key0, key1, r.shape[0], C, QUADS)
     else:
         return 0
+
+
+@jit
+def indices_of(row, r, start, K: tl.constexpr):
+    """Index [R, 1] in the whole parameter of column `start` of rows r [R]."""
+    place = row + K + 8
+    return tl.load(place) + r[:, None] * tl.load(place + 1) + start
 
 
 @jit

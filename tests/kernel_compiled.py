@@ -158,9 +158,10 @@ def compiled_control(rule: str, target: str = "sm_90", config: Config | None = N
 
     spec = spec_of(config or Config(rule, (4096,)))
     constants = {"num_warps": 4, **decision_of(rule).constants()}
-    tables: dict[str, Any] = {}
+    tables: dict[str, Any] = {"squares": "*fp64"}
     if config:
         constants |= launch.norm_constants(spec)
+        constants["DECIDE"] = True
         tables = {"table": "*i64", "tiles": "*i32", "share": "*i32", "partials": "*fp64", "done": "*i32"}
     fn = norm_kernel if config else control_kernel
     options = {"num_warps": constants.pop("num_warps"), **launch.OPTIONS}

@@ -40,7 +40,9 @@ def normals_kernel(first, out, R: tl.constexpr, C: tl.constexpr, QUADS: tl.const
     keys = tl.full([], 7, tl.uint32), tl.full([], 11, tl.uint32), tl.full([], 13, tl.uint32)
     step, sigma = tl.full([], 5, tl.uint32), tl.full([], 1, tl.float32)
     row, start, columns = tl.load(first), tl.load(first + 1), tl.load(first + 2)
-    z = normal_tile(row + r, start, columns, sigma, keys[0], step, keys[1], keys[2], R, C, QUADS)
+    z = normal_tile(
+        ((row + r) * columns + start)[:, None], sigma, keys[0], step, keys[1], keys[2], R, C, QUADS
+    )
     tl.store(out + r[:, None] * C + c[None, :], z)
 
 

@@ -1,0 +1,87 @@
+"""Parameters that are spread over ranks (DTensor), seen from the one that steps its own part of them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def is_spread(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Asked at every step, so no import and no dispatch."""
+    return hasattr(t, "_local_tensor")
+
+
+def local_of(t: Tensor) -> Tensor:
+    """What of a tensor lies here. Nothing is copied, and no DTensor is made or dispatched."""
+    return getattr(t, "_local_tensor", t)
+
+
+def like(param: Tensor, local: Tensor) -> Tensor:
+    """A local tensor as the part of one that is spread as the parameter is."""
+    if not is_spread(param):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = param
+    return DTensor.from_local(
+        local, spec.device_mesh, spec.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+class Place(NamedTuple):
+    """Where in a parameter the part of it lies that is here.
+
+    Attributes:
+        first: index of its first element in the whole parameter, row by row.
+        pitch: elements of a row of the whole parameter.
+        whole_rows: whether its rows are those of the parameter.
+        in_order: whether a row of it is one stretch of a row of the parameter.
+        mesh: the ranks that share the parameter; None where it is not spread.
+        copies: how many of them have this same part.
+    """
+
+    first: int
+    pitch: int
+    whole_rows: bool = True
+    in_order: bool = True
+    mesh: Any = None
+    copies: int = 1
+
+
+def place_of(param: Tensor) -> Place:
+    """The place of a parameter's local part.
+
+    Raises:
+        RuntimeError: its placements leave sums to be made.
+    """
+    shape = tuple(param.shape)
+    pitch = prod(shape[1:])
+    if not is_spread(param):
+        return Place(0, pitch)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spread: Any = param
+    mesh, placements = spread.device_mesh, spread.placements
+    if any(placement.is_partial() for placement in placements):
+        raise RuntimeError(f"a parameter with placements {placements} is a sum yet to be made")
+    own, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    copies = prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
+    return Place(
+        first=sum(o * s for o, s in zip(offset, strides, strict=True)),
+        pitch=pitch,
+        whole_rows=tuple(own[1:]) == shape[1:],
+        in_order=all(own[d] == shape[d] or prod(own[1:d]) == 1 for d in range(1, len(shape))),
+        mesh=mesh,
+        copies=copies,
+    )
+
+
+def summed(total: Tensor, mesh: Any) -> Tensor:
+    """A number added up over all ranks of a mesh, in place: one collective for each of its dimensions."""
+    for dimension in range(mesh.ndim):
+        torch.distributed.all_reduce(total, group=mesh.get_group(dimension))
+    return total

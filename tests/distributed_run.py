@@ -1,0 +1,105 @@
+"""One rank of the distributed tests: each case beside the same run in one process. Not a test by itself.
+
+python tests/distributed_run.py RANK RANKS STORE OUT
+"""
+
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rule_cases import RULES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import fusedcalib
+from fusedcalib import GradientNoise
+
+# Even and uneven rows, fewer rows than ranks, a convolution, vectors, a scalar.
+SHAPES = ((8, 8), (5, 7), (1, 6), (4, 3, 2, 2), (9,), (1,), (12, 4))
+STEPS = 5
+CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
+
+
+def layouts(ranks: int) -> dict[str, tuple[Any, tuple[Any, ...], bool]]:
+    """Mesh, placements, and whether rows stay whole."""
+    line = init_device_mesh("cpu", (ranks,))
+    found = {
+        "fsdp": (line, (Shard(0),), True),
+        "ddp": (line, (Replicate(),), True),
+        "tp of rows": (line, (Shard(1),), False),
+    }
+    if ranks == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        found["hsdp"] = (square, (Replicate(), Shard(0)), True)
+        found["fsdp x tp of rows"] = (square, (Shard(0), Shard(1)), False)
+        found["fsdp x tp"] = (square, (Shard(0), Shard(0)), True)
+    return found
+
+
+def spread(t: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
+    """Shards of vectors by their only dimension; copies of what has none."""
+    own = [p if not p.is_shard() or p.dim < t.ndim else Replicate() for p in placements]
+    return distribute_tensor(t, mesh, own)
+
+
+def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, ...]) -> dict[str, float]:
+    """How far parameters, averages and norm lie from those of one process; collectives of a step."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
+    whole = [torch.nn.Parameter(t.clone()) for t in start]
+    parts = [torch.nn.Parameter(spread(t, mesh, placements)) for t in start]
+    runs = [RULES[rule].ours(params, **options) for params in (whole, parts)]
+    counted = []
+    original = dist.all_reduce
+    for _ in range(STEPS):
+        gradients = [torch.randn_like(t) for t in start]
+        for p, q, g in zip(whole, parts, gradients, strict=True):
+            p.grad, q.grad = g, spread(g, mesh, placements)
+        runs[0].step()
+        calls: list[int] = []
+        dist.all_reduce = lambda *a, calls=calls, **k: (calls.append(1), original(*a, **k))[1]
+        try:
+            runs[1].step()
+        finally:
+            dist.all_reduce = original
+        counted.append(len(calls))
+    errors = [(p - q.full_tensor()).abs().max().item() for p, q in zip(whole, parts, strict=True)]
+    for p, q in zip(whole, parts, strict=True):
+        for name, value in runs[0].state[p].items():
+            other = runs[1].state[q][name]
+            if name not in ("step", "mu_product"):
+                assert isinstance(other, DTensor)
+                assert other.placements == q.placements
+                other = other.full_tensor()
+            errors.append((value - other).abs().max().item())
+    if "max_grad_norm" in options:
+        errors.append(abs(runs[0].grad_norm.item() - runs[1].grad_norm.item()))
+    return {"error": max(errors), "collectives": max(counted), "dims": mesh.ndim}
+
+
+def main(rank: int, ranks: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
+    found = {}
+    for name, (mesh, placements, whole_rows) in layouts(ranks).items():
+        rules = RULES if ranks == 2 else ("SGD", "AdamW")
+        for rule in rules:
+            options = {**RULES[rule].options, **CHAIN, "centralize": whole_rows, "backend": "eager"}
+            found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
+        options = {"centralize": whole_rows, "backend": "eager", "lr": 0.1}
+        found[f"AdamW without a norm, {name}"] = trial("AdamW", options, mesh, placements)
+        options = {**CHAIN, "centralize": whole_rows, "backend": "numba", "lr": 0.1}
+        found[f"AdamW by loops, {name}"] = trial("AdamW", options, mesh, placements)
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,55 @@
+"""Parameters spread over ranks (DTensor) step as they do in one process. Ranks are processes that speak gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo"
+)
+RUN = Path(__file__).with_name("distributed_run.py")
+LIMIT = 240  # seconds; a rank that waits for another for a minute gives up by itself
+
+
+def results_of(ranks, folder):
+    out = folder / f"{ranks}.json"
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RUN)]
+    rest = [str(ranks), str(folder / f"store{ranks}"), str(out)]
+    processes = [subprocess.Popen([*command, str(rank), *rest], env=variables) for rank in range(ranks)]
+    try:
+        codes = [process.wait(LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * ranks
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return {ranks: results_of(ranks, folder) for ranks in (2, 4)}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_step_as_one_process(results, ranks):
+    """In fp64: noise is the same to the bit, sums are added in another order.
+
+    Five steps amplify a rounding of 1e-16 by less than a million: quotients are by eps of 1e-3 at least.
+    """
+    assert {name: case["error"] for name, case in results[ranks].items() if case["error"] > 1e-10} == {}
+    assert len(results[ranks]) >= 15
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives_of_a_step(results, ranks):
+    """One sum over each dimension of the mesh for the norm, whatever the number of parameters; else none."""
+    for name, case in results[ranks].items():
+        assert case["collectives"] == (0 if "without a norm" in name else case["dims"]), name
