@@ -8,7 +8,7 @@ comparisons and these functions, but no `if` on a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 Group = Mapping[str, Any]
 Number = Any  # a float or a Recorded one
+Operator = Callable[[Any, Any], Any]
 
 
 def sqrt(x: Number) -> Number:
@@ -47,6 +48,14 @@ def is_remote(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1
 
 
+def _binary(name: str) -> tuple[Operator, Operator]:
+    """An operator of recorded numbers, and the one with its operands exchanged."""
+    return (
+        lambda self, other: Recorded(name, (self, other)),
+        lambda self, other: Recorded(name, (other, self)),
+    )
+
+
 class Recorded:
     """A number that is not known yet: an operation and what it is applied to."""
 
@@ -58,35 +67,12 @@ class Recorded:
     def __bool__(self) -> bool:
         raise TypeError("this number is known on the device only: say where(condition, x, y), not if")
 
-    def __add__(self, other: Number) -> Recorded:
-        return Recorded("add", (self, other))
-
-    def __radd__(self, other: Number) -> Recorded:
-        return Recorded("add", (other, self))
-
-    def __sub__(self, other: Number) -> Recorded:
-        return Recorded("subtract", (self, other))
-
-    def __rsub__(self, other: Number) -> Recorded:
-        return Recorded("subtract", (other, self))
-
-    def __mul__(self, other: Number) -> Recorded:
-        return Recorded("multiply", (self, other))
-
-    def __rmul__(self, other: Number) -> Recorded:
-        return Recorded("multiply", (other, self))
-
-    def __truediv__(self, other: Number) -> Recorded:
-        return Recorded("divide", (self, other))
-
-    def __rtruediv__(self, other: Number) -> Recorded:
-        return Recorded("divide", (other, self))
-
-    def __pow__(self, other: Number) -> Recorded:
-        return Recorded("power", (self, other))
-
-    def __rpow__(self, other: Number) -> Recorded:
-        return Recorded("power", (other, self))
+    __add__, __radd__ = _binary("add")
+    __sub__, __rsub__ = _binary("subtract")
+    __mul__, __rmul__ = _binary("multiply")
+    __truediv__, __rtruediv__ = _binary("divide")
+    __pow__, __rpow__ = _binary("power")
+    __gt__, __lt__ = _binary("greater")
 
     def __neg__(self) -> Recorded:
         return Recorded("subtract", (0.0, self))
@@ -97,14 +83,8 @@ class Recorded:
     def __ne__(self, other: object) -> Any:
         return 1 - (self == other)
 
-    def __gt__(self, other: Number) -> Recorded:
-        return Recorded("greater", (self, other))
+    def __ge__(self, other: Number) -> Any:
+        return where(self == other, 1.0, self > other)
 
-    def __lt__(self, other: Number) -> Recorded:
-        return Recorded("greater", (other, self))
-
-    def __ge__(self, other: Number) -> Recorded:
-        return where(self == other, 1.0, self > other)  # type: ignore[no-any-return]
-
-    def __le__(self, other: Number) -> Recorded:
-        return where(self == other, 1.0, self < other)  # type: ignore[no-any-return]
+    def __le__(self, other: Number) -> Any:
+        return where(self == other, 1.0, self < other)

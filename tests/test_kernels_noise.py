@@ -81,8 +81,9 @@ PLACED += [((6, 10), "every other row"), ((6, 12), "unaligned"), ((4, 6, 3, 3), 
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-@pytest.mark.parametrize("centralize", [False, True])
-@pytest.mark.parametrize("kind", [GradientNoise(1.0), WeightNoise(1.0)], ids=lambda n: n.kind)
+@pytest.mark.parametrize(
+    ("kind", "centralize"), [(GradientNoise(1.0), True), (WeightNoise(1.0), False)], ids=str
+)
 def test_steps_agree(backend: str, kind: GradientNoise | WeightNoise, centralize: bool):
     """From rest and without a gradient only the noise is left: parameters are sums of it, below 16."""
     steps = 2
