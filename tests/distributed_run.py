@@ -81,11 +81,79 @@ def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, 
     return {"error": max(errors), "collectives": max(counted), "dims": mesh.ndim}
 
 
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = torch.nn.Linear(6, 7), torch.nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def trained(model: Net, optimizer: Any, steps: range) -> None:
+    """Every rank has the same batch, so that the mean of their gradients is each one's."""
+    for step in steps:
+        torch.manual_seed(100 + step)
+        optimizer.zero_grad()
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+
+
+def fsdp(ranks: int, folder: str) -> dict[str, float]:
+    """fully_shard, a checkpoint in the middle, going on with it in a new model and in one process."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    options = {**CHAIN, "lr": 0.05, "centralize": True, "backend": "eager"}
+
+    def sharded() -> tuple[Net, Any]:
+        model = Net()
+        for layer in (model.first, model.last, model):
+            fully_shard(layer, mesh=mesh)
+        return model, fusedcalib.AdamW(list(model.named_parameters()), **options)
+
+    def saved(model: Net, optimizer: Any) -> dict[str, Any]:
+        return {
+            "model": states.get_model_state_dict(model),
+            "optim": states.get_optimizer_state_dict(model, optimizer),
+        }
+
+    whole = Net()
+    reference = fusedcalib.AdamW(list(whole.named_parameters()), **options)
+    trained(whole, reference, range(6))
+    model, optimizer = sharded()
+    trained(model, optimizer, range(3))
+    dcp.save(saved(model, optimizer), checkpoint_id=folder)
+    again, resumed = sharded()
+    for p in again.parameters():
+        torch.nn.init.zeros_(p)
+    state = saved(again, resumed)
+    dcp.load(state, checkpoint_id=folder)
+    states.set_model_state_dict(again, state["model"])
+    states.set_optimizer_state_dict(again, resumed, state["optim"])
+    trained(again, resumed, range(3, 6))
+    trained(model, optimizer, range(3, 6))
+    alone = Net()
+    solo = fusedcalib.AdamW(list(alone.named_parameters()), **options)
+    state = saved(alone, solo)
+    dcp.load(state, checkpoint_id=folder)
+    states.set_model_state_dict(alone, state["model"])
+    states.set_optimizer_state_dict(alone, solo, state["optim"])
+    trained(alone, solo, range(3, 6))
+    expected = {name: p.detach() for name, p in whole.named_parameters()}
+    found = [(name, p.full_tensor()) for m in (model, again) for name, p in m.named_parameters()]
+    found += [(name, p.detach()) for name, p in alone.named_parameters()]
+    return {"error": max((p - expected[name]).abs().max().item() for name, p in found)}
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
-    found = {}
+    found: dict[str, Any] = {"fully_shard": fsdp(ranks, f"{out}.checkpoint")}
     for name, (mesh, placements, whole_rows) in layouts(ranks).items():
         rules = RULES if ranks == 2 else ("SGD", "AdamW")
         for rule in rules:

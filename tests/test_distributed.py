@@ -1,4 +1,4 @@
-"""Parameters spread over ranks (DTensor) step as they do in one process. Ranks are processes that speak gloo."""
+"""Parameters spread over ranks (DTensor) step as in one process. Ranks are processes that speak gloo."""
 
 import json
 import os
@@ -44,12 +44,21 @@ def test_ranks_step_as_one_process(results, ranks):
 
     Five steps amplify a rounding of 1e-16 by less than a million: quotients are by eps of 1e-3 at least.
     """
-    assert {name: case["error"] for name, case in results[ranks].items() if case["error"] > 1e-10} == {}
-    assert len(results[ranks]) >= 15
+    cases = {name: case["error"] for name, case in results[ranks].items() if name != "fully_shard"}
+    assert {name: error for name, error in cases.items() if error > 1e-10} == {}
+    assert len(cases) >= 15
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fully_shard_and_its_checkpoints(results, ranks):
+    """Six steps in fp32, also resumed from a checkpoint: over ranks, and by one process alone."""
+    assert results[ranks]["fully_shard"]["error"] < 6 * 16 * 8 * torch.finfo(torch.float32).eps / 2
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_collectives_of_a_step(results, ranks):
     """One sum over each dimension of the mesh for the norm, whatever the number of parameters; else none."""
     for name, case in results[ranks].items():
+        if name == "fully_shard":
+            continue
         assert case["collectives"] == (0 if "without a norm" in name else case["dims"]), name
