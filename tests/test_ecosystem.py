@@ -180,7 +180,7 @@ def test_every_rule_has_an_oracle():
 
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
-    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "reference"}
+    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "nn", "reference"}
     others |= {"GradientNoise", "LangevinNoise", "WeightNoise"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))
