@@ -111,6 +111,13 @@ def _follow(model: nn.Module) -> dict[str, str]:
     """The layers to exchange, and what each of them reads."""
     if any(isinstance(layer, CalibConv2d) for layer in model.modules()):
         raise _RefusedError("it is calibrated already")
+    if not list(model.children()):
+        raise _RefusedError(
+            "it is a single layer, which cannot be exchanged in place; put it in a Sequential"
+        )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d:
+            raise _RefusedError(f"{name} is a {type(layer).__name__}, a Conv2d of another kind")
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:
@@ -154,8 +161,6 @@ def _through_layer(name: str, layer: nn.Module, before: str) -> str:
     if type(layer) is nn.Conv2d and before in (PLAIN, MAPS):
         return MAPS
     if before == PLAIN:
-        if isinstance(layer, nn.Conv2d):
-            raise _RefusedError(f"{name} is a {type(layer).__name__}, a Conv2d of another kind")
         return PLAIN
     if type(layer) is nn.Linear and before == ROWS:
         return PLAIN

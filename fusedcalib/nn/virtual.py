@@ -93,7 +93,7 @@ class _Virtual(nn.Module):
         if isinstance(given, float | int | Tensor):
             return given
         on_device = getattr(given, "_scale", None)
-        return float(given.get_scale()) if on_device is None else on_device  # type: ignore[no-any-return]
+        return float(given.get_scale()) if on_device is None else on_device
 
     def _factor(self, grad: Tensor) -> Tensor:
         """Accumulates the output gradient [m, ...] (in training); s / sqrt(r + eps), like r."""
