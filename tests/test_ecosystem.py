@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fusedcalib"
 PUBLIC = {name: getattr(fusedcalib, name) for name in fusedcalib.__all__}
 CLASSES = fusedcalib.optimizers()
-EXPLAINED = [fusedcalib, *(thing for thing in PUBLIC.values() if callable(thing))]
+LAYERS = [getattr(fusedcalib.nn, name) for name in fusedcalib.nn.__all__]
+EXPLAINED = [fusedcalib, fusedcalib.nn, *filter(callable, PUBLIC.values()), *LAYERS]
 
 
 def python(code, *args, cwd=ROOT):
