@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ..executors import choose
+from ..kernels.virtual import launch_virtual
+
 SHAPES = ("auto", "position", "channel")
 REDUCTIONS = ("mean", "sum")
 
@@ -95,6 +98,29 @@ class _Virtual(nn.Module):
         on_device = getattr(given, "_scale", None)
         return float(given.get_scale()) if on_device is None else on_device
 
+    def _ranks(self) -> int:
+        """Over how many ranks squares are averaged."""
+        distributed = torch.distributed
+        runs = self.settings.sync and distributed.is_available() and distributed.is_initialized()
+        return distributed.get_world_size() if runs else 1
+
+    def _gain(self, grad: Tensor) -> float | Tensor:
+        """By what the gradient that arrives is multiplied to be each example's own."""
+        s = self.settings
+        examples = grad.shape[0] if s.loss_reduction == "mean" and not s.official_scaling else 1
+        return examples / self._scale_now()
+
+    def _scaled(self, grad: Tensor) -> Tensor:
+        """The output gradient [m, ...], accumulated and times the factor of each place."""
+        if runs_fused(grad, self.r) and self._ranks() == 1:
+            s = self.settings
+            gain = torch.as_tensor(self._gain(grad), dtype=torch.float32, device=grad.device)
+            scaled = torch.empty_like(grad)
+            launch_virtual(grad, scaled, self.r, gain, s.scale, s.rho, s.eps, self.training)
+            torch.autograd.graph.increment_version(self.r)
+            return scaled
+        return (grad * self._factor(grad)).to(grad.dtype)
+
     def _factor(self, grad: Tensor) -> Tensor:
         """Accumulates the output gradient [m, ...] (in training); s / sqrt(r + eps), like r."""
         if self.training:
@@ -106,13 +132,10 @@ class _Virtual(nn.Module):
     def _accumulate(self, grad: Tensor) -> None:
         s = self.settings
         wide = torch.promote_types(self.r.dtype, torch.float32)
-        examples = grad.shape[0] if s.loss_reduction == "mean" and not s.official_scaling else 1
-        squares = mean_of_squares(grad.to(wide) * (examples / self._scale_now()), self.r.shape)
-        if s.sync and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            if ranks > 1:
-                torch.distributed.all_reduce(squares)
-                squares /= ranks
+        squares = mean_of_squares(grad.to(wide) * self._gain(grad), self.r.shape)
+        if (ranks := self._ranks()) > 1:
+            torch.distributed.all_reduce(squares)
+            squares /= ranks
         new = s.rho * self.r.to(wide) + (1 - s.rho) * squares
         self.r.copy_(torch.where(new.isfinite(), new, self.r.to(wide)))  # an overflow must not stay
 
@@ -134,6 +157,16 @@ def mean_of_squares(q: Tensor, shape: torch.Size) -> Tensor:
     """Mean over the batch [m, ...], and over all but channels where the shape is [C]."""
     squares = q.square()
     return squares.mean(0) if squares.shape[1:] == shape else squares.mean((0, *range(2, squares.ndim)))
+
+
+def runs_fused(grad: Tensor, r: Tensor) -> bool:
+    """Whether kernels/virtual.py takes these."""
+    narrow = grad.dtype in (torch.float32, torch.bfloat16, torch.float16) and r.dtype == torch.float32
+    return narrow and grad.is_cuda and grad.is_contiguous() and _is_triton(grad.device)
+
+
+def _is_triton(device: torch.device) -> bool:
+    return choose("auto", device, torch.float32).name == "triton"
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -158,7 +191,7 @@ class _LinearFunction(torch.autograd.Function):
             dx = (_rows(grad) @ weight).view(x.shape)
         if needs_weight and layer._by_position():
             example = grad if grad.ndim > 1 else grad[None]
-            scaled = (example * layer._factor(example)).to(grad.dtype)
+            scaled = layer._scaled(example)
             dw = _rows(scaled).T @ _rows(x)
         elif needs_weight:  # a factor for each row of the weight
             rows = _rows(grad)
@@ -257,13 +290,13 @@ class _Conv2dFunction(torch.autograd.Function):
 
         if not needs_weight:
             return *gradients(grad, needs_x, False, needs_bias), None, None
-        factor = layer._factor(grad)
         virtual_bias = needs_bias and layer.settings.virtual_bias
         if layer._by_position():
-            scaled = (grad * factor).to(grad.dtype)
+            scaled = layer._scaled(grad)
             dx, _, db = gradients(grad, needs_x, False, needs_bias and not virtual_bias)
             _, dw, scaled_db = gradients(scaled, False, True, virtual_bias)
             return dx, dw, scaled_db if virtual_bias else db, None, None
+        factor = layer._factor(grad)
         dx, dw, db = gradients(grad, needs_x, True, needs_bias)
         assert dw is not None
         dw = (dw * factor[:, None, None, None]).to(dw.dtype)
