@@ -1,4 +1,4 @@
-"""The wide residual networks of the CSGD paper's tables (Zagoruyko and Komodakis 2016), plain and calibrated."""
+"""Wide residual networks (Zagoruyko and Komodakis 2016) as in the CSGD paper's tables, plain and calibrated."""
 
 from __future__ import annotations
 
