@@ -1,4 +1,4 @@
-"""Wide residual networks (Zagoruyko and Komodakis 2016) as in the CSGD paper's tables, plain and calibrated."""
+"""Wide residual networks (Zagoruyko and Komodakis 2016) as in the CSGD paper, plain and calibrated."""
 
 from __future__ import annotations
 

@@ -180,6 +180,20 @@ def test_wrong_arguments(make, message):
         make()
 
 
+def test_compiled():
+    layer = CalibConv2d(2, 3, 3, branches=2, groups=1, mode="grouped")
+    x = torch.randn(2, 4, 6, 6)
+    plain = layer(x)
+    plain.sum().backward()
+    expected = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(found, plain)
+    found.sum().backward()
+    for p, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
 # -- calibrate ----------------------------------------------------------------------------------
 
 
@@ -233,7 +247,8 @@ class Residual(nn.Module):
 
     def forward(self, x):
         x = self.blocks(functional.max_pool2d(self.stem(self.input(x)), 2))
-        x = functional.avg_pool2d(x, x.shape[3])
+        x = functional.avg_pool2d(x, (1, x.shape[3]))
+        x = functional.avg_pool2d(x, x.size()[2:])
         return self.head(x.reshape(x.shape[0], -1))
 
 

@@ -377,6 +377,29 @@ def test_resumes_where_it_was():
         assert torch.equal(a, b)
 
 
+def test_compiled_models():
+    """The layers stay out of the graphs."""
+    model, data = small_net(), batches(2)
+    virtualize(model, scale=0.1)
+    twin = copy.deepcopy(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
+    train(torch.compile(twin, backend="eager"), torch.optim.SGD(twin.parameters(), lr=0.1), data)
+    for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_checkpointed_layers_and_empty_batches():
+    """One backward pass, one change of r; none where there is no example."""
+    layer, _, x = made("linear")
+    twin, x = copy.deepcopy(layer), x.requires_grad_()
+    layer(x).sum().backward()
+    torch.utils.checkpoint.checkpoint(twin, x, use_reentrant=False).sum().backward()
+    assert torch.equal(layer.r, twin.r)
+    assert torch.equal(layer.weight.grad, twin.weight.grad)
+    layer(x[:0]).sum().backward()
+    assert torch.equal(layer.r, twin.r)
+
+
 def test_outputs_of_another_size():
     layer = VirtualConv2d(1, 2, 3, scale=0.1)
     layer(torch.randn(2, 1, 8, 8)).sum().backward()

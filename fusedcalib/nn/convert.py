@@ -47,7 +47,8 @@ FUNCTIONS = {
         "mul_",
     ),
 }
-KEPT = (0, 2, 3, -1, -2)  # dimensions whose size is the same with branches
+# Dimensions whose size is the same with branches.
+KEPT = (0, 2, 3, -1, -2, slice(2, None, None), slice(-2, None, None))
 
 
 class _RefusedError(Exception):

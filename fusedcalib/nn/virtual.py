@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, imported when it is first needed
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -59,6 +60,7 @@ class _Virtual(nn.Module):
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         self.register_buffer("r", torch.zeros(0, dtype=wide, device=self.weight.device))
 
+    @_disable_dynamo  # its backward pass changes r, which a graph cannot hold
     def _run(self, function: Any, x: Tensor, *options: Any) -> Tensor:
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled(x.device.type):  # before the function, whose dtypes are then one
