@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, DEVICE
 from torch import nn
 from torch.nn import functional
 
@@ -17,6 +17,13 @@ from fusedcalib.nn import CSGD, BranchExpand, CalibConv2d, branch_step, calibrat
 F64 = torch.float64
 SIGNS = ("descent", "literal")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    """Tensors are made where the backends run; convolutions give the same bits again."""
+    with torch.device(DEVICE), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        yield
 
 
 def network(branches=3, dtype=F64, mode="mixed"):
@@ -359,7 +366,7 @@ def test_scaled_gradients(backend):
     x, y = batches(1, torch.float32)[0]
     options = {"lr": 0.1, "branch_lr": 0.3, "backend": backend}
     train(model, CSGD(model, **options), [(x, y)])
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     optimizer = CSGD(twin, fused=True, **options)
     scaler.scale(functional.cross_entropy(twin(x), y)).backward()
     scaler.step(optimizer)
