@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -64,12 +64,39 @@ class NotAvailableError(Exception):
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What a step does around its rule, besides centring."""
+
+    clip: float | None = None  # largest norm of all gradients
+    noise: float | None = None  # variance of the gradient's noise at the first step
+    ema: float | None = None  # decay of the average of the parameter
+
+    def width(self, dtype: torch.dtype) -> int:
+        """Bytes that a parameter moves for them: the gradient once more, an fp32 average both ways."""
+        return dtype.itemsize * (self.clip is not None) + 8 * (self.ema is not None)
+
+
+NONE = Extras()
+EXTRAS = {
+    "noise": Extras(noise=0.01),
+    "clip": Extras(clip=1.0),
+    "ema": Extras(ema=0.999),
+    "chain": Extras(1.0, 0.01, 0.999),
+}
+GAMMA = 0.55  # how fast the noise falls
+
+
+@dataclass(frozen=True)
 class Built:
     """A method at work on its own copy of a list."""
 
     step: Step
     optimizer: torch.optim.Optimizer | None = None  # None for a plain function
     note: str = ""
+    averages: Callable[[], list[Tensor]] | None = None  # of the parameters, where the method keeps them
+    set_noise: Callable[[float], None] | None = None  # sets the variance, where there is noise
+    spoils: bool = False  # whether a step changes gradients, so that the next must be given new ones
+    fresh: Step | None = None  # gives them
 
 
 Maker = Callable[..., Built]  # of a list, its parameters and what is compared (AdamW)
@@ -83,6 +110,11 @@ class Method:
     title: str
     gc: bool
     make: Maker
+    extras: Extras = NONE
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"gc": self.gc, **asdict(self.extras)}
 
 
 def groups_of(spec: ParamList, params: list[Tensor]) -> list[Any]:
@@ -140,6 +172,85 @@ def _own(**flags: Any) -> Maker:
     return make
 
 
+def _composed(extras: Extras, gc: bool) -> Maker:
+    """What users put around torch's fused step: clip, noise, centring, and the average after it."""
+
+    def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
+        flags = {"fused": True}
+        optimizer = _of_torch(subject, flags)(groups_of(spec, params), **subject.options, **flags)
+        averages = [param.detach().float().clone() for param in params] if extras.ema is not None else []
+        eta, taken = extras.noise, 0
+
+        def set_noise(variance: float) -> None:
+            nonlocal eta
+            eta = variance
+
+        @torch.no_grad()
+        def step() -> None:
+            nonlocal taken
+            if extras.clip is not None:
+                torch.nn.utils.clip_grad_norm_(params, extras.clip, foreach=True)
+            if eta is not None:
+                sigma = (eta / (1 + taken) ** GAMMA) ** 0.5
+                for param in params:
+                    assert param.grad is not None
+                    param.grad.add_(torch.randn_like(param.grad), alpha=sigma)
+            if gc:
+                centralize_(params)
+            optimizer.step()
+            if extras.ema is not None:
+                torch._foreach_lerp_(averages, params, 1 - extras.ema)
+            taken += 1
+
+        return Built(
+            step,
+            optimizer,
+            averages=(lambda: averages) if averages else None,
+            set_noise=set_noise if extras.noise is not None else None,
+            spoils=extras.clip is not None or extras.noise is not None or gc,
+        )
+
+    return make
+
+
+def _own_extras(extras: Extras, gc: bool) -> Maker:
+    """The same as options of our step."""
+
+    def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
+        import fusedcalib
+
+        options: dict[str, Any] = {"max_grad_norm": extras.clip, "ema_decay": extras.ema, "centralize": gc}
+        if extras.noise is not None:
+            options["noise"] = fusedcalib.GradientNoise(extras.noise, GAMMA)
+        cls = getattr(fusedcalib, subject.cls)
+        optimizer = cls(groups_of(spec, params), **subject.options, **options)
+
+        def set_noise(variance: float) -> None:
+            for group in optimizer.param_groups:
+                group["noise"] = {**group["noise"], "eta": variance}
+
+        return Built(
+            optimizer.step,
+            optimizer,
+            note=f"backend {optimizer.backend}",
+            averages=(lambda: [optimizer.state[p]["ema"] for p in params])
+            if extras.ema is not None
+            else None,
+            set_noise=set_noise if extras.noise is not None else None,
+        )
+
+    return make
+
+
+def _pair(key: str, by_hand: str, ours: str, gc: bool = False) -> tuple[Method, Method]:
+    """A step with these extras: composed of what there is, and as ours."""
+    extras = EXTRAS[key]
+    return (
+        Method(f"eager_{key}", f"{by_hand} + torch fused", gc, _composed(extras, gc), extras),
+        Method(f"own_{key}", f"fusedcalib with {ours}", gc, _own_extras(extras, gc), extras),
+    )
+
+
 def _compiled(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
     """torch.compile of a hand-written in-place step: the whole list, or else tensor by tensor."""
     if not params[0].is_cuda:
@@ -180,6 +291,10 @@ METHODS: dict[str, Method] = {
             True,
             _own(centralize=True, backend="eager"),
         ),
+        *_pair("noise", "add_(randn_like)", "noise"),
+        *_pair("clip", "clip_grad_norm_", "clip"),
+        *_pair("ema", "foreach lerp", "EMA"),
+        *_pair("chain", "clip, noise, eager GC, EMA", "clip, noise, GC, EMA", gc=True),
         Method("apex", "apex FusedAdam", False, _rival("apex.optimizers", "FusedAdam")),
         Method("bitsandbytes", "bitsandbytes AdamW", False, _rival("bitsandbytes.optim", "AdamW")),
         Method("optimi", "optimi AdamW", False, _rival("optimi", "AdamW")),

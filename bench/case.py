@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import gate, probe, shapes, timing
-from .baselines import METHODS, SUBJECTS, Built, NotAvailableError, Subject
+from .baselines import EXTRAS, METHODS, NONE, SUBJECTS, Built, NotAvailableError, Subject
 from .ceilings import stream_of
 from .timing import Rounds, Sampler, Spread, device_sampler, interleave, repeats_for, wall_sampler
 
 ANCHOR = "torch_fused"
-REFERENCES = (ANCHOR, "torch_foreach", "eager_gc_fused", "compiled_gc", "own_plain")
+REFERENCES = (
+    *(ANCHOR, "torch_foreach", "eager_gc_fused", "compiled_gc", "own_plain"),
+    *(f"eager_{extras}" for extras in EXTRAS),
+)
 SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short list, some of a long one
 
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -34,10 +38,11 @@ class Case:
     methods: tuple[str, ...]
     dtypes: str = "fp32"
     subject: str = "AdamW"
+    extras: str = ""  # what of baselines.EXTRAS the case is about
 
     @property
     def title(self) -> str:
-        return f"{self.list} {self.subject} {self.dtypes}"
+        return f"{self.list} {self.subject} {self.dtypes}{self.extras and f' with {self.extras}'}"
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,11 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
     dtype, state_dtype = DTYPES[case.dtypes]
     states = subject.states()
     # p and the states go both ways, g one way.
-    width = 3 * dtype.itemsize + 2 * states * state_dtype.itemsize
+    plain = 3 * dtype.itemsize + 2 * states * state_dtype.itemsize
+    width = plain + EXTRAS.get(case.extras, NONE).width(dtype)
     flush = timing.on_gpu(device) and spec.params * width < 400e6
     built, reasons = _build(case, spec, device, subject)
-    gated = {name: (METHODS[name].gc, params, b.step) for name, (params, b) in built.items()}
+    gated = {name: _entry(name, params, b) for name, (params, b) in built.items()}
     every = max(1, spec.params // SAMPLE)
     verdicts = gate.check(spec, gated, subject, every) if built else {}
     for name, verdict in verdicts.items():
@@ -68,12 +74,18 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
                 f"wrong result: {verdict.of_bound:.3g} times the bound away from float64"
             )
             del built[name]
-    methods = {name: b for name, (_, b) in built.items()}
-    reads = 2 + states if case.dtypes == "fp32" and spec.params >= 2**20 else None
+    for name in [name for name in built if METHODS[name].extras != NONE]:
+        if fault := _fault(name, built[name][1], subject, device, dtype):
+            reasons[name] = fault
+            del built[name]
+    methods = _refreshed(spec, built)
+    # What has extras moves more than the stream beside it would.
+    reads = 2 + states if case.dtypes == "fp32" and spec.params >= 2**20 and not case.extras else None
     rows = _time(spec, reads, methods, device, effort, flush) if methods else {}
     for name, verdict in verdicts.items():
         if name in rows:
             rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
+            rows[name]["bytes_per_param"] = plain + METHODS[name].extras.width(dtype)
     del built, gated, methods
     gc.collect()
     if timing.on_gpu(device):
@@ -84,6 +96,7 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
         "params": spec.params,
         "dtypes": case.dtypes,
         "subject": case.subject,
+        "extras": case.extras,
         "bytes_per_param": width,
         "flush": "write" if flush else "none",
         "clock": "device" if timing.on_gpu(device) else "wall",
@@ -91,6 +104,46 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
             empty_row(name) | rows.get(name, {}) | {"reason": reasons.get(name)}
             for name in (*case.methods, *(name for name in rows if name not in METHODS))
         ],
+    }
+
+
+def _entry(name: str, params: list[Tensor], built: Built) -> gate.Entry:
+    """A method for the gate: without its noise, and clipped by the norm that it has."""
+    if built.set_noise:
+        built.set_noise(0.0)
+    method = METHODS[name]
+    extras = replace(method.extras, noise=None)
+    torch_norm = built.spoils and extras.clip is not None
+    return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages)
+
+
+def _fault(name: str, built: Built, subject: Subject, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Judges what the gate cannot see, and gives the method its noise back."""
+    extras = METHODS[name].extras
+    if built.set_noise and extras.noise is not None:
+        built.set_noise(extras.noise)
+    try:
+        return gate.fault(METHODS[name], subject, device, dtype)
+    except Exception as error:  # as in the gate
+        return f"{type(error).__name__}: {error}"
+
+
+@torch.no_grad()
+def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, Built]:
+    """The methods; those that change their gradients are given them anew from a pool."""
+    spoiling = [params for params, b in built.values() if b.spoils]
+    if spoiling:
+        shapes.load_gradients(spec, spoiling, 0)
+    pool = [param.grad.clone() for param in spoiling[0] if param.grad is not None] if spoiling else []
+
+    def refresh(params: list[Tensor]) -> None:
+        for param, value in zip(params, pool, strict=True):
+            assert param.grad is not None
+            param.grad.copy_(value)
+
+    return {
+        name: replace(b, fresh=partial(refresh, params)) if b.spoils else b
+        for name, (params, b) in built.items()
     }
 
 
@@ -107,7 +160,7 @@ def empty_row(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "title": title,
-        "options": {"gc": METHODS[name].gc if name in METHODS else False},
+        "options": METHODS[name].options if name in METHODS else {"gc": False},
         **dict.fromkeys((*numbers, *counts)),
         "ratio_to": {},
         "wall_ratio_to": {},
@@ -163,6 +216,7 @@ def _time(
     """All numbers of the methods that passed, by name; `reads`: arrays of the stream beside them."""
     gpu = timing.on_gpu(device)
     steps = {name: built.step for name, built in methods.items()}
+    fresh = {name: built.fresh for name, built in methods.items()}
     if reads:
         with suppress(ImportError):  # no ceiling then; `ceil.how` says why
             steps[stream_name(reads)] = stream_of(device, spec.params, reads)
@@ -174,7 +228,10 @@ def _time(
     repeat = 1 if gpu else repeats_for(wall_sampler(steps[first], device, 3)())
     anchor = None if gpu else next((name for name in (ANCHOR, "torch_foreach") if name in steps), first)
     wall = interleave(
-        {name: wall_sampler(step, device, repeat, name == anchor) for name, step in steps.items()},
+        {
+            name: wall_sampler(step, device, repeat, name == anchor, fresh.get(name))
+            for name, step in steps.items()
+        },
         rounds=effort.rounds,
         seconds=effort.seconds,
         anchor=anchor,
@@ -183,7 +240,7 @@ def _time(
     for name, step in steps.items():
         fit = probe.queue(probes[name], flush) if gpu else None
         if fit is not None:
-            queued[name] = device_sampler(step, device, flush=flush, **fit)
+            queued[name] = device_sampler(step, device, flush=flush, fresh=fresh.get(name), **fit)
     on_device = interleave(queued, rounds=effort.rounds, seconds=effort.seconds)
     return {name: _row(name, wall, on_device, probes.get(name), gpu) for name in steps}
 

@@ -34,6 +34,13 @@ def _over(name: str, method: str, to: str, clock: str = "ratio_to") -> Measure:
     return lambda results: _quiet(ratio(results, name, method, to, clock))
 
 
+def _chain(extras: str, to: str, dtypes: str = "fp32", subject: str = "AdamW") -> Measure:
+    """Our step with extras over another: `to` is "plain", our own without them, or "eager", composed."""
+    other = PLAIN if to == "plain" else f"eager_{extras}"
+    where = {"dtypes": dtypes, "subject": subject, "extras": extras}
+    return lambda results: _quiet(ratio(results, GPT, f"own_{extras}", other, **where))
+
+
 def _quiet(spread: dict[str, Any] | None) -> float | None:
     """The median; None on a busy machine, where no goal is reached or missed."""
     return None if spread is None or spread["disturbed"] else float(spread["median"])
@@ -119,6 +126,16 @@ GPU = (
         _over(SMALL, GC, "compiled_gc", WALL),
         (0.5, 0.25, 0.1),
     ),
+    Goal("G9", "noise / plain", _chain("noise", "plain"), (1.08, 1.03, 1.01)),
+    Goal("G10", "noise / plain, bf16", _chain("noise", "plain", "bf16"), (1.25, 1.08, 1.03)),
+    Goal("G10", "noise / plain, SGD bf16", _chain("noise", "plain", "bf16", "SGD"), (1.6, 1.3, 1.15)),
+    Goal("G11", "noise / torch fused + add_(randn_like)", _chain("noise", "eager"), (0.75, 0.6, 0.52)),
+    Goal("G12", "clip / plain", _chain("clip", "plain"), (1.22, 1.16, 1.14)),
+    Goal("G12", "clip / clip_grad_norm_ + torch fused", _chain("clip", "eager"), (0.85, 0.72, 0.66)),
+    Goal("G13", "EMA / plain", _chain("ema", "plain"), (1.38, 1.31, 1.29)),
+    Goal("G13", "EMA / torch fused + foreach lerp", _chain("ema", "eager"), (0.95, 0.82, 0.75)),
+    Goal("G14", "clip, noise, GC, EMA / plain", _chain("chain", "plain"), (1.6, 1.47, 1.43)),
+    Goal("G14", "clip, noise, GC, EMA / composed", _chain("chain", "eager"), (0.6, 0.46, 0.42)),
     Goal("G15", "host time / torch fused, same gradients", _host("unchanged"), (0.2, 0.08, 0.05)),
     Goal("G16", "host time / torch fused, moved", _host("reallocated"), (0.3, 0.12, 0.08)),
     Goal("G17", "wall, 1000x1024", _over("1000x1024", PLAIN, T, WALL), (0.25, 0.1, 0.06)),
@@ -141,6 +158,8 @@ CPU = (
     Goal("C4", f"GC / eager GC + torch, {CPU_GPT}", _over(CPU_GPT, GC, EAGER), (0.75, 0.68, 0.68)),
     Goal("C4", "eager / eager GC + torch", _over(CPU_GPT, "own_gc_eager", EAGER), (0.95, 0.83, 0.83)),
     Goal("C5", f"% of stream, GC, {CPU_GPT}", _share_of_stream(CPU_GPT, GC), (85, 93, 97), True),
+    Goal("C6", "noise / torch fused + add_(randn_like)", _chain("noise", "eager"), (0.35, 0.2, 0.15)),
+    Goal("C8", "clip, noise, GC, EMA / composed", _chain("chain", "eager"), (0.5, 0.46, 0.42)),
 )
 
 

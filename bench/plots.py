@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import tables
-from .schema import Results
+from .schema import Results, extras_of
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours has the strong colours.
 INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
@@ -121,7 +121,8 @@ def _training_subtitle(results: Results) -> str:
 
 def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
-    fp32 = [case for case in results["cases"] if (case["dtypes"], case["subject"]) == ("fp32", "AdamW")]
+    kinds = ((case, (case["dtypes"], case["subject"], extras_of(case))) for case in results["cases"])
+    fp32 = [case for case, kind in kinds if kind == ("fp32", "AdamW", "")]
     cases = [case for case in fp32 if names is None or case["list"] in names]
     rows = [_ratios(case) for case in cases]
     heights = [len(of) + 1.2 for of in rows]
@@ -151,28 +152,75 @@ RULE_METHODS = (
 
 def rules(results: Results, path: Path) -> Path:
     """Step time of each rule over that of a stream of the bytes which it must move; bars are 10-90 %."""
-    cases = tables.rule_cases(results)[::-1]
+    cases = tables.rule_cases(results)
+    names = [case["subject"] for case in cases]
+    series = [
+        (title, colour, [tables.over_stream(case, name) for case in cases])
+        for name, title, colour in RULE_METHODS
+    ]
+    label = "time of a step / time of a memory stream of its bytes, log scale"
+    subtitle = f"{cases[0]['list']}, fp32\n{tables.measured_on(results)}"
+    return _dots(path, names, series, label, (_rules_title(cases), subtitle))
+
+
+CHAIN_METHODS = (
+    ("eager", "composed around torch fused", COLOURS["eager_gc_fused"]),
+    ("own", "options of fusedcalib", COLOURS["own_gc"]),
+)
+
+
+def chain(results: Results, path: Path) -> Path:
+    """Step time with extras, composed and ours, over that of our step without; bars are 10-90 %."""
+    cases = tables.chain_cases(results)
+    series = [
+        (title, colour, [tables.chain_ratio(case, name, "own_plain") for case in cases])
+        for name, title, colour in CHAIN_METHODS
+    ]
+    label = "time of a step / time of fusedcalib's step without, log scale"
+    subtitle = f"{cases[0]['list']}\n{tables.measured_on(results)}"
+    names = [tables.chain_name(case) for case in cases]
+    return _dots(path, names, series, label, (_chain_title(cases), subtitle))
+
+
+def _chain_title(cases: list[dict[str, Any]]) -> str:
+    """Of the step with most around it."""
+    usual = [case for case in cases if (case["subject"], case["dtypes"]) == ("AdamW", "fp32")]
+    spread = tables.chain_ratio(usual[-1], "own", "eager") if usual else None
+    if spread is None:
+        return "What a step costs with more around it"
+    mark = tables.DISTURBED if spread["disturbed"] else ""
+    return f"In one step / composed: {mark}{spread['median']:.2f} with {tables.chain_name(usual[-1])}"
+
+
+Series = tuple[str, str, list[dict[str, Any] | None]]  # title, colour, spreads
+
+
+def _dots(path: Path, names: list[str], series: list[Series], label: str, heading: tuple[str, str]) -> Path:
+    """One panel of ratios, a line of it for each name, the first on top."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 0.9 + 0.34 * len(cases)))
+        figure = Figure(figsize=(9.5, 0.9 + 0.34 * len(names)))
         axes = figure.subplots(1, 1, gridspec_kw={"left": 0.2, "top": 0.93})
         spreads = []
-        for name, title, colour in RULE_METHODS:
-            found = [(y, tables.over_stream(case, name)) for y, case in enumerate(cases)]
-            known = [(y, spread) for y, spread in found if spread]
+        for title, colour, found in series:
+            known = [(y, spread) for y, spread in enumerate(found[::-1]) if spread]
             for y, spread in known:
                 axes.plot([spread["p10"], spread["p90"]], [y, y], color=colour, linewidth=5, alpha=0.35)
             medians = [spread["median"] for _, spread in known]
             axes.plot(medians, [y for y, _ in known], "o", color=colour, markersize=7, label=title)
             spreads += [spread for _, spread in known]
         axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
-        axes.set_yticks(range(len(cases)), [case["subject"] for case in cases])
+        axes.set_yticks(range(len(names)), names[::-1])
+        axes.set_ylim(-0.6, len(names) - 0.4)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        _ratio_axis(axes, min(s["p10"] for s in spreads), max(s["p90"] for s in spreads))
-        axes.set_xlabel("time of a step / time of a memory stream of its bytes, log scale")
-        figure.legend(loc="upper right", ncols=4, frameon=False, bbox_to_anchor=(0.92, 0.0), fontsize=9)
-        _heading(figure, _rules_title(cases), f"{cases[0]['list']}, fp32\n{tables.measured_on(results)}")
+        low, high = (min(s["p10"] for s in spreads), max(s["p90"] for s in spreads)) if spreads else (1, 1)
+        _ratio_axis(axes, low, high)
+        axes.set_xlabel(label)
+        below = 0.0 if len(names) > 8 else -0.24
+        place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (0.92, below)}
+        figure.legend(ncols=len(series), frameon=False, fontsize=9, **place)
+        _heading(figure, *heading)
         figure.savefig(path, bbox_inches="tight")
     return path
 
@@ -223,7 +271,7 @@ def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
 def _ratio_axis(axes: Axes, low: float, high: float) -> None:
     """A log axis with ticks that are read as factors."""
     axes.set_xscale("log")
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low / 1.6 <= t <= high * 1.6]
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low / 1.6 <= t <= high * 1.6]
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])  # noqa: RUF001
     axes.set_xticks([], minor=True)
     axes.set_xlim(min(low * 0.85, 0.7), max(high * 1.35, 1.5))

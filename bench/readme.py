@@ -26,10 +26,11 @@ COLUMNS = (
 )
 
 
-def section(data: Results, figure: str, of_rules: str) -> str:
+def section(data: Results, figure: str, of_chain: str, of_rules: str) -> str:
     """The text between the markers."""
     parts = [f"Ratios of the time of an AdamW step, {_clock(data)}: below 1 is faster."]
     parts += [tables.markdown(table(data)), f"![time of a step]({figure})", losses(data)]
+    parts += chain(data, of_chain)
     parts += host_times(data)
     parts += rules(data, of_rules)
     rounds = [s["n"] for c in data["cases"] for r in c["methods"] for s in r["ratio_to"].values()]
@@ -46,7 +47,7 @@ def table(data: Results) -> tables.Table:
     header = ["parameters", *(title for title, _, _ in COLUMNS)]
     rows = []
     for case in data["cases"]:
-        if (case["dtypes"], case["subject"]) != ("fp32", "AdamW"):
+        if (case["dtypes"], case["subject"], schema.extras_of(case)) != ("fp32", "AdamW", ""):
             continue
         by_name = {row["name"]: row for row in case["methods"]}
         spreads = [by_name.get(name, {"ratio_to": {}})["ratio_to"].get(to) for _, name, to in COLUMNS]
@@ -65,6 +66,7 @@ def losses(data: Results) -> str:
         for case in data["cases"]
         for row in case["methods"]
         if row["name"] in ("own_plain", "own_gc")
+        and not schema.extras_of(case)
         and row["ratio_to"].get("torch_fused", {"median": 0})["median"] > LOSS
     ]
     if not worse:
@@ -74,6 +76,18 @@ def losses(data: Results) -> str:
 
 def _subject(case: dict[str, Any]) -> str:
     return "" if case["subject"] == "AdamW" else f"{case['subject']} on "
+
+
+def chain(data: Results, figure: str) -> list[str]:
+    """What clip, noise, centring and average cost in the step, against the same composed."""
+    cases = tables.chain_cases(data)
+    if not cases:
+        return []
+    about = (
+        f"AdamW on {cases[0]['list']}, fp32 unless said, with what else a training does around a step. "
+        "`bytes`: what the step with it must move for each parameter."
+    )
+    return [about, tables.markdown(tables.chain_table(data)), f"![a step with more]({figure})"]
 
 
 RULE_COLUMNS = (
@@ -138,13 +152,18 @@ def write(source: Path, readme: Path) -> Path:
     from . import plots
 
     data = schema.load(source)
-    names = [case["list"] for case in data["cases"] if case["dtypes"] == "fp32"]
+    cases = [case for case in data["cases"] if not schema.extras_of(case)]
+    names = [case["list"] for case in cases if case["dtypes"] == "fp32"]
     chosen = [name for name in FIGURE_LISTS if name in names] or names[:3]
-    figure = plots.steps(data, source.parent / f"steps-{machine.slug(data)}.png", chosen)
-    of_rules = source.parent / f"rules-{machine.slug(data)}.png"
+    figure, of_chain, of_rules = (
+        source.parent / f"{kind}-{machine.slug(data)}.png" for kind in ("steps", "chain", "rules")
+    )
+    plots.steps(data, figure, chosen)
+    if tables.chain_cases(data):
+        plots.chain(data, of_chain)
     if tables.rule_cases(data):
         plots.rules(data, of_rules)
-    names = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_rules)]
+    names = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_chain, of_rules)]
     readme.write_text(insert(readme.read_text(), section(data, *names)))
     return figure
 

@@ -59,7 +59,7 @@ def assemble(head: Results, ceil: dict[str, Any], cases: list[dict[str, Any]], *
         for row in case["methods"]:
             row["pct_copy"] = None
             if row["device_ms_median"] and ceil.get("copy_gbs"):
-                moved = case["bytes_per_param"] * case["params"]
+                moved = row.get("bytes_per_param", case["bytes_per_param"]) * case["params"]
                 row["pct_copy"] = 1e-4 * moved / row["device_ms_median"] / ceil["copy_gbs"]
     return {**head, "torch_mta": more.pop("torch_mta", None), "ceil": ceil, "cases": cases, **more}
 
@@ -113,10 +113,18 @@ def load(path: Path) -> Results:
     return results
 
 
-def find_row(results: Results, name: str, method: str, dtypes: str = "fp32") -> Results | None:
+def find_row(
+    results: Results,
+    name: str,
+    method: str,
+    dtypes: str = "fp32",
+    subject: str = "AdamW",
+    extras: str = "",
+) -> Results | None:
     """The row of a method on a list, or None if that was not measured."""
     for case in results["cases"]:
-        if (case["list"], case["dtypes"], case["subject"]) == (name, dtypes, "AdamW"):
+        found_in = (case["list"], case["dtypes"], case["subject"], extras_of(case))
+        if found_in == (name, dtypes, subject, extras):
             for row in case["methods"]:
                 if row["name"] == method and row["reason"] is None:
                     found: Results = row
@@ -124,8 +132,16 @@ def find_row(results: Results, name: str, method: str, dtypes: str = "fp32") -> 
     return None
 
 
-def ratio(results: Results, name: str, method: str, to: str, clock: str = "ratio_to") -> Results | None:
-    """The spread of one ratio, or None if that was not measured."""
-    row = find_row(results, name, method)
+def extras_of(case: Results) -> str:
+    """What a case is about besides its rule; older files have nothing of the kind."""
+    extras: str = case.get("extras", "")
+    return extras
+
+
+def ratio(
+    results: Results, name: str, method: str, to: str, clock: str = "ratio_to", **where: str
+) -> Results | None:
+    """The spread of one ratio, or None if that was not measured; `where`: more of what find_row takes."""
+    row = find_row(results, name, method, **where)
     spread: Results | None = row[clock].get(to) if row else None
     return spread

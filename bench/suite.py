@@ -64,6 +64,20 @@ CPU_CASES = (
     Case("unaligned", OWN),
 )
 
+
+def extras_case(extras: str, dtypes: str = "fp32", subject: str = "AdamW") -> Case:
+    """A step with extras against the same composed, and what both cost."""
+    methods = ("torch_fused", "own_plain", f"eager_{extras}", f"own_{extras}")
+    return Case("gpt2-124m", methods, dtypes, subject, extras)
+
+
+CHAIN_CASES = tuple(extras_case(extras) for extras in ("chain", "noise", "clip", "ema"))
+GPU_CHAIN_CASES = (
+    *CHAIN_CASES,
+    extras_case("noise", "bf16"),
+    extras_case("noise", "bf16", "SGD"),
+)
+
 RULE_METHODS = ("torch_fused", "torch_foreach", "own_plain", "own_gc")
 RULE_LISTS = {"cpu": "gpt2-small-cpu", "cuda": "gpt2-124m"}
 
@@ -93,12 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=machine.HERE / "results")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=480.0, help="start no case after this")
-    parser.add_argument("--only", default="", help="regular expression for `list rule dtypes`")
+    parser.add_argument("--only", default="", help="regular expression for `list rule dtypes [with extras]`")
     options = parser.parse_args(arguments)
     device = machine.pick_device(options.device)
-    cases: tuple[Case, ...] = CPU_CASES
+    cases: tuple[Case, ...] = (*CPU_CASES, *CHAIN_CASES)
     if timing.on_gpu(device):
-        cases = (*GPU_CASES[:8], *GPU_COMPILED, *GPU_CASES[8:])
+        cases = (*GPU_CASES[:8], *GPU_CHAIN_CASES, *GPU_COMPILED, *GPU_CASES[8:])
     cases = tuple(case for case in (*cases, *rule_cases(device)) if re.search(options.only, case.title))
     return _suite(cases, device, options.out, options.seconds)
 
@@ -146,6 +160,8 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     for goal in whole["goals"]:
         value = tables.number(goal["value"])
         log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
+    if tables.chain_cases(whole):
+        print("\n".join(_aligned(tables.chain_table(whole))), flush=True)
     for title in more["left_out"]:
         log(f"left out for want of time: {title}")
     wrong = _wrong(done)
@@ -185,13 +201,17 @@ def _multi_tensor(done: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _text(case: dict[str, Any]) -> str:
-    header, rows = tables.case_table(case)
+    return "\n".join([*_aligned(tables.case_table(case)), *_reasons(case)])
+
+
+def _aligned(table: tables.Table) -> list[str]:
+    header, rows = table
     widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         for cells in (header, *rows)
     )
-    return "\n".join([*(f"    {line}" for line in lines), *_reasons(case)])
+    return [f"    {line}" for line in lines]
 
 
 def _reasons(case: dict[str, Any]) -> list[str]:

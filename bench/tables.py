@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import machine
-from .schema import Results
+from .schema import Results, extras_of
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
@@ -38,10 +38,44 @@ def stream_ratio(row: dict[str, Any]) -> dict[str, Any] | None:
 
 def rule_cases(results: Results) -> list[dict[str, Any]]:
     """The cases of all rules on the list that they share, AdamW's first."""
-    others = [case for case in results["cases"] if case["subject"] != "AdamW"]
-    shared = {(case["list"], case["dtypes"]) for case in others}
-    own = [case for case in results["cases"] if (case["list"], case["dtypes"]) in shared]
+    cases = [case for case in results["cases"] if not extras_of(case)]
+    shared = {(case["list"], case["dtypes"]) for case in cases if case["subject"] != "AdamW"}
+    own = [case for case in cases if (case["list"], case["dtypes"]) in shared]
     return sorted(own, key=lambda case: case["subject"] != "AdamW")
+
+
+def chain_cases(results: Results) -> list[dict[str, Any]]:
+    """The cases of a step with extras, in the order of what they move."""
+    return sorted(filter(extras_of, results["cases"]), key=lambda case: case["bytes_per_param"])
+
+
+def chain_ratio(case: dict[str, Any], method: str, to: str) -> dict[str, Any] | None:
+    """Of two methods of a case with extras: "own" and "eager" are those that have them."""
+    full = {key: f"{key}_{extras_of(case)}" for key in ("own", "eager")}
+    rows = [row for row in case["methods"] if row["name"] == full.get(method, method)]
+    found: dict[str, Any] | None = rows[0]["ratio_to"].get(full.get(to, to)) if rows else None
+    return found
+
+
+def chain_name(case: dict[str, Any]) -> str:
+    """`noise`, or `SGD bf16: noise` where it is not AdamW in fp32."""
+    own = [row for row in case["methods"] if row["name"] == f"own_{extras_of(case)}"]
+    name = own[0]["title"].partition(" with ")[2] if own else extras_of(case)
+    plain = (case["subject"], case["dtypes"]) == ("AdamW", "fp32")
+    return name if plain else f"{case['subject']} {case['dtypes']}: {name}"
+
+
+def chain_table(results: Results) -> Table:
+    """A step with extras over the same composed around torch's fused step, and what each adds."""
+    header = ["with", "composed of", "bytes", "fusedcalib / composed", "/ fusedcalib without"]
+    header.append("composed / torch fused without")
+    rows = []
+    for case in chain_cases(results):
+        eager = [row["title"] for row in case["methods"] if row["name"] == f"eager_{extras_of(case)}"]
+        pairs = (("own", "eager"), ("own", "own_plain"), ("eager", "torch_fused"))
+        cells = [spread_text(chain_ratio(case, *pair)) for pair in pairs]
+        rows.append([chain_name(case), *eager, str(case["bytes_per_param"]), *cells])
+    return header, rows
 
 
 def over_stream(case: dict[str, Any], method: str) -> dict[str, Any] | None:

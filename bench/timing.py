@@ -145,13 +145,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def wall_sampler(step: Step, device: torch.device, repeat: int = 1, settle: bool = False) -> Sampler:
+def wall_sampler(
+    step: Step, device: torch.device, repeat: int = 1, settle: bool = False, fresh: Step | None = None
+) -> Sampler:
     """Host and device together: what a user waits for.
 
-    With `settle` a step is taken first that is not counted: what ran before left other caches.
+    With `settle` a step is taken first that is not counted: what ran before left other caches. `fresh`
+    comes before each sample, and is not counted either.
     """
 
     def sample() -> float:
+        if fresh:
+            fresh()
         if settle:
             step()
         synchronize(device)
@@ -165,12 +170,19 @@ def wall_sampler(step: Step, device: torch.device, repeat: int = 1, settle: bool
 
 
 def device_sampler(
-    step: Step, device: torch.device, *, sleep_seconds: float, repeat: int, flush: bool
+    step: Step,
+    device: torch.device,
+    *,
+    sleep_seconds: float,
+    repeat: int,
+    flush: bool,
+    fresh: Step | None = None,
 ) -> Sampler:
     """Time on the GPU alone: steps are queued behind a sleeping kernel, between CUDA events.
 
     The sleep must outlast the host's work, or gaps of the host are counted as the device's. With
-    `flush`, a buffer larger than the L2 cache is overwritten before each step.
+    `flush`, a buffer larger than the L2 cache is overwritten before each step; `fresh` comes before each
+    sample.
     """
     buffer = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.uint8, device=device)
     spans = [1] * repeat if flush else [repeat]  # steps between two events
@@ -178,6 +190,8 @@ def device_sampler(
     def sample() -> float:
         Event: Any = torch.cuda.Event
         events = [[Event(enable_timing=True) for _ in range(2)] for _ in spans]
+        if fresh:
+            fresh()
         torch.cuda.synchronize(device)
         _sleep(device, sleep_seconds)
         for (start, stop), span in zip(events, spans, strict=True):

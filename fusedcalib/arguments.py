@@ -42,7 +42,7 @@ def extras_of(cls: type, own: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a class that the constructor it has does not take: `fused` and `capturable` are for all."""
     bases = [base for base in cls.__mro__ if base is Options or _is_torch(base)]
     taken = {name for base in bases for name in inspect.signature(vars(base)["__init__"]).parameters}
-    flags = {"fused": None, "capturable": False}
+    flags = {"fused": False, "capturable": False}
     return {**EXTRAS, **{k: v for k, v in flags.items() if k not in taken}, **own}
 
 
@@ -78,7 +78,7 @@ class Options(Optimizer):
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as param groups hold them: numbers, strings and dicts, so that they can be saved."""
-    found = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
+    found: dict[str, Any] = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
     if "noise" in found:
         found["noise"] = as_dict(found["noise"])
     if isinstance(found.get("state_dtype"), torch.dtype):

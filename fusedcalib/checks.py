@@ -52,17 +52,13 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
             f"Invalid max_grad_norm value: {limit!r}, expected a number > 0, or None for no limit"
         )
     if not (decay is None or is_remote(decay) or 0 <= decay < 1):
-        raise ValueError(
-            f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1), or None for no average"
-        )
+        raise ValueError(f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1) or None")
     for flag in ("skip_nonfinite", "stochastic_rounding"):
         if not isinstance(group[flag], bool):
             raise ValueError(f"Invalid {flag} value: {group[flag]!r}, expected True or False")
     if group["state_dtype"] not in STATE_DTYPES:
         names = ", ".join(str(dtype) for dtype in STATE_DTYPES.values() if dtype)
-        raise ValueError(
-            f"Invalid state_dtype value: {group['state_dtype']!r}, expected one of {names}, or None"
-        )
+        raise ValueError(f"Invalid state_dtype value: {group['state_dtype']!r}, expected {names} or None")
     if type(group["seed"]) is not int or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"Invalid seed value: {group['seed']!r}, expected an int in [0, 2^64)")
     if group.get("differentiable"):

@@ -52,7 +52,7 @@ class Outcome:
         self._norm: tuple[Tensor, torch.dtype] | None = None
 
     def on(self, device: torch.device, measured: torch.dtype | None) -> Tensor:
-        """fp64 [2] on the device, for good: the norm, to be read in a dtype if it is measured, and the count."""
+        """fp64 [2] on the device, for good: the norm (to be read in that dtype, if any) and the count."""
         if device not in self._reports:
             with torch.inference_mode(False):
                 self._reports[device] = torch.zeros(2, dtype=torch.float64, device=device)
@@ -96,7 +96,7 @@ class Counts:
         self.products = np.array([float(x) for x in products], dtype=np.float32)
 
     def share(self, what: str, values: Array, device: torch.device) -> Any:
-        """A buffer of values, of which the 0-dim states of that name become views; None where there are none."""
+        """A buffer of values, of which the 0-dim states ("step" or "product") become views; None without."""
         name = "step" if what == "step" else self._name
         if name is None:
             return None

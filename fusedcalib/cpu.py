@@ -18,7 +18,7 @@ from numba import njit
 from numba.extending import overload
 
 from .cpu_memory import Memory, fetch_add, geometry_at, set_double, tile_at, words_at
-from .cpu_noise import BLOCK, bits_maker, noise_maker
+from .cpu_noise import BLOCK, KEPT, bits_maker, noise_maker
 from .cpu_threads import on_threads, threads_for
 from .kernels import stages
 from .layout import Layout
@@ -129,19 +129,24 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
     load, store, real, flags = memory.load, memory.store, memory.real, recipe.flags
     centred, project, ema = flags.centralize != "none", flags.project, flags.ema
     room, filled, noise = noise_maker(flags.noise, real)
+    # What a row mean is taken of knows only noise on the gradient.
+    sum_filled, sum_noise = noise_maker(flags.noise if flags.noise == "gradient" else "none", real)[1:]
     bit_room, bits_filled, bits = bits_maker(flags.rounding)
     size = BLOCK if flags.random else 1 << 62  # a step without chance needs no blocks
+    twice = centred and flags.noise == "gradient"  # the sum wants the noise, and then the step
     start_of_run = _run_starter(memory)
 
     @njit(**_INNER, fastmath=_ADD_FREELY)
-    def run_sum(addresses, strides, length, h, at, words):
+    def run_sum(addresses, strides, length, h, at, words, kept):
         total, space = 0.0, room()
         for first in range(0, length, BLOCK):
             part, last = real(0.0), min(first + BLOCK, length)
-            place = filled(space, at + first, last - first, h, words)
+            place = kept + 4 * first
+            if kept == 0:
+                place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i)
-                part += measured(values[0], values[1], values[2:], h, noise(place, i - first))
+                part += measured(values[0], values[1], values[2:], h, sum_noise(place, i - first))
             total += part
         return total
 
@@ -157,11 +162,13 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
         return total
 
     @njit(**_INNER)
-    def run_step(addresses, strides, length, h, mean, at, words):
+    def run_step(addresses, strides, length, h, mean, at, words, kept):
         space, bit_space = room(), bit_room()
         for first in range(0, length, size):
             last = min(first + size, length)
-            place = filled(space, at + first, last - first, h, words)
+            place = kept + 4 * first
+            if kept == 0:
+                place = filled(space, at + first, last - first, h, words)
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i)
@@ -184,16 +191,18 @@ def _row_loop(recipe: Recipe, memory: Memory) -> Function:
 
     @njit(**_INNER)
     def step_row(row, addresses, strides, runs, length, h, at, words):
-        mean = real(0.0)
+        mean, kept = real(0.0), 0
+        if twice and runs == 1 and length <= KEPT:
+            kept = filled(room(), at, length, h, words)
         if centred:
             total = 0.0
             for run in range(runs):
                 start = start_of_run(row, addresses, run)
-                total += run_sum(start, strides, length, h, at + run * length, words)
+                total += run_sum(start, strides, length, h, at + run * length, words, kept)
             mean = real(total / (runs * length))
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            run_step(start, strides, length, h, mean, at + run * length, words)
+            run_step(start, strides, length, h, mean, at + run * length, words, kept)
         if project:
             squares = 0.0
             for run in range(runs):

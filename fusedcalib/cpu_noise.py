@@ -13,7 +13,10 @@ from numba.extending import intrinsic
 from .kernels import philox as device
 
 BLOCK = 512  # elements filled at once
-ROOM = BLOCK + 8  # whole counters, at either end
+KEPT = (
+    4096  # elements at most of a row whose noise is kept for the second walk over it: half of a first cache
+)
+ROOM = KEPT + 8  # whole counters, at either end
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _INLINE: dict[str, Any] = {**_INNER, "forceinline": True}  # a loop with a call in it is not vectorized

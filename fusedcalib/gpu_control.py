@@ -6,6 +6,7 @@ of a step are computed by the launch that measures the gradients, or by one prog
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,8 @@ class DeviceControl:
         of_groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         history = np.stack([of_groups, counts.taken, counts.products], axis=1)
         found, example, used = np.unique(history, axis=0, return_index=True, return_inverse=True)
-        self._row_groups = [int(group) for group in found[:, 0]]
+        self._group_rows = {int(g): np.flatnonzero(found[:, 0] == g) for g in np.unique(found[:, 0])}
+        self._seen: dict[int, dict[str, object]] = {group: {} for group in self._group_rows}
         rows = used.reshape(-1)
         for bucket in buckets:
             bucket.set_rows(rows)
@@ -71,19 +73,22 @@ class DeviceControl:
 
     def refresh(self, groups: Groups) -> None:
         """Hands over the options of the groups where they changed."""
-        per_group = {
-            group: leaves_of(self._tape, self._recipes[group], groups[group])
-            for group in set(self._row_groups)
-        }
         numbers, sources = self._numbers.host.copy(), self._sources.host.copy()
-        for row, group in enumerate(self._row_groups):
-            for i, leaf in enumerate(per_group[group]):
-                remote = isinstance(leaf, Tensor)
-                numbers[i, row] = 0.0 if remote else leaf
-                sources[i, row] = _source(leaf, self._device) if isinstance(leaf, Tensor) else 0
+        for group, rows in self._group_rows.items():
+            options = {key: value for key, value in groups[group].items() if key != "params"}
+            # A tensor on the host may change where it lies.
+            known = not any(Tensor in map(type, v) for v in (options.values(), options.get("betas", ())))
+            if known and options == self._seen[group]:
+                continue
+            self._seen[group] = copy.deepcopy(options) if known else {}
+            for i, leaf in enumerate(leaves_of(self._tape, self._recipes[group], groups[group])):
+                if isinstance(leaf, Tensor):
+                    numbers[i, rows], sources[i, rows] = 0.0, _source(leaf, self._device)
+                else:
+                    numbers[i, rows], sources[i, rows] = leaf, 0
         for mirror, values in ((self._numbers, numbers), (self._sources, sources)):
             mirror.update(values)
-            if not capturing():
+            if self._demand.remote and not capturing():
                 mirror.prepare_capture()
 
     def decide(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[bool, int]:

@@ -38,13 +38,13 @@ def fp32(x: Number) -> Number:
 
 
 def number_of(value: Any) -> Any:
-    """A hyperparameter as a Python number."""
-    return value.item() if isinstance(value, Tensor) else value
+    """A hyperparameter as a Python number. Other things, of a user's own, stay."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def is_remote(value: Any) -> bool:
     """Whether a hyperparameter lies on a device, where the host would have to wait for it."""
-    return isinstance(value, Tensor) and value.device.type != "cpu"
+    return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1
 
 
 class Recorded:

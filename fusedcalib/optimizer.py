@@ -69,9 +69,9 @@ class FusedOptimizer(Optimizer):
             tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
         noise: `fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient
             before centring or on the parameter after the step; as a dict in param groups. Default None.
-        seed: of the noise, an int of 64 bits. It is the same whatever the device, the order of the
-            parameters or how they are grouped, and goes on where a checkpoint left it. A parameter's noise
-            follows its name, where parameters are named, else its place among all. Default 0.
+        seed: of noise and stochastic rounding, an int of 64 bits. They are the same whatever the device, the
+            order of the parameters or how they are grouped, and go on where a checkpoint left them. A
+            parameter's follow its name, where parameters are named, else its place among all. Default 0.
         max_grad_norm: largest Euclidean norm of all gradients together, in units of the gradient: they are
             scaled down to it as by `torch.nn.utils.clip_grad_norm_`, but in the step, without changing
             `p.grad`. The norm is of all groups; a group may have a limit of its own. `grad_norm` is the
@@ -223,9 +223,7 @@ class FusedOptimizer(Optimizer):
     def _prepare(self) -> Plan:
         """All host work of a step but the launches."""
         if self._swapped:
-            raise RuntimeError(
-                "step() within ema_weights(): the parameters are their averages; leave it first"
-            )
+            raise RuntimeError("step() within ema_weights(): the parameters are averages; leave it first")
         for group in self.param_groups:
             self._check(group)
         demand = demand_of(self.param_groups, *self._scaling())
@@ -234,8 +232,8 @@ class FusedOptimizer(Optimizer):
         if self._plan is None or not self._plan.holds(recipes, demand, self.param_groups, self.state):
             if captured:
                 raise RuntimeError(
-                    f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; run "
-                    "some steps before, on another stream, with the same options, as docs/graphs.md shows"
+                    f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; "
+                    "run some steps before, on another stream, with the same options"
                 )
             self._before = {param: dict(entry) for param, entry in self.state.items()}
             try:
@@ -284,16 +282,7 @@ class FusedOptimizer(Optimizer):
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, asked[group], self.state.get(param, {}))
         executors = [self._executor(param) for _, _, param in live]
-        places = {
-            (executor.name, param.device) for executor, (_, _, param) in zip(executors, live, strict=True)
-        }
-        on_device = len(places) == 1 and next(iter(places))[0] == "triton"
-        on_device = on_device and (demand.remote or demand.measure or demand.scaled or demand.tentative)
-        if any(group.get("capturable") for group in self.param_groups) and places and not on_device:
-            raise RuntimeError(
-                f"{type(self).__name__}: capturable=True needs all parameters on one GPU that Triton supports, "
-                f"but they are on {', '.join(sorted(f'{d} ({e})' for e, d in places))}; set capturable=False"
-            )
+        on_device = self._decides_on_device(live, executors, demand)
         recipes = [
             replace(r, flags=r.flags._replace(skips=on_device and demand.tentative)) for r in merged(asked)
         ]
@@ -308,6 +297,18 @@ class FusedOptimizer(Optimizer):
         ]
         work = Work(slots, fresh, self.param_groups, self.state, recipes, demand, self._outcome)
         return Plan(work, asked, on_device, self._versions)
+
+    def _decides_on_device(self, live: list[Any], executors: list[Executor], demand: Demand) -> bool:
+        """Whether the device decides the step: where the host would wait, if one device has all of it."""
+        places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
+        possible = [name for name, _ in places] == ["triton"]
+        if any(group.get("capturable") for group in self.param_groups) and places and not possible:
+            found = ", ".join(sorted(f"{device} ({name})" for name, device in places))
+            raise RuntimeError(
+                f"{type(self).__name__}: capturable=True needs all parameters on one GPU that Triton "
+                f"supports, but they are on {found}; set capturable=False"
+            )
+        return possible and (demand.remote or demand.measure or demand.scaled or demand.tentative)
 
     def _words(self) -> dict[Tensor, tuple[int, int, int]]:
         """Stream and key of every parameter's noise: by its name, else by its place among all."""
@@ -386,7 +387,7 @@ class FusedOptimizer(Optimizer):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Parameters as their averages (`ema_decay`) within a `with`; as they were after it, exceptions included.
+        """Parameters as their averages (`ema_decay`) within a `with`; after it, and an exception, as before.
 
         Parameters that have no average, having had no gradient or group without `ema_decay`, stay. Takes the
         memory of a copy of the parameters. Buffers, as the statistics of batch norm, are not averaged.
@@ -406,9 +407,7 @@ class FusedOptimizer(Optimizer):
         8.0
         """
         if self._swapped:
-            raise RuntimeError(
-                "ema_weights() within ema_weights(): the parameters are their averages already"
-            )
+            raise RuntimeError("ema_weights() within ema_weights(): the parameters are averages already")
         averages = {p: entry["ema"] for p, entry in self.state.items() if "ema" in entry}
         if not averages:
             raise RuntimeError("ema_weights(): no parameter has an average; set ema_decay and step() first")

@@ -63,6 +63,7 @@ class Plan:
             grad_scale: by which the gradients are too large.
             found_inf: not 0 if one of them is not finite: then the step is left out.
         """
+        launches: int
         self.taken, launches = self.control.decide(grad_scale, found_inf)
         if self.taken:
             launches += sum(bucket.key.executor.run(bucket) for bucket in self.buckets)

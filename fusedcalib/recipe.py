@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .kernels.stages import Flags
 from .noise import stage_of
 from .numbers import Group, Number, is_remote, where
@@ -104,8 +106,7 @@ def demand_of(groups: Sequence[Group], grad_scale: object, found_inf: object) ->
     clipped = any(is_remote(limit) or limit < math.inf for limit in limits)
     measure = check or bool(limits)
     tentative = check or found_inf is not None
-    values = (v for group in groups for k, v in group.items() if k != "params")
-    remote = any(group.get("capturable") for group in groups) or any(map(_any_remote, values))
+    remote = any(group.get("capturable") or _has_remote(group) for group in groups)
     return Demand(measure, check, clipped or grad_scale is not None, tentative, remote)
 
 
@@ -114,11 +115,18 @@ def _is_on(value: Any) -> bool:
     return is_remote(value) or bool(value)
 
 
-def _any_remote(value: object) -> bool:
-    return any(map(is_remote, value)) if isinstance(value, tuple) else is_remote(value)
+def _has_remote(group: Group) -> bool:
+    """Whether a hyperparameter lies on a device. Asked at every step: types first, in C."""
+    betas = group.get("betas", ())
+    if Tensor not in map(type, group.values()) and Tensor not in map(type, betas):
+        return False
+    return any(map(is_remote, [*group.values(), *betas]))
 
 
-def recipe_of(rule: Rule, group: Group, demand: Demand = Demand()) -> Recipe:
+NOTHING = Demand()
+
+
+def recipe_of(rule: Rule, group: Group, demand: Demand = NOTHING) -> Recipe:
     """The recipe that a param group asks for."""
     centralize = group["centralize"]
     on = {key: _is_on(group[key]) for key in ("weight_decay", "l1", "ema_decay")}

@@ -8,13 +8,14 @@ takes on the device, where step, gradient norm and loss scale are known without 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .arguments import NONE_IS
 from .kernels.tape import CODES
 from .noise import schedule_of
 from .numbers import Group, Number, Recorded, fp32, is_remote, number_of, where
@@ -56,34 +57,21 @@ def row_of(rule: Rule, numbers: Group, now: Situation) -> tuple[tuple[Number, ..
     return (*common, now.skip, *own), product
 
 
-class Numbers(Group):
-    """A param group, and what its recipe says of it, as numbers: `number` makes one of every entry."""
-
-    def __init__(self, recipe: Recipe, group: Group, number: Callable[[Any], Any]) -> None:
-        self._group = group
-        self._number = number
-        self._own = {
-            "decay": DECAYS[recipe.flags.decay],
-            **{k: 0.0 if group[k] is None else group[k] for k in ("max_grad_norm", "ema_decay")},
-            "noise": schedule_of(group["noise"]),
-        }
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._own[key] if key in self._own else self._group[key]
-        if isinstance(value, (tuple, list)):
-            return tuple(self._number(v) for v in value)
-        return self._number(math.inf if value is None else value)  # None stands for no limit
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._group, **self._own})
-
-    def __len__(self) -> int:
-        return len({**self._group, **self._own})
+def entries_of(recipe: Recipe, group: Group) -> dict[str, Any]:
+    """A param group, and what its recipe says of it, with what is meant for what is None."""
+    entries = {**group, "decay": DECAYS[recipe.flags.decay], "noise": schedule_of(group["noise"])}
+    for key, meaning in NONE_IS.items():
+        if entries.get(key, 0) is None:
+            entries[key] = meaning
+    return entries
 
 
-def numbers_of(recipe: Recipe, group: Group) -> Numbers:
-    """Of Python numbers: hyperparameters may be 0-dim tensors, which are waited for."""
-    return Numbers(recipe, group, number_of)
+def numbers_of(recipe: Recipe, group: Group) -> dict[str, Any]:
+    """The entries as Python numbers: hyperparameters may be 0-dim tensors, which are waited for."""
+    entries = entries_of(recipe, group)
+    if Tensor in map(type, entries.values()) or Tensor in map(type, entries.get("betas", ())):
+        return {k: tuple(map(number_of, v)) if type(v) is tuple else number_of(v) for k, v in entries.items()}
+    return entries
 
 
 def scalars_of(recipe: Recipe, group: Group, step: float, product: float = 1.0) -> tuple[float, ...]:
@@ -174,17 +162,17 @@ class _Leaves(Group):
 
 def leaves_of(tape: Tape, recipe: Recipe, group: Group) -> list[float | Tensor]:
     """The leaves of a group: numbers, and 0-dim tensors where they lie on a device."""
-    numbers = Numbers(recipe, group, lambda v: v if is_remote(v) else number_of(v))
+    entries = entries_of(recipe, group)
     found: list[float | Tensor] = []
     for leaf in tape.leaves:
         if not isinstance(leaf, tuple):
             found.append(leaf)
             continue
-        value = numbers[leaf[0]]
-        value = value[leaf[1]] if isinstance(value, tuple) else value
-        if isinstance(value, Tensor) and (
-            value.numel() != 1 or value.dtype not in (torch.float32, torch.float64)
-        ):
-            raise ValueError(f"{leaf[0]} on a device must be one fp32 or fp64 number, not {value}")
-        found.append(value if isinstance(value, Tensor) else float(value))
+        value = entries[leaf[0]]
+        value = value[leaf[1]] if isinstance(value, (tuple, list)) else value
+        if not is_remote(value):
+            value = float(number_of(value))
+        elif value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{leaf[0]} on a device must be fp32 or fp64, not {value.dtype}")
+        found.append(value)
     return found

@@ -77,7 +77,7 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Scalars:
-    """The rows of scalars of a step in double, and as buckets read them: in their own type, on their device."""
+    """The rows of scalars of a step in double, and as buckets read them: in their type, on their device."""
 
     def __init__(self) -> None:
         self.values: Array = np.zeros((0, 0))

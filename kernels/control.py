@@ -71,7 +71,7 @@ def squares_of(
     row, r, c, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr
 ):
     """Squares [R, C], fp64, of the gradient at rows r and columns c, 0 outside."""
-    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+    _mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
     g = values[1].to(tl.float64)
     return g * g
 

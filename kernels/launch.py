@@ -137,18 +137,22 @@ class Decision(NamedTuple):
         return {"CODE": self.code, "OUTPUTS": self.outputs, "LEAVES": self.leaves, "CHECK": self.check}
 
 
-NORM_ARGUMENTS = ("REDUCTION", "DTYPES", "COMPUTE", "FIELDS", "D", "VECTOR", "R", "C")
+NORM_ARGUMENTS = ("REDUCTION", "DTYPES", "COMPUTE", "FIELDS", "D", "VECTOR", "R", "C", "num_warps")
 
 
 def norm_constants(spec: Spec) -> dict[str, Any]:
-    """Compile-time arguments of norm_kernel that come from the step."""
-    constants = spec.constants()
+    """Compile-time arguments and warps of norm_kernel: the step's, longest rows walked piece by piece."""
+    built = spec.built
+    if built.columns > 4096:
+        built = Tile(1, 4096, 8, "loop")
+    own = {"R": built.rows, "C": built.columns, "REDUCTION": built.reduction, "num_warps": built.warps}
+    constants = {**spec.constants(), **own}
     return {name: constants[name] for name in NORM_ARGUMENTS}
 
 
 def launch_norm(table, tiles, share, partials, done, control, spec: Spec, decision: Decision) -> int:
-    """Measures the gradients of a list; the last program of a step's launches decides. See kernels/control.py."""
-    constants = {**norm_constants(spec), **decision.constants(), "num_warps": spec.tile.warps, **OPTIONS}
+    """Measures the gradients of a list; of all such launches the last program decides: see control.py."""
+    constants = {**norm_constants(spec), **decision.constants(), **OPTIONS}
     grid = (programs_for(tiles.shape[0]),)
     norm_kernel[grid](table, tiles, share, partials, done, control, **constants)
     return 1

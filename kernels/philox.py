@@ -107,7 +107,7 @@ def normal_tile(
 def bit_tile(r, start, columns, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
     """The lower 16 bits [R, C] of each element's word. Arguments as of normal_tile."""
     first = r[:, None] * columns + start
-    a0, a1, b0, b1, d0, d1 = words_from(first, c2, c3, k0, k1, C, QUADS)
+    a0, a1, b0, b1, d0, _ = words_from(first, c2, c3, k0, k1, C, QUADS)
     if not QUADS:
         odd = (first & 1) != 0
         a0, a1 = tl.where(odd, a1, a0), tl.where(odd, b0, a1)

@@ -78,9 +78,9 @@ def measured(p, g, state, h, z, RULE: tl.constexpr, FLAGS: tl.constexpr):
     g = prepared(p, g, h, z, FLAGS)
     if FLAGS.centralize == "update":
         if FLAGS.ema:
-            g, own = RULE(p, g, state[1:], h[9:], VARIANT)
+            g, _ = RULE(p, g, state[1:], h[9:], VARIANT)
         else:
-            g, own = RULE(p, g, state, h[9:], VARIANT)
+            g, _ = RULE(p, g, state, h[9:], VARIANT)
     return g
 
 

@@ -147,7 +147,7 @@ def rounding_tile(
     C: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    """Sixteen random bits [R, C] for rows r [R] and C columns from `start`, 0 where rounding is to nearest."""
+    """Sixteen random bits [R, C] for rows r [R] and C columns from `start`; 0 for rounding to nearest."""
     if FLAGS.rounding == "stochastic":
         stream, key0, key1, step = words_of(row, h, len(DTYPES))
         step = step | word(ON_ROUNDING)

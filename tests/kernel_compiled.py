@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from kernel_kinds import Config
 import fusedcalib
 from fusedcalib import gpu
 from fusedcalib.kernels import launch
+from fusedcalib.kernels.control import control_kernel, norm_kernel
 from fusedcalib.kernels.rows import project_kernel, row_sums_kernel
 from fusedcalib.kernels.step import step_kernel
-from fusedcalib.recipe import recipe_of
-from fusedcalib.scalars import scalars_of
+from fusedcalib.recipe import demand_of, recipe_of
+from fusedcalib.scalars import scalars_of, shape_of, tape_of
 from fusedcalib.tables import Scalars, Slot, build_buckets
 
 TARGETS = {
@@ -49,8 +51,10 @@ def spec_of(config: Config) -> launch.Spec:
     param.grad = g
     optimizer = getattr(fusedcalib, config.rule)([param], **dict(config.options))
     (group,) = optimizer.param_groups
-    recipe = recipe_of(optimizer.rule, group)
-    states = (state,) * len(recipe.states)
+    demand = demand_of([group], None, None)
+    recipe = recipe_of(optimizer.rule, group, demand)
+    recipe = replace(recipe, flags=recipe.flags._replace(skips=demand.tentative))
+    states = tuple(state.float() if name == "ema" else state for name in recipe.states)
     scalars = Scalars()
     scalars.set([scalars_of(recipe, group, 1.0)])
     (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)], scalars)
@@ -105,7 +109,8 @@ def traffic(config: Config) -> tuple[int, int]:
     if spec.built.reduction == "loop":
         of_penalties = spec.flags.decay == "coupled" or spec.flags.l1
         read += g + of_penalties * p if spec.flags.centralize == "gradient" else 0
-        read, written = read + spec.flags.project * p, written + spec.flags.project * p
+        again = spec.flags.project * (p + spec.flags.ema * 4)
+        read, written = read + again, written + again
     return read, written
 
 
@@ -128,6 +133,39 @@ def compiled_for(spec: launch.Spec, target: str = "sm_90", kernel: str = "step")
         constexprs=constants,
     )
     options = {"num_warps": spec.built.warps, **launch.OPTIONS}
+    built = compile_for(source, target=GPUTarget(*TARGETS[target]), options=options)
+    return Compiled(spec, target, dict(built.asm))
+
+
+# What `decide` of kernels/control.py takes, with everything there can be.
+CONTROL = ("*i32", "*fp64", "*i64", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp64")
+CONTROL += ("*fp32", "*fp64")
+
+
+def decision_of(rule: str, check: bool = True) -> launch.Decision:
+    """What is compiled of a rule's scalars."""
+    optimizer = getattr(fusedcalib, rule)([torch.nn.Parameter(torch.zeros(1))])
+    tape = tape_of(optimizer.rule, shape_of(optimizer.param_groups[0]))
+    return launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
+
+
+@functools.cache
+def compiled_control(rule: str, target: str = "sm_90", config: Config | None = None) -> Compiled:
+    """norm_kernel for a parameter, control_kernel where there is none; with the scalars of a rule."""
+    from triton import compile as compile_for
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    spec = spec_of(config or Config(rule, (4096,)))
+    constants = {"num_warps": 4, **decision_of(rule).constants()}
+    tables: dict[str, Any] = {}
+    if config:
+        constants |= launch.norm_constants(spec)
+        tables = {"table": "*i64", "tiles": "*i32", "share": "*i32", "partials": "*fp64", "done": "*i32"}
+    fn = norm_kernel if config else control_kernel
+    options = {"num_warps": constants.pop("num_warps"), **launch.OPTIONS}
+    signature = {**tables, "control": CONTROL, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants)
     built = compile_for(source, target=GPUTarget(*TARGETS[target]), options=options)
     return Compiled(spec, target, dict(built.asm))
 

@@ -59,7 +59,8 @@ class Rule:
     @property
     def own(self) -> dict[str, Any]:
         """What a param group has that torch.optim does not know, and its default."""
-        return OWN | dict(self.ours.rule.extras)
+        flags = {"fused": False, "capturable": False}  # all of ours take them
+        return OWN | dict(self.ours.rule.extras) | {k: v for k, v in flags.items() if not self.takes(k)}
 
     def new_state(self, p: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """State as it is before the first step."""

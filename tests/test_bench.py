@@ -1,6 +1,7 @@
 """The benchmark: its lists, its statistics, its gate. No speed is asserted anywhere."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,13 @@ def test_build_offsets_views_and_separates_groups():
 
 def test_every_case_of_the_suite_names_what_exists():
     rules = (case for kind in ("cpu", "cuda") for case in suite.rule_cases(torch.device(kind)))
-    for one in (*suite.GPU_CASES, *suite.GPU_COMPILED, *suite.CPU_CASES, *rules):
+    chains = (*suite.CHAIN_CASES, *suite.GPU_CHAIN_CASES)
+    for one in (*suite.GPU_CASES, *suite.GPU_COMPILED, *suite.CPU_CASES, *chains, *rules):
         assert shapes.get(one.list).tensors
         assert one.subject in baselines.SUBJECTS
         assert set(one.methods) <= set(baselines.METHODS)
         assert one.dtypes in case.DTYPES
+        assert one.extras in ("", *baselines.EXTRAS)
 
 
 # -- statistics -------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def test_own_work_is_no_load_of_others(monkeypatch):
 
 def judge(make, gc, dtype=torch.float32):
     params = shapes.build(LITTLE, CPU, dtype)
-    return gate.check(LITTLE, {"it": (gc, params, make(params))}, baselines.ADAMW)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gc, params, make(params))}, baselines.ADAMW)["it"]
 
 
 def torch_adamw(**changed):
@@ -185,7 +188,7 @@ def judged(name, gc, **changed):
     params = shapes.build(LITTLE, CPU)
     options = {**subject.options, **changed}
     optimizer = getattr(fusedcalib, subject.cls)(params, **options, centralize=gc)
-    return gate.check(LITTLE, {"it": (gc, params, optimizer.step)}, subject)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gc, params, optimizer.step)}, subject)["it"]
 
 
 @pytest.mark.parametrize("gc", [False, True], ids=["plain", "gc"])
@@ -241,3 +244,79 @@ def test_stacked_rows_are_judged_as_the_tensors_alone(monkeypatch):
     assert stacked.max_err == alone.max_err
     assert stacked.passed
     assert alone.passed
+
+
+# -- extras -----------------------------------------------------------------------------------
+
+
+def made(key, side, params):
+    """A step with extras, without its noise, as the case has it in the gate."""
+    name = f"{side}_{key}"
+    built = baselines.METHODS[name].make(LITTLE, params)
+    return built, case._entry(name, params, built)
+
+
+@pytest.mark.parametrize("key", baselines.EXTRAS)
+def test_composed_and_ours_agree_and_pass(key):
+    entries = {side: made(key, side, shapes.build(LITTLE, CPU))[1] for side in ("eager", "own")}
+    verdicts = gate.check(LITTLE, entries, baselines.ADAMW)
+    assert all(verdict.passed for verdict in verdicts.values()), verdicts
+    for one, other in zip(entries["eager"].params, entries["own"].params, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+    if key in ("ema", "chain"):
+        for one, other in zip(entries["eager"].averages(), entries["own"].averages(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+    for side in entries:
+        assert gate.fault(baselines.METHODS[f"{side}_{key}"], baselines.ADAMW, CPU, torch.float32) is None
+
+
+def altered(side, gc, **changed):
+    """A method of the whole chain that is not quite that."""
+    extras = replace(baselines.EXTRAS["chain"], **changed)
+    make = (baselines._composed if side == "eager" else baselines._own_extras)(extras, gc)
+    return replace(baselines.METHODS[f"{side}_chain"], make=make)
+
+
+@pytest.mark.parametrize("side", ["eager", "own"])
+@pytest.mark.parametrize(
+    ("gc", "changed"),
+    [(False, {}), (True, {"ema": 0.99}), (True, {"ema": None})],
+    ids=["no-gc", "decay", "no-average"],
+)
+def test_gate_refuses_a_wrong_chain(monkeypatch, side, gc, changed):
+    monkeypatch.setitem(baselines.METHODS, f"{side}_chain", altered(side, gc, **changed))
+    _, entry = made("chain", side, shapes.build(LITTLE, CPU))
+    assert not gate.check(LITTLE, {"it": entry}, baselines.ADAMW)["it"].passed
+
+
+@pytest.mark.parametrize("side", ["eager", "own"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"clip": 1.001}, "wrong clip of a gradient of 100 times"),
+        ({"clip": 0.4}, "wrong clip"),
+        ({"clip": None}, "wrong clip"),
+        ({"noise": 0.0105}, "deviation"),
+        ({"noise": 0.0}, "deviation 0 in"),
+    ],
+)
+def test_wrong_clip_and_noise_are_seen(side, changed, message):
+    found = gate.fault(altered(side, True, **changed), baselines.ADAMW, CPU, torch.float32)
+    assert message in found
+
+
+def test_noise_that_repeats_or_is_not_centred_is_seen(monkeypatch):
+    judged = (baselines.ADAMW, CPU, torch.float32)
+    method = baselines.METHODS["eager_noise"]
+    assert "not centred" in gate.fault(replace(method, gc=True), *judged)
+    noise = torch.randn(gate.SPARE)
+    monkeypatch.setattr(torch, "randn_like", lambda grad: noise)
+    assert "correlate by 1" in gate.fault(method, *judged)
+    monkeypatch.undo()
+    monkeypatch.setattr(gate, "GAMMA", 0.0)
+    assert "in step 1" in gate.fault(method, *judged)
+
+
+def test_extras_move_more_bytes():
+    widths = {key: 28 + extras.width(torch.float32) for key, extras in baselines.EXTRAS.items()}
+    assert widths == {"noise": 28, "clip": 32, "ema": 36, "chain": 40}

@@ -73,6 +73,52 @@ def test_rules_have_a_table_and_a_figure(data_of_rules, tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def data_of_chain(data):
+    """The same with a step with extras, whose ratios are all others."""
+    methods = [
+        method_row("torch_fused", {}),
+        method_row("own_plain", {"torch_fused": {**SPREAD, "median": 7.0}}),
+        method_row("eager_chain", {"torch_fused": {**SPREAD, "median": 4.0}, "own_plain": SPREAD}),
+        method_row("own_chain", {"eager_chain": {**SPREAD, "median": 0.25}, "own_plain": SPREAD}),
+    ]
+    methods = [{**row, "pct_copy": None} for row in methods]
+    one = {**data["cases"][0], "list": "gpt2-124m", "extras": "chain", "bytes_per_param": 40}
+    data["cases"].insert(0, {**copy.deepcopy(one), "methods": methods})
+    data["cases"].insert(0, {**copy.deepcopy(data["cases"][0]), "subject": "SGD", "dtypes": "bf16"})
+    schema.check(data)
+    return data
+
+
+def test_a_chain_has_a_table_and_a_figure(data_of_chain, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "README.md"
+    page.write_text(f"{readme.BEGIN}{readme.END}")
+    readme.write(schema.save(data_of_chain, tmp_path / "r.json"), page)
+    text = page.read_text()
+    cells = "40 | 0.25 (0.80-1.10) | 0.90 (0.80-1.10) | 4.00 (0.80-1.10) |"
+    row = f"clip, noise, GC, EMA | clip, noise, eager GC, EMA + torch fused | {cells}"
+    assert f"\n| {row}" in text
+    assert f"\n| SGD bf16: {row}" in text
+    assert "7.00" not in text
+    (figure,) = tmp_path.glob("chain-*.png")
+    assert f"({figure.name})" in text
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_know_a_chain_from_a_step(data_of_chain):
+    values = {row["goal"]: row for row in goals.judge(data_of_chain)}
+    assert values["C8"]["value"] == 0.25
+    assert values["C8"]["met"] == "stretch"
+    assert values["C6"]["met"] == "not measured"
+    assert schema.find_row(data_of_chain, "gpt2-124m", "own_plain") is None
+    one = {**data_of_chain, "device": {"name": "x"}}
+    values = {row["what"]: row["value"] for row in goals.judge(one)}
+    assert values["clip, noise, GC, EMA / plain"] == 0.9
+    assert values["EMA / plain"] is None
+    assert values["plain / torch fused, gpt2-124m"] is None
+
+
 def test_goals_are_of_adamw(data_of_rules):
     """A second case on the same list must not be taken for it."""
     data_of_rules["cases"].reverse()

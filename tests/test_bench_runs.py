@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,38 @@ def test_wide_state_is_for_those_who_take_it(measured):
     assert "another type" in row_of(one, "torch_fused")["reason"]
 
 
+def test_extras_are_gated_timed_and_given_new_gradients(measured, monkeypatch):
+    """Every gradient that is clipped has the norm that it came with, and is not what a step left."""
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(params, *args, **kwargs):
+        norms.append(float(torch.stack([p.grad.norm() for p in params]).norm()))
+        return clip(params, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    monkeypatch.setattr(case, "repeats_for", lambda seconds: 1)
+    methods = ("torch_fused", "own_plain", "eager_chain", "own_chain")
+    one = case.run(case.Case("little", methods, extras="chain"), CPU, QUICK)
+    assert (one["extras"], one["bytes_per_param"]) == ("chain", 40)
+    assert [row["reason"] for row in one["methods"]] == [None] * 4
+    assert [row["bytes_per_param"] for row in one["methods"]] == [28, 28, 40, 40]
+    own = row_of(one, "own_chain")
+    assert own["ratio_to"]["eager_chain"]["n"] == own["ratio_to"]["own_plain"]["n"] == 2
+    assert own["options"] == {"gc": True, "clip": 1.0, "noise": 0.01, "ema": 0.999}
+    timed = norms[-QUICK.rounds :]
+    assert min(timed) > 5
+    assert max(timed) == min(timed)
+
+
+def test_a_wrong_extra_has_no_speed(measured, monkeypatch):
+    wrong = replace(baselines.METHODS["own_noise"], make=baselines.METHODS["own_plain"].make)
+    monkeypatch.setitem(baselines.METHODS, "own_noise", wrong)
+    one = case.run(case.Case("little", ("torch_fused", "own_noise"), extras="noise"), CPU, QUICK)
+    assert "wrong noise" in row_of(one, "own_noise")["reason"]
+    assert row_of(one, "own_noise")["wall_ms"] is None
+
+
 class FakeEvent:
     """A CUDA event on a clock that ticks once for every event."""
 
@@ -126,6 +159,10 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
     moved = 28 * LITTLE.params / 1e-3 * 1e-9
     (copied,) = (r["pct_copy"] for r in one["methods"] if r["name"] == "own_gc")
     assert copied == pytest.approx(100 * moved / data["ceil"]["copy_gbs"])
+    chain = case.run(
+        case.Case("little", ("torch_fused", "eager_chain", "own_chain"), extras="chain"), CPU, QUICK
+    )
+    assert row_of(chain, "own_chain")["ratio_to"]["eager_chain"]["n"] == QUICK.rounds
     assert probe.queue(probe.Probe(1e3, timing.QUEUE_LIMIT + 1, 0), flush=False) is None
     assert probe.queue(probe.Probe(1e6, 1, 0), flush=False) is None
 

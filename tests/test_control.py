@@ -138,6 +138,17 @@ def test_options_change(rule, backend):
     runs.check()
 
 
+def test_options_change_in_place(backend):
+    """A tensor of the host, the dict of the noise."""
+    lr = torch.tensor(0.5)
+    runs = Runs(RULES["AdamW"], backend, capturable=True, lr=lr, noise=GradientNoise(0.1)).step()
+    lr.fill_(0.25)
+    runs.step()
+    for optimizer in (runs.ours, runs.theirs):
+        optimizer.param_groups[0]["noise"]["eta"] = 0.4
+    runs.step().check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
     """Changed in place after the host has seen them, as a captured graph sees them."""
@@ -165,7 +176,7 @@ def test_groups_and_histories_have_rows_of_their_own(backend):
 
 @pytest.mark.parametrize("columns", [64, 1024, 8192])
 def test_two_launches(backend, columns):
-    """With everything on, for a list of one dtype set and row class; one that measures nothing has two too."""
+    """With everything on, for a list of one dtype set and row class; also where nothing is measured."""
     params = parameters(((4, columns),) * 5, torch.bfloat16)
     chain = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "stochastic_rounding": True}
     chain |= {"centralize": True, "noise": GradientNoise(), "weight_decay": 0.1, "capturable": True}

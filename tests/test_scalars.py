@@ -87,6 +87,6 @@ def test_tensors_are_leaves_where_they_are():
     assert scalars.leaves_of(tape, recipe, group)[place] == 0.5
     group["lr"] = torch.tensor(0.5, device="meta")
     assert scalars.leaves_of(tape, recipe, group)[place] is group["lr"]
-    group["lr"] = torch.zeros(2, device="meta")
-    with pytest.raises(ValueError, match="lr on a device must be one fp32 or fp64 number"):
+    group["lr"] = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"lr on a device must be fp32 or fp64, not torch.int64"):
         scalars.leaves_of(tape, recipe, group)

@@ -7,8 +7,9 @@ import torch
 from .. import numbers
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, sqrt
+from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule, decay_of, epsilons
+from ..recipe import Rule, decay_of, epsilons
 
 
 @jit

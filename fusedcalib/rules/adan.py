@@ -10,8 +10,9 @@ from .. import numbers
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
+from ..numbers import Group
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Group, Rule
+from ..recipe import Rule
 
 
 @jit

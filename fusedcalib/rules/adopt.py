@@ -11,8 +11,9 @@ from .. import numbers
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, minimum, sqrt, where
+from ..numbers import Group
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Group, Rule, decay_of
+from ..recipe import Rule, decay_of
 
 
 @jit

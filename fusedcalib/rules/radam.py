@@ -7,8 +7,9 @@ import torch
 from .. import numbers
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
+from ..numbers import Group, Number
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule, decay_of
+from ..recipe import Rule, decay_of
 
 
 @jit
@@ -19,7 +20,7 @@ def radam(p, g, state, h, VARIANT: tl.constexpr):
     return where(rectification > 0, divide(rectification * m, sqrt(v) + eps), m), (m, v)
 
 
-def _rectification(beta2: float, step: float) -> float:
+def _rectification(beta2: Number, step: Number) -> Number:
     """The correction of v's bias and variance; 0 while the variance cannot be estimated."""
     longest = 2 / (1 - beta2) - 1
     unbias = 1 - beta2**step

@@ -6,8 +6,9 @@ import torch
 
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
+from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule, epsilons
+from ..recipe import Rule, epsilons
 
 
 @jit

@@ -8,8 +8,9 @@ import torch
 
 from .. import numbers
 from ..kernels.language import jit, tl
+from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Group, Rule
+from ..recipe import Rule
 
 
 @jit

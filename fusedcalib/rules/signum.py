@@ -9,8 +9,9 @@ import torch
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import sign
+from ..numbers import Group
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Group, Rule, decay_of
+from ..recipe import Rule, decay_of
 
 
 @jit

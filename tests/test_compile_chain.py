@@ -1,0 +1,106 @@
+"""What the compiler makes of the whole chain: norm, clip, skip, centring, noise, rounding, average."""
+
+from typing import Any
+
+import pytest
+from kernel_cases import INTERPRETED
+from kernel_compiled import TARGETS, compiled, compiled_control, compiled_for, sass, spec_of, spilled, traffic
+from kernel_kinds import CLASSES, config
+
+import fusedcalib
+from fusedcalib import GradientNoise
+from fusedcalib.kernels.stages import Flags
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
+
+CHAIN: dict[str, Any] = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "weight_decay": 0.1}
+CHAIN |= {"noise": GradientNoise(0.1)}
+MIXED = "AdamW bf16, fp32 state"
+HELD = ("flat", "rows of 64", "rows of 1024", "longest rows", "pieces")
+EVERYWHERE = [
+    (kind, row_class, "sm_90") for kind in ("AdamW plain", MIXED, "Adan plain") for row_class in CLASSES
+]
+EVERYWHERE += [(MIXED, c, t) for c in ("flat", *HELD[3:], "loop") for t in TARGETS if t != "sm_90"]
+# Instructions of a lane in the time in which a byte is moved, as in test_compile.py.
+ISSUES_PER_BYTE = 132 * 128 * 1.7e9 / 4.3e12
+
+
+@pytest.mark.parametrize("row_class", HELD)
+def test_the_chain_moves_40_bytes(row_class: str):
+    """AdamW in fp32 and its average: 28 + 8, and 4 for the norm; all by 128-bit accesses."""
+    built = compiled(config("AdamW plain", row_class, **CHAIN))
+    norm = compiled_control("AdamW", config=config("AdamW plain", row_class, **CHAIN))
+    assert (built.bytes_moved("ld"), built.bytes_moved("st")) == (20, 16)
+    assert norm.bytes_moved("ld") == 4
+    assert norm.bytes_moved("st") == 0
+    assert built.narrow("st") == 0
+
+
+@pytest.mark.parametrize(("kind", "row_class", "target"), EVERYWHERE)
+def test_the_chain_spills_no_register(kind: str, row_class: str, target: str):
+    """With random rounding where that is done; in the time that memory takes."""
+    asked = config(kind, row_class, **CHAIN, stochastic_rounding=kind == MIXED)
+    built = compiled(asked, target)
+    if row_class != "loop, all stages" or target != "sm_90":  # see test_compile.py
+        assert spilled(built) == 0
+    if target == "sm_90":
+        assert (built.bytes_moved("ld"), built.bytes_moved("st")) == traffic(asked)
+        if built.spec.built.reduction != "loop":  # there the noise is made twice
+            assert len(sass(built)) / built.elements < ISSUES_PER_BYTE * sum(traffic(asked))
+
+
+@pytest.mark.parametrize(
+    ("rule", "target"),
+    [(r, t) for r in fusedcalib.optimizers() for t in TARGETS if t == "sm_90" or r in ("NAdam", "RAdam")],
+)
+def test_scalars_are_computed_in_registers(rule: str, target: str):
+    """By the last program that measures, and by one of its own; powers in fp64, not by approximation."""
+    for row_class in (None, "longest rows"):
+        built = compiled_control(rule, target, config("AdamW plain", row_class) if row_class else None)
+        assert spilled(built) == 0
+        if target != "gfx942":
+            assert not [name for name in built.ptx if "approx" in name and ".f32" in name]
+
+
+def test_the_last_program_sees_what_the_others_wrote():
+    """Its count is taken with acquire and release, after a barrier."""
+    built = compiled_control("AdamW", config=config("AdamW plain"))
+    assert built.ptx["atom.global.gpu.acq_rel.add.u32"] == 1
+    text = built.asm["ptx"]
+    assert text.index("bar.sync") < text.index("atom.global") < text.index("ld.global.cg")
+
+
+OPTIONS = {
+    "scaled": {"max_grad_norm": 1.0},
+    "skips": {"skip_nonfinite": True},
+    "ema": {"ema_decay": 0.9},
+    "rounding": {"stochastic_rounding": True},
+}
+
+
+@pytest.mark.parametrize("kind", ["SGD bf16", "AdamW plain"])
+@pytest.mark.parametrize("flag", OPTIONS)
+def test_what_is_off_leaves_no_instruction(flag: str, kind: str):
+    """Off is the very kernel that knows nothing of it; on is another one."""
+    spec, on = spec_of(config(kind)), spec_of(config(kind, **OPTIONS[flag]))
+    default = Flags._field_defaults[flag]
+    assert getattr(spec.flags, flag) == default
+    assert getattr(on.flags, flag) != default
+    if kind == "AdamW plain" and flag == "rounding":  # fp32 is not rounded
+        assert sass(compiled_for(on._replace(quads=False))) == sass(compiled_for(spec))
+        return
+    assert sass(compiled_for(on)) != sass(compiled_for(spec))
+
+
+def test_a_factor_is_one_multiplication():
+    without, scaled = (compiled(config("AdamW plain", **o)) for o in ({}, OPTIONS["scaled"]))
+    added = scaled.ptx - without.ptx
+    assert {name: n for name, n in added.items() if name.endswith(".f32")} == {"mul.rn.f32": scaled.elements}
+
+
+def test_random_rounding_costs_few_instructions():
+    """Words of one counter for four elements; an addition, a mask and a choice for NaN each."""
+    without, rounded = (compiled(config("SGD bf16", **o)) for o in ({}, OPTIONS["rounding"]))
+    assert len(sass(rounded)) - len(sass(without)) <= 25 * rounded.elements
+    assert spilled(rounded) == 0
