@@ -1,4 +1,4 @@
-"""Wide residual networks (Zagoruyko and Komodakis 2016) as in the CSGD paper, plain and calibrated."""
+"""Residual networks (Zagoruyko and Komodakis 2016) as in the CSGD paper, plain and calibrated."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class WideResNet(nn.Module):
     """WRN of 32x32 images.
 
     Args:
-        depth: number of layers, 6 n + 4.
-        widths: channels of the first convolution and of the three stages.
+        depth: number of layers, 6 n + 4 of three stages.
+        widths: channels of the first convolution and of each stage.
         classes: default 10.
     """
 
-    def __init__(self, depth: int, widths: tuple[int, int, int, int], classes: int = 10) -> None:
+    def __init__(self, depth: int, widths: tuple[int, ...], classes: int = 10) -> None:
         super().__init__()
-        blocks = (depth - 4) // 6
+        blocks = (depth - 2) // (2 * len(widths) - 2)
         self.first = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.stages = nn.Sequential(
             *(
@@ -48,16 +48,28 @@ class WideResNet(nn.Module):
                 for i in range(blocks)
             )
         )
-        self.norm = nn.BatchNorm2d(widths[3])
-        self.head = nn.Linear(widths[3], classes)
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.norm(self.stages(self.first(x))))
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-# Of the paper's Table 2: depth, widths, branches.
-CCNNS = {"CCNNs2-40": (40, (16, 64, 128, 256), 2), "CCNNs3-28": (28, (64, 64, 128, 256), 3)}
+Shape = tuple[int, tuple[int, ...], int]  # depth, widths, branches
+
+# Of the paper's Table 2.
+CCNNS: dict[str, Shape] = {
+    "CCNNs2-40": (40, (16, 64, 128, 256), 2),
+    "CCNNs3-28": (28, (64, 64, 128, 256), 3),
+}
+# With those of its plain networks; the first convolution has 16 channels, which makes their 8.9M and 36.5M.
+NETWORKS: dict[str, Shape] = {
+    "resnet18": (18, (16, 16, 16, 32, 64), 1),
+    "wrn40": (40, (16, 64, 128, 256), 1),
+    "wrn28": (28, (16, 160, 320, 640), 1),
+    **{name.lower(): shape for name, shape in CCNNS.items()},
+}
 
 
 def ccnns(name: str, **options: Any) -> WideResNet:

@@ -1,6 +1,6 @@
-"""What the source papers claim, in miniature: real digits, paired seeds, a minute or less each on a CPU.
+"""What the source papers claim, in miniature: real digits, paired seeds, some minutes in all on a CPU.
 
-python -m fusedcalib.bench.papers [gc | csgd | svgd ...]
+python3 bench/run.py papers [gc | noise | hilbert | csgd | svgd ...] [--out DIR] [--seeds N] [--workers N]
 
 Each seed fixes the split, the order of the batches and, where shapes agree, the first weights of both sides
 of a comparison. Images of 8x8 say nothing about other sizes: what is looked at is the direction.
@@ -8,19 +8,27 @@ of a comparison. Images of 8x8 say nothing about other sizes: what is looked at 
 
 from __future__ import annotations
 
+import argparse
 import math
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fusedcalib
 
-from . import digits
+from . import digits, hilbert, job
 from .timing import one_thread
 
 Data = tuple[Tensor, Tensor]
@@ -30,21 +38,71 @@ TRAIN, BATCH, FIRST_SEED = 300, 32, 1000
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Test errors in % of two sides over the same seeds.
+class Better:
+    """The other side has less error.
 
     Attributes:
-        title: what is compared.
-        base, other: errors, of each seed.
-        gain: by how much the other side is expected to be better, at least, in points of error.
+        gain: by how much on average, at least, in points of error.
         wins: in which share of the seeds it must not be worse.
     """
+
+    gain: float = 0.0
+    wins: float = 0.5
+
+    def __str__(self) -> str:
+        by = f" by more than {self.gain:g}" if self.gain else ""
+        return f"better{by}, not worse in {self.wins:.0%} of the seeds"
+
+    def holds(self, of: Comparison) -> bool:
+        return mean(of.differences) > self.gain and of.won >= self.wins * len(of.base)
+
+
+@dataclass(frozen=True)
+class Same:
+    """The averages are no further apart than this, in points of error."""
+
+    within: float = 1.0
+
+    def __str__(self) -> str:
+        return f"no difference: within {self.within:g}"
+
+    def holds(self, of: Comparison) -> bool:
+        return abs(mean(of.differences)) <= self.within
+
+
+@dataclass(frozen=True)
+class Worse:
+    """The other side has more error, on average."""
+
+    def __str__(self) -> str:
+        return "worse"
+
+    def holds(self, of: Comparison) -> bool:
+        return mean(of.differences) < 0
+
+
+@dataclass(frozen=True)
+class Learns:
+    """Only the other side learns anything: every seed's errors, in %, lie beyond these."""
+
+    above: float = 80.0
+    below: float = 15.0
+
+    def __str__(self) -> str:
+        return f"from above {self.above:g} to below {self.below:g} %"
+
+    def holds(self, of: Comparison) -> bool:
+        return min(of.base) > self.above and max(of.other) < self.below
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Test errors in % of two sides over the same seeds."""
 
     title: str
     base: tuple[float, ...]
     other: tuple[float, ...]
-    gain: float = 0.0
-    wins: float = 0.5
+    expected: Better | Same | Worse | Learns = field(default_factory=Better)
 
     @property
     def differences(self) -> list[float]:
@@ -57,17 +115,59 @@ class Comparison:
         return sum(d >= 0 for d in self.differences)
 
     @property
+    def error(self) -> float:
+        """The standard error of the mean difference."""
+        return stdev(self.differences) / math.sqrt(len(self.differences))
+
+    @property
     def holds(self) -> bool:
         """Whether what is expected was found."""
-        return mean(self.differences) > self.gain and self.won >= self.wins * len(self.base)
+        return self.expected.holds(self)
 
-    def __str__(self) -> str:
-        error = stdev(self.differences) / math.sqrt(len(self.differences))
-        return (
-            f"{self.title}: {mean(self.base):.2f} -> {mean(self.other):.2f} % error, by "
-            f"{mean(self.differences):.2f} (se {error:.2f}), not worse in {self.won} of {len(self.base)}: "
-            f"{'as expected' if self.holds else 'NOT AS EXPECTED'}"
-        )
+    def record(self) -> dict[str, Any]:
+        return {
+            "kind": "errors",
+            "title": self.title,
+            "base": self.base,
+            "other": self.other,
+            "difference": mean(self.differences),
+            "standard_error": self.error,
+            "not_worse": self.won,
+            "expected": str(self.expected),
+            "direction": type(self.expected).__name__.lower(),
+            "holds": self.holds,
+        }
+
+
+@dataclass(frozen=True)
+class Retrace:
+    """A published curve and the same computed here."""
+
+    title: str
+    published: tuple[float, ...]
+    found: tuple[float, ...]
+    tolerance: float = hilbert.TOLERANCE
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference."""
+        return max(abs(b / a - 1) for a, b in zip(self.published, self.found, strict=True))
+
+    @property
+    def holds(self) -> bool:
+        return self.largest < self.tolerance
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "kind": "curve",
+            **asdict(self),
+            "largest": self.largest,
+            "expected": f"within {self.tolerance:g} of each value",
+            "holds": self.holds,
+        }
+
+
+Found = Iterator[Comparison | Retrace]
 
 
 def constant(part: float) -> float:
@@ -80,18 +180,20 @@ def falling(part: float) -> float:
     return 1.0 if part < 0.27 else 0.5 if part < 0.6 else 0.1
 
 
-def error_of(make: Maker, seed: int, data: Data, epochs: int, schedule: Schedule = constant) -> float:
+def error_of(
+    make: Maker, seed: int, data: Data, epochs: int, schedule: Schedule = constant, train: int = TRAIN
+) -> float:
     """The test error in % after one training; everything random hangs on the seed."""
     images, labels = data
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=draw)
-    chosen, rest = order[:TRAIN], order[TRAIN:]
+    chosen, rest = order[:train], order[train:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, optimizer = make()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: schedule(epoch / epochs))
     for _ in range(epochs):
-        for batch in torch.split(chosen[torch.randperm(TRAIN, generator=draw)], BATCH):
+        for batch in torch.split(chosen[torch.randperm(train, generator=draw)], BATCH):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
             torch.autograd.backward(loss)
@@ -103,36 +205,84 @@ def error_of(make: Maker, seed: int, data: Data, epochs: int, schedule: Schedule
     return 100 * float(wrong.float().mean())
 
 
-def errors_of(
-    make: Maker, seeds: int, data: Data, epochs: int, schedule: Schedule = constant
-) -> tuple[float, ...]:
-    return tuple(error_of(make, FIRST_SEED + i, data, epochs, schedule) for i in range(seeds))
+def errors_of(make: Maker, seeds: int, *setting: Any) -> tuple[float, ...]:
+    """Of each seed; `setting` as `error_of` takes it."""
+    return tuple(error_of(make, FIRST_SEED + i, *setting) for i in range(seeds))
 
 
-def centralization(seeds: int = 6) -> list[Comparison]:
+def with_norm(network: nn.Sequential) -> nn.Sequential:
+    """The same with a batch norm behind each convolution."""
+    layers: list[nn.Module] = []
+    for layer in network:
+        layers += [layer, nn.BatchNorm2d(layer.out_channels)] if isinstance(layer, nn.Conv2d) else [layer]
+    return nn.Sequential(*layers)
+
+
+def centring(
+    name: str, lr: float, norm: bool, centralize: bool, **options: float
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The convolutional network of digits.py, and an optimizer."""
+    model = with_norm(digits.network()) if norm else digits.network()
+    return model, fusedcalib.create(name, model.parameters(), lr=lr, centralize=centralize, **options)
+
+
+def centralization(seeds: int | None = None) -> Found:
     """Gradient centralization (Yong et al. 2020): less error, in a network without batch norm.
 
-    With batch norm there is no difference to be seen at this size.
+    With batch norm there is no difference to be seen at this size; some trainings with SGD end badly, with
+    and without centring, so that there are more seeds.
     """
     data = digits.load(torch.device("cpu"))
-    rules = {
+    rules: dict[str, dict[str, Any]] = {
         "SGD": {"lr": 0.1, "momentum": 0.9},
         "Adam": {"lr": 0.005},
         "Adagrad": {"lr": 0.02},
     }
-    found = []
-    for name, options in rules.items():
+    for norm, words, usual, expected in (
+        (False, "", 6, Better(1.0, 5 / 6)),
+        (True, ", batch norm", 12, Same()),
+    ):
+        for name, options in rules.items():
+            plain, centred = (
+                errors_of(
+                    partial(centring, name, norm=norm, centralize=on, **options), seeds or usual, data, 20
+                )
+                for on in (False, True)
+            )
+            yield Comparison(f"{name}, without and with centralize{words}", plain, centred, expected)
 
-        def make(
-            centralize: bool, name: str = name, options: dict[str, float] = options
-        ) -> tuple[nn.Module, torch.optim.Optimizer]:
-            model = digits.network()
-            return model, fusedcalib.create(name, model.parameters(), centralize=centralize, **options)
 
-        plain = errors_of(lambda make=make: make(False), seeds, data, 20)  # type: ignore[misc]
-        centred = errors_of(lambda make=make: make(True), seeds, data, 20)  # type: ignore[misc]
-        found.append(Comparison(f"{name}, without and with centralize", plain, centred, 1.0, 5 / 6))
-    return found
+def zeros(noise: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A perceptron of five hidden layers, all zero, and SGD whose noise hangs on the seed."""
+    model = perceptron(64, 50, 50, 50, 50, 50)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    seed = torch.initial_seed()
+    return model, fusedcalib.SGD(model.parameters(), lr=0.1, noise=noise, seed=seed)
+
+
+def gradient_noise(seeds: int = 5) -> Found:
+    """Gradient noise (Neelakantan et al. 2015): without it a network of zeros learns nothing."""
+    images, labels = digits.load(torch.device("cpu"))
+    data = (images - images.mean()) / images.std(), labels
+    setting = data, 47, constant, 1000  # 1504 steps
+    without = errors_of(partial(zeros, None), seeds, *setting)
+    noisy = errors_of(partial(zeros, fusedcalib.GradientNoise(0.01)), seeds, *setting)
+    yield Comparison("SGD from zeros, without and with noise", without, noisy, Learns())
+
+
+def retraces() -> Found:
+    """Losses that the SVGD authors logged; there is nothing random in them."""
+    for name, (published, options) in hilbert.RUNS.items():
+        x = torch.zeros(hilbert.SIZE, dtype=torch.float64, requires_grad=True)
+        optimizer = fusedcalib.create(name, [x], **options)
+
+        def step(grad: Tensor, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            x.grad = grad
+            optimizer.step()
+
+        found = hilbert.losses(x.detach, step, x.dtype)
+        yield Retrace(f"{name} on the Hilbert matrix", tuple(published), tuple(found.tolist()))
 
 
 def small_cnn(width: int = 8) -> nn.Module:
@@ -155,29 +305,27 @@ def calibrated(branches: int, mode: str) -> tuple[nn.Module, torch.optim.Optimiz
     return model, fusedcalib.nn.CSGD(model, lr=0.05, momentum=0.9)
 
 
-def csgd(seeds: int = 6) -> list[Comparison]:
+def csgd(seeds: int = 12) -> Found:
     """CSGD (Zhuo et al. 2019): four branches have less error than one.
 
     "mixed" has four times the parameters; a plain network as wide is as good.
     """
     data = digits.load(torch.device("cpu"))
-    one = errors_of(lambda: calibrated(1, "mixed"), seeds, data, 25)
-    return [
-        Comparison(
-            f"CSGD, one branch and four, {mode}",
-            one,
-            errors_of(lambda mode=mode: calibrated(4, mode), seeds, data, 25),  # type: ignore[misc]
-            0.2,
-        )
-        for mode in ("grouped", "mixed")
-    ]
+    one = errors_of(partial(calibrated, 1, "mixed"), seeds, data, 25)
+    for mode in ("grouped", "mixed"):
+        four = errors_of(partial(calibrated, 4, mode), seeds, data, 25)
+        yield Comparison(f"CSGD, one branch and four, {mode}", one, four, Better(0.2))
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers and ReLU, no norm, ten classes."""
+    layers = [part for inp, out in pairwise(widths) for part in (nn.Linear(inp, out), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
 
 
 def mlp() -> nn.Module:
     """Five linear layers, no norm, He's first weights."""
-    widths = (64, 256, 128, 64, 32)
-    layers = [part for inp, out in pairwise(widths) for part in (nn.Linear(inp, out), nn.ReLU())]
-    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
+    model = perceptron(64, 256, 128, 64, 32)
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -185,46 +333,99 @@ def mlp() -> nn.Module:
     return model
 
 
-def virtual(scale: float | None, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A perceptron, virtual where there is a scale, and SGD."""
+def virtual(scale: float | None, lr: float, name: str = "SGD") -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A perceptron, virtual where there is a scale, and an optimizer."""
     model = mlp()
     if scale is not None:
         fusedcalib.nn.virtualize(model, scale)
-    return model, fusedcalib.SGD(model.parameters(), lr=lr)
+    return model, fusedcalib.create(name, model.parameters(), lr=lr)
 
 
-def svgd(seeds: int = 20) -> list[Comparison]:
+def svgd(seeds: int = 20) -> Found:
     """SVGD (Li and Shu 2019): less error than SGD, without batch norm. RMSprop has less still."""
     data = digits.load(torch.device("cpu"))
-    own = errors_of(lambda: virtual(0.03, 0.3), seeds, data, 30, falling)
-    return [
-        Comparison(
-            f"SGD (lr {lr}) and SVGD (lr 0.3, s 0.03)",
-            errors_of(lambda lr=lr: virtual(None, lr), seeds, data, 30, falling),  # type: ignore[misc]
-            own,
-        )
-        for lr in (0.1, 0.3)
-    ]
+    own = errors_of(partial(virtual, 0.03, 0.3), seeds, data, 30, falling)
+    for name, lr, expected in (("SGD", 0.1, Better()), ("SGD", 0.3, Better()), ("RMSprop", 0.003, Worse())):
+        base = errors_of(partial(virtual, None, lr, name), seeds, data, 30, falling)
+        yield Comparison(f"{name} (lr {lr}) and SVGD (lr 0.3, s 0.03)", base, own, expected)
 
 
-EXPERIMENTS = {"gc": centralization, "csgd": csgd, "svgd": svgd}
+EXPERIMENTS: dict[str, Callable[..., Found]] = {
+    "gc": centralization,
+    "noise": gradient_noise,
+    "hilbert": retraces,
+    "csgd": csgd,
+    "svgd": svgd,
+}
+WITHOUT_SEEDS = ("hilbert",)
 
 
-def main(names: list[str]) -> int:
-    unknown = set(names) - set(EXPERIMENTS)
-    if unknown:
-        print(
-            f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}", file=sys.stderr
-        )
-        return 2
-    held = True
+def records_of(name: str, seeds: int | None) -> list[dict[str, Any]]:
+    """What an experiment found, as data; its own number of seeds by default."""
+    given = () if name in WITHOUT_SEEDS or seeds is None else (seeds,)
     with one_thread():
-        for name in names or EXPERIMENTS:
-            for comparison in EXPERIMENTS[name]():
-                print(comparison, flush=True)
-                held = held and comparison.holds
-    return 0 if held else 1
+        return [{"experiment": name, **found.record()} for found in EXPERIMENTS[name](*given)]
+
+
+def in_turn(names: list[str], seeds: int | None, workers: int) -> Iterator[list[dict[str, Any]]]:
+    """The records of each experiment, in order; several at a time where there is more than one worker."""
+    if workers == 1:
+        yield from (records_of(name, seeds) for name in names)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(records_of, names, [seeds] * len(names))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    if not job.is_complete():
+        return 2
+    from rich.console import Console
+
+    from . import machine, papers_page
+
+    console, start = Console(), time.monotonic()
+    head = machine.describe(torch.device("cpu"))
+    head["cpu"]["threads"] = 1  # of each training
+    names = options.names or list(EXPERIMENTS)
+    records = []
+    for found in in_turn(names, options.seeds, min(options.workers, len(names))):
+        records += found
+        for record in found:
+            console.print(papers_page.line(record), highlight=False, soft_wrap=True)
+    results = {**head, "seconds": round(time.monotonic() - start, 1), "comparisons": records}
+    header, rows = papers_page.table(results)
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for file in papers_page.save(results, options.out):
+        console.print(f"wrote {file}", highlight=False)
+    failed = [record["title"] for record in records if not record["holds"]]
+    for title in failed:
+        console.print(f"NOT AS EXPECTED: {title}", style="bold red")
+    console.print(f"{results['seconds']:.0f} s")
+    return 1 if failed else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="bench/run.py papers", description=about)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(EXPERIMENTS)} (all)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for papers.json and papers.png")
+    parser.add_argument("--seeds", type=int, default=None, help="of each comparison, at least 2 (5 to 20)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one for each core)")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.names) - set(EXPERIMENTS)):
+        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    if options.seeds is not None and options.seeds < 2:
+        parser.error("--seeds must be at least 2")
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
+    return options
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
