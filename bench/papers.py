@@ -265,7 +265,7 @@ def gradient_noise(seeds: int = 5) -> Found:
     """Gradient noise (Neelakantan et al. 2015): without it a network of zeros learns nothing."""
     images, labels = digits.load(torch.device("cpu"))
     data = (images - images.mean()) / images.std(), labels
-    setting = data, 47, constant, 1000  # 1504 steps
+    setting = data, 60, constant, 1000  # 1920 steps
     without = errors_of(partial(zeros, None), seeds, *setting)
     noisy = errors_of(partial(zeros, fusedcalib.GradientNoise(0.01)), seeds, *setting)
     yield Comparison("SGD from zeros, without and with noise", without, noisy, Learns())
