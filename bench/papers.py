@@ -333,21 +333,32 @@ def mlp() -> nn.Module:
     return model
 
 
-def virtual(scale: float | None, lr: float, name: str = "SGD") -> tuple[nn.Module, torch.optim.Optimizer]:
+def virtual(
+    scale: float | None, lr: float, name: str = "SGD", **options: float
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A perceptron, virtual where there is a scale, and an optimizer."""
     model = mlp()
     if scale is not None:
         fusedcalib.nn.virtualize(model, scale)
-    return model, fusedcalib.create(name, model.parameters(), lr=lr)
+    return model, fusedcalib.create(name, model.parameters(), lr=lr, **options)
 
 
 def svgd(seeds: int = 20) -> Found:
-    """SVGD (Li and Shu 2019): less error than SGD, without batch norm. RMSprop has less still."""
+    """SVGD (Li and Shu 2019): less error than SGD, without batch norm. RMSprop has less still.
+
+    RMSprop with the decay of TensorFlow, which the paper used; at torch's 0.99 there is no difference.
+    """
     data = digits.load(torch.device("cpu"))
     own = errors_of(partial(virtual, 0.03, 0.3), seeds, data, 30, falling)
-    for name, lr, expected in (("SGD", 0.1, Better()), ("SGD", 0.3, Better()), ("RMSprop", 0.003, Worse())):
-        base = errors_of(partial(virtual, None, lr, name), seeds, data, 30, falling)
-        yield Comparison(f"{name} (lr {lr}) and SVGD (lr 0.3, s 0.03)", base, own, expected)
+    rivals: list[tuple[str, dict[str, float], Better | Worse]] = [
+        ("SGD", {"lr": 0.1}, Better()),
+        ("SGD", {"lr": 0.3}, Better()),
+        ("RMSprop", {"lr": 0.003, "alpha": 0.9}, Worse()),
+    ]
+    for name, options, expected in rivals:
+        base = errors_of(partial(virtual, None, name=name, **options), seeds, data, 30, falling)
+        words = ", ".join(f"{key} {value:g}" for key, value in options.items())
+        yield Comparison(f"{name} ({words}) and SVGD (lr 0.3, s 0.03)", base, own, expected)
 
 
 EXPERIMENTS: dict[str, Callable[..., Found]] = {
@@ -384,7 +395,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from . import machine, papers_page
 
-    console, start = Console(), time.monotonic()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    start = time.monotonic()
     head = machine.describe(torch.device("cpu"))
     head["cpu"]["threads"] = 1  # of each training
     names = options.names or list(EXPERIMENTS)

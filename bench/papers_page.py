@@ -70,7 +70,7 @@ def section(results: Results, figure: str) -> str:
     failed = [row[0] for row in rows if row[-1] != "holds"]
     parts.append(f"Not as expected: {'; '.join(failed)}." if failed else "All is as expected.")
     parts.append(f"![what each changes]({figure})")
-    parts.append(f"In {results['seconds']:.0f} s. Measured on {tables.measured_on(results)}.")
+    parts.append(f"Measured on {tables.measured_on(results)}.")
     return "\n\n".join(parts)
 
 
