@@ -346,7 +346,7 @@ def virtual(
 def svgd(seeds: int = 20) -> Found:
     """SVGD (Li and Shu 2019): less error than SGD, without batch norm. RMSprop has less still.
 
-    RMSprop with the decay of TensorFlow, which the paper used; at torch's 0.99 there is no difference.
+    RMSprop has TensorFlow's decay, 0.9: at torch's, 0.99, there is no difference.
     """
     data = digits.load(torch.device("cpu"))
     own = errors_of(partial(virtual, 0.03, 0.3), seeds, data, 30, falling)

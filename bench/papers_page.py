@@ -82,9 +82,8 @@ def title(results: Results) -> str:
     held = [record["direction"].replace("learns", "better") for record in records if record["holds"]]
     counts = [f"{words} in {held.count(kind)}" for kind, words in WORDS.items() if kind in held]
     failed = sum(not record["holds"] for record in results["comparisons"])
-    counts += [f"{failed} NOT as expected"] if failed else []
-    text = ", ".join(counts) + (f" of {len(records)} comparisons" + ("" if failed else ": all as expected"))
-    return text[0].upper() + text[1:]
+    counts.append(f"{failed} NOT as expected" if failed else "all as expected")
+    return f"Of {len(records)} comparisons: {', '.join(counts)}"
 
 
 def subtitle(results: Results) -> str:
@@ -126,7 +125,9 @@ def draw(results: Results, path: Path) -> Path:
             axes.plot(each, [y] * len(each), "o", color=colour, markersize=3, alpha=0.3, markeredgewidth=0)
             axes.plot([middle - error, middle + error], [y, y], color=colour, linewidth=5, alpha=0.45)
             axes.plot(middle, y, "o", color=colour, markersize=7)
-            text = f"{middle:+.2f} ± {error:.2f}" + ("" if record["holds"] else " !")
+            text = f"{middle:+.2f} ± {error:.2f}".replace("-", "\N{MINUS SIGN}") + (
+                "" if record["holds"] else " !"
+            )
             place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
             axes.text(1.02, y, text, color=colour, fontweight="bold", fontsize=9, **place)
         axes.axvline(0, color=plots.INK, linewidth=1.2, zorder=1)
@@ -142,7 +143,8 @@ def draw(results: Results, path: Path) -> Path:
         axes.set_xlabel("points of test error less (linear to 1, then log scale)")
         for kind, words in WORDS.items():
             axes.plot([], [], "o", color=COLOURS[kind], label=f"expected: {words}")
-        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+        below = -0.5 / (0.86 * figure.get_figheight())  # the label of the axis is above it
+        axes.legend(loc="upper right", bbox_to_anchor=(1, below), ncols=3, frameon=False, fontsize=9)
         plots.heading(figure, title(results), subtitle(results))
         figure.savefig(path, bbox_inches="tight")
     return path
