@@ -1,12 +1,16 @@
 """The papers in miniature: that they run and judge; what they find takes minutes and is not run here."""
 
+import importlib.util
 import json
 import re
+import subprocess
+import sys
+import types
 
 import pytest
 
 pytest.importorskip("sklearn")
-from fusedcalib.bench import hilbert, papers, papers_page, readme
+from fusedcalib.bench import hilbert, machine, papers, papers_page, readme
 
 PAIR = ((5.0, 6.0, 7.0, 8.0), (4.0, 5.0, 5.0, 8.5))
 
@@ -210,4 +214,34 @@ def test_page_without_markers_is_left_alone(tmp_path, capsys):
     assert papers_page.main([str(papers_page.RESULTS), "--page", str(page)]) == 1
     assert page.read_text() == "nothing"
     assert papers_page.BEGIN in capsys.readouterr().err
-    assert readme.insert("aXbYc", "new", ("X", "Y")) == "aX\n\nnew\n\nYbYc".replace("YbYc", "Yc")
+    assert readme.insert("aXbYc", "new", ("X", "Y")) == "aX\n\nnew\n\nYc"
+
+
+# -- bench/run.py -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["job"]),
+        (["--quick"], ["job", "--quick"]),
+        (["papers", "gc", "--seeds", "2"], ["papers", "gc", "--seeds", "2"]),
+        (["cifar", "--data", "x"], ["cifar", "--data", "x"]),
+        (["--out", "papers"], ["job", "--out", "papers"]),
+    ],
+)
+def test_run_py_passes_on(arguments, expected, monkeypatch):
+    commands = []
+    setup = types.SimpleNamespace(prepare=lambda *needed: ("python", {}))
+    monkeypatch.setitem(sys.modules, "bootstrap", setup)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, env: commands.append(command) or types.SimpleNamespace(returncode=3),
+    )
+    spec = importlib.util.spec_from_file_location("bench_run", machine.HERE / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.work(arguments) == 3
+    assert commands == [["python", "-m", f"fusedcalib.bench.{expected[0]}", *expected[1:]]]
