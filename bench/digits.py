@@ -66,7 +66,7 @@ def load(device: torch.device) -> tuple[Tensor, Tensor]:
     return images.to(device), torch.tensor(data.target).to(device)
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     """16-32-64 channels of 3x3, ReLU, no batch norm, max pooling twice, then the global mean."""
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),

@@ -1,6 +1,8 @@
 """The main job: train on real digits, time the optimizer step, and write a report.
 
 python -m fusedcalib.bench.job [--seeds N] [--out DIR] [--quick] [--device auto|cpu|cuda]
+
+Of what the papers claim: papers.py; of CIFAR: cifar.py.
 """
 
 from __future__ import annotations
@@ -21,9 +23,7 @@ LISTS = {"cpu": ("gpt2-small-cpu", "small-1000"), "cuda": ("gpt2-124m", "small-1
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
-    if missing := [name for module, name in NEEDED.items() if find_spec(module) is None]:
-        names = " ".join(missing)
-        print(f"fusedcalib: the main job needs {names}: pip install {names}", file=sys.stderr)
+    if not is_complete():
         return 2
     from rich.console import Console
 
@@ -35,6 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     except CurvesDifferError as error:
         console.print(f"FAILED: {error}", style="bold red")
         return 1
+
+
+def is_complete() -> bool:
+    """Whether all that the main job needs is installed; says what is not."""
+    missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        names = " ".join(missing)
+        print(f"fusedcalib: the main job needs {names}: pip install {names}", file=sys.stderr)
+    return not missing
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -50,7 +50,8 @@ def short_name(head: dict[str, Any]) -> str:
     """The device in a few words, as titles use it."""
     if head["device"] is not None:
         return str(head["device"]["name"])
-    return f"{head['cpu']['name']}, {head['cpu']['threads']} threads"
+    threads = head["cpu"]["threads"]
+    return f"{head['cpu']['name']}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def slug(head: dict[str, Any]) -> str:

@@ -67,7 +67,7 @@ def training(results: Results, path: Path) -> Path:
         right.set(ylabel="training loss (nats, log scale)", yscale="log")
         right.yaxis.set_major_formatter("{x:g}")
         _end_labels(right, epochs, {name: curves[name]["loss"]["median"][-1] for name in NAMES})
-        _heading(figure, _training_title(results["e1"]), _training_subtitle(results))
+        heading(figure, _training_title(results["e1"]), _training_subtitle(results))
         figure.savefig(path, bbox_inches="tight")
     return path
 
@@ -137,7 +137,7 @@ def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
         _ratio_axis(panels[-1, 0], low, high)
         clock = "on the device" if results["device"] else "of a step"
         panels[-1, 0].set_xlabel(f"time {clock} / time of torch.optim.AdamW(fused=True), log scale")
-        _heading(figure, _steps_title(cases), _steps_subtitle(results, cases))
+        heading(figure, _steps_title(cases), _steps_subtitle(results, cases))
         figure.savefig(path, bbox_inches="tight")
     return path
 
@@ -195,7 +195,7 @@ def _chain_title(cases: list[dict[str, Any]]) -> str:
 Series = tuple[str, str, list[dict[str, Any] | None]]  # title, colour, spreads
 
 
-def _dots(path: Path, names: list[str], series: list[Series], label: str, heading: tuple[str, str]) -> Path:
+def _dots(path: Path, names: list[str], series: list[Series], label: str, titles: tuple[str, str]) -> Path:
     """One panel of ratios, a line of it for each name, the first on top."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 0.9 + 0.34 * len(names)))
@@ -220,7 +220,7 @@ def _dots(path: Path, names: list[str], series: list[Series], label: str, headin
         below = 0.0 if len(names) > 8 else -0.24
         place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (0.92, below)}
         figure.legend(ncols=len(series), frameon=False, fontsize=9, **place)
-        _heading(figure, *heading)
+        heading(figure, *titles)
         figure.savefig(path, bbox_inches="tight")
     return path
 
@@ -297,7 +297,7 @@ def _steps_subtitle(results: Results, cases: list[dict[str, Any]]) -> str:
     return f"{text}\n{tables.measured_on(results)}"
 
 
-def _heading(figure: Figure, title: str, subtitle: str) -> None:
+def heading(figure: Figure, title: str, subtitle: str) -> None:
     """Title and subtitle above the panels, in line with them, whatever the figure's height."""
     height = figure.get_figheight()
     top = 1 + (0.19 * (subtitle.count("\n") + 1)) / height

@@ -134,17 +134,18 @@ def _clock(data: Results) -> str:
     return "on the device" if data["device"] else "on the CPU"
 
 
-def insert(readme: str, text: str) -> str:
-    """The README with the section replaced.
+def insert(page: str, text: str, markers: tuple[str, str] = (BEGIN, END), name: str = "README") -> str:
+    """A page with what stands between the markers replaced.
 
     Raises:
         ValueError: it does not hold each marker once, in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in after:
-        raise ValueError(f"the README needs {BEGIN} and {END} once each, in this order")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+    first, last = markers
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end) or first in rest or last in after:
+        raise ValueError(f"the {name} needs {first} and {last} once each, in this order")
+    return f"{before}{first}\n\n{text}\n\n{last}{after}"
 
 
 def write(source: Path, readme: Path) -> Path:

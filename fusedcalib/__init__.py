@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import nn as nn
     from . import reference as reference
     from .factory import create as create
     from .factory import optimizers as optimizers
@@ -31,16 +32,17 @@ _HOMES = {
     "param_groups": ".groups",
     "register_timm": ".frameworks",
 }
+_MODULES = ("nn", "reference")
 
 
 def __getattr__(name: str) -> Any:
     """Loads what is asked for, optimizers from `rules`: importing the package costs next to nothing."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
-    if name == "reference":
-        return import_module(".reference", __name__)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name == "__all__":
-        return sorted([*_found(), *_HOMES, "reference", "__version__"])
+        return sorted([*_found(), *_HOMES, *_MODULES, "__version__"])
     if name[:1].isupper() and name in _found():
         return _found()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fusedcalib"
 PUBLIC = {name: getattr(fusedcalib, name) for name in fusedcalib.__all__}
 CLASSES = fusedcalib.optimizers()
-EXPLAINED = [fusedcalib, *(thing for thing in PUBLIC.values() if callable(thing))]
+LAYERS = [getattr(fusedcalib.nn, name) for name in fusedcalib.nn.__all__]
+EXPLAINED = [fusedcalib, fusedcalib.nn, *filter(callable, PUBLIC.values()), *LAYERS]
 
 
 def python(code, *args, cwd=ROOT):
@@ -180,7 +181,7 @@ def test_every_rule_has_an_oracle():
 
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
-    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "reference"}
+    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "nn", "reference"}
     others |= {"GradientNoise", "LangevinNoise", "WeightNoise"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))

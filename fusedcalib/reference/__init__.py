@@ -19,6 +19,7 @@ tensor([[ 0.5000, -0.5000]])
 import importlib
 import pkgutil
 
+from .branches import branch_kernel_gradients, branch_kernels, branch_step
 from .momentum import ema_momentum, heavy_ball, nag_c, nag_sc, nesterov, velocity_momentum
 from .nadam import ruder_nadam
 from .newton import newton
@@ -33,11 +34,15 @@ from .stages import (
     project_rows,
     proximal_decay,
 )
+from .virtual import virtual_gradient, virtual_weight_gradient
 
 __all__ = [
     "ORACLES",
     "Oracle",
     "State",
+    "branch_kernel_gradients",
+    "branch_kernels",
+    "branch_step",
     "centralize",
     "coupled_decay",
     "decoupled_decay",
@@ -53,6 +58,8 @@ __all__ = [
     "proximal_decay",
     "ruder_nadam",
     "velocity_momentum",
+    "virtual_gradient",
+    "virtual_weight_gradient",
 ]
 
 
