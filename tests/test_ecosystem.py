@@ -137,8 +137,8 @@ FLOORS = (
     {"control", "cpu", "gpu"},
     {"eager", "cpu_memory", "cpu_threads"},
     {"tables", "mirror", "scalars"},
-    {"arguments", "recipe", "layout", "watch", "rebind", "distributed"},
-    {"numbers"},
+    {"arguments", "recipe", "layout", "watch", "rebind"},
+    {"numbers", "distributed"},
     {"noise", "cpu_noise"},
     {"kernels"},
 )
