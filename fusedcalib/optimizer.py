@@ -359,6 +359,7 @@ class FusedOptimizer(Optimizer):
             dtype = self._state_dtype(group, name, param) or param.dtype
             entry[name] = like(param, self._versions.new_state(param, value, dtype))
         if recipe.flags.ema and entry.get("ema") is None:
+            dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)
             average = self._versions.new_state(param, 0.0, dtype)
             entry["ema"] = like(param, average.copy_(local_of(param)))
         return fresh
