@@ -155,7 +155,7 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
     found: dict[str, Any] = {"fully_shard": fsdp(ranks, f"{out}.checkpoint")}
     for name, (mesh, placements, whole_rows) in layouts(ranks).items():
-        rules = RULES if ranks == 2 else ("SGD", "AdamW")
+        rules = RULES if (ranks, name) == (2, "fsdp") else ("SGD", "AdamW")
         for rule in rules:
             options = {**RULES[rule].options, **CHAIN, "centralize": whole_rows, "backend": "eager"}
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
