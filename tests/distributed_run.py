@@ -4,6 +4,7 @@ python tests/distributed_run.py RANK RANKS STORE OUT
 """
 
 import datetime
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from fusedcalib import GradientNoise
 
 # Even and uneven rows, fewer rows than ranks, a convolution, vectors, a scalar.
 SHAPES = ((8, 8), (5, 7), (1, 6), (4, 3, 2, 2), (9,), (1,), (12, 4))
-STEPS = 5
+STEPS = 4
+LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
 
 
@@ -161,8 +163,9 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
         options = {"centralize": whole_rows, "backend": "eager", "lr": 0.1}
         found[f"AdamW without a norm, {name}"] = trial("AdamW", options, mesh, placements)
-        options = {**CHAIN, "centralize": whole_rows, "backend": "numba", "lr": 0.1}
-        found[f"AdamW by loops, {name}"] = trial("AdamW", options, mesh, placements)
+        if ranks == 2 and LOOPS:
+            options = {**CHAIN, "centralize": whole_rows, "backend": "numba", "lr": 0.1}
+            found[f"AdamW by loops, {name}"] = trial("AdamW", options, mesh, placements)
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     dist.barrier()
