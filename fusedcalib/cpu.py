@@ -17,6 +17,7 @@ from llvmlite import binding
 from numba import njit
 from numba.extending import overload
 
+from .cpu_memory import INNER as _INNER
 from .cpu_memory import Memory, fetch_add, geometry_at, set_double, tile_at, words_at
 from .cpu_noise import BLOCK, KEPT, bits_maker, noise_maker
 from .cpu_threads import on_threads, threads_for
@@ -30,7 +31,6 @@ from .tables import GEOMETRY, Bucket, Shape
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
 NEXT = 6  # word of a job: the next tile to take
 CHUNKS = 8  # for each thread: one that is held up leaves its chunks to the others
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
 

@@ -60,28 +60,6 @@ def branches_of(optimizer):
 
 
 @pytest.mark.parametrize("sign", SIGNS)
-@pytest.mark.parametrize("lr", [0.0, 0.01, 1.0, 1e4])
-def test_rule(sign, lr):
-    R, grad = torch.rand(4, 3, 2, dtype=F64), torch.randn(4, 3, 2, dtype=F64)
-    found = branch_step(R, grad, lr, sign)
-    torch.testing.assert_close(found, reference.branch_step(R, grad, lr, sign), rtol=1e-15, atol=0)
-    assert found.min() >= 0
-    torch.testing.assert_close(found.sum(0), torch.ones(3, 2, dtype=F64), rtol=0, atol=1e-15)
-    order = torch.tensor([3, 1, 0, 2])
-    torch.testing.assert_close(branch_step(R[order], grad[order], lr, sign), found[order], rtol=1e-15, atol=0)
-
-
-def test_signs_are_each_others_mirror():
-    R, grad = torch.rand(4, 3, dtype=F64), torch.randn(4, 3, dtype=F64)
-    assert torch.equal(branch_step(R, grad, 0.1, "literal"), branch_step(R, -grad, 0.1))
-
-
-def test_a_position_whose_branches_are_all_zero():
-    for step in (branch_step, reference.branch_step):
-        assert step(torch.full((4,), 0.5), torch.full((4,), 5.0), 0.1).tolist() == [0.25] * 4
-
-
-@pytest.mark.parametrize("sign", SIGNS)
 @pytest.mark.parametrize("mode", ["mixed", "grouped"])
 def test_a_step_is_the_references(sign, mode):
     model = network(mode=mode)
