@@ -79,6 +79,53 @@ def test_kernel_gradients():
     assert torch.autograd.gradgradcheck(branch_kernels, (R, w))
 
 
+def test_literal_kernel_gradients():
+    """Line 6 of Algorithm 1 read letter by letter: R once more than by the chain rule, in dw only."""
+    R = torch.rand(3, 2, 2, dtype=F64, requires_grad=True)
+    w = torch.randn(4, 5, 2, 2, dtype=F64, requires_grad=True)
+    H = branch_kernels(R, w, "literal")
+    assert torch.equal(H, branch_kernels(R, w))
+    dH = torch.randn_like(H)
+    H.backward(dH)
+    torch.testing.assert_close(w.grad, (R[:, None, None] ** 2 * dH).sum(0).detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(R.grad, (w * dH).sum((1, 2)).detach(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_rules_of_layers(mode):
+    """dw from the gradients of the kernels themselves; of R, bias and input as by the chain rule."""
+    layer = CalibConv2d(2, 3, 3, branches=4, mode=mode, dtype=F64)
+    twin = copy.deepcopy(layer)
+    twin.grad_rule = "literal"
+    x = torch.randn(2, 8, 5, 5, dtype=F64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for net, own in zip((layer, twin), inputs, strict=True):
+        net(own).pow(3).sum().backward()
+    dH = torch.zeros(4, *layer.weight.shape, dtype=F64)
+    for k in range(4):
+        H = (layer.R[k] * layer.weight).detach().requires_grad_()
+        inp = x[:, 2 * k : 2 * k + 2] if mode == "grouped" else x
+        functional.conv2d(inp, H, layer.bias.detach()).pow(3).sum().backward()
+        dH[k] = H.grad
+    R = layer.R.detach()[:, None, None]
+    torch.testing.assert_close(layer.weight.grad, (R * dH).sum(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(twin.weight.grad, (R**2 * dH).sum(0), rtol=1e-10, atol=1e-10)
+    for a, b in ((layer.R, twin.R), (layer.bias, twin.bias), inputs):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_gradient_rules_are_one_with_one_branch():
+    model = Plain().double()
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    x = torch.randn(3, 1, 8, 8, dtype=F64)
+    for twin, rule in zip(twins, ("bp", "literal"), strict=True):
+        calibrate(twin, branches=1, grad_rule=rule)
+        assert "grad_rule=" + rule in repr(twin)
+        twin.eval()(x).square().sum().backward()
+    for a, b in zip(twins[0].parameters(), twins[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("frozen", ["R", "weight"])
 def test_a_frozen_factor_has_no_gradient(frozen):
     layer = CalibConv2d(1, 2, 3)
@@ -167,12 +214,15 @@ def test_readout():
     [
         (lambda: CalibConv2d(1, 1, 3, branches=0), "Invalid branches: 0"),
         (lambda: CalibConv2d(1, 1, 3, mode="both"), "Invalid mode: 'both'"),
+        (lambda: CalibConv2d(1, 1, 3, grad_rule="x"), "Invalid grad_rule: 'x', expected one of bp, literal"),
+        (lambda: branch_kernels(torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1), "x"), "Invalid grad_rule: 'x'"),
         (lambda: BranchExpand(1.5), "Invalid branches: 1.5"),
         (lambda: BranchReadout(2, "sum"), "Invalid readout: 'sum'"),
         (lambda: CalibConv2d(3, 1, 3)(torch.zeros(1, 3, 8, 8)), r"takes \[N, 12, H, W\]"),
         (lambda: calibrate(nn.Sequential(nn.Conv2d(1, 1, 1)), branches=-1), "Invalid branches: -1"),
         (lambda: calibrate(nn.Sequential(nn.Conv2d(1, 1, 1)), mode="x"), "Invalid mode: 'x'"),
         (lambda: calibrate(nn.Sequential(nn.Conv2d(1, 1, 1)), readout="x"), "Invalid readout: 'x'"),
+        (lambda: calibrate(nn.Sequential(nn.Conv2d(1, 1, 1)), grad_rule="x"), "Invalid grad_rule: 'x'"),
     ],
 )
 def test_wrong_arguments(make, message):
