@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE
+from cases import BACKENDS
 from torch import nn
 from torch.nn import functional
 
@@ -11,13 +11,6 @@ from fusedcalib.nn import CalibConv2d, calibrate
 F64 = torch.float64
 SIGNS = ("descent", "literal")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def on_device():
-    """Tensors are made where the backends run; convolutions give the same bits again."""
-    with torch.device(DEVICE), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
-        yield
 
 
 def network(branches=3, dtype=F64, mode="mixed"):
