@@ -175,7 +175,7 @@ def test_equal_branches_stay_equal(mode):
             if mode == "mixed":  # the planes of all branches are the same
                 own = model[i].weight.unflatten(1, (3, -1))
                 own.copy_(own[:, :1].expand_as(own).clone())
-    optimizer = CSGD(model, lr=0.1, branch_lr=0.1, noise=None)
+    optimizer = CSGD(model, lr=0.1, branch_lr=0.1, noise=None, backend="eager")
     for _ in range(3):
         out = model(torch.randn(2, 1, 8, 8, dtype=F64)).unflatten(1, (3, -1))
         assert torch.allclose(out[:, :1].expand_as(out), out, rtol=0, atol=1e-15)

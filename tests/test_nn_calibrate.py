@@ -100,7 +100,7 @@ def test_calibrated_models_train(name, mode, readout):
     assert set(convs) <= set(changed)
     assert sum(p.numel() for p in model.parameters()) == count
     assert "input" not in changed
-    optimizer = CSGD(model, lr=0.05, momentum=0.9)
+    optimizer = CSGD(model, lr=0.05, momentum=0.9, backend="eager")
     before = [p.detach().clone() for p in model.parameters()]
     x, y = torch.randn(4, channels, 8, 8), torch.tensor([0, 1, 2, 3])
     functional.cross_entropy(model(x), y).backward()

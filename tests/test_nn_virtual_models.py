@@ -1,4 +1,4 @@
-"""Virtual layers in models: scaled losses, dtypes, checkpoints, compilation, ranks, mistakes."""
+"""Virtual layers in models: scaled losses, dtypes, checkpoints, compilation, mistakes."""
 
 import copy
 import io
@@ -186,35 +186,3 @@ def test_other_mistakes():
         virtualize(nn.Linear(2, 2), 1.0, rh0=0.5)
     with pytest.raises(ValueError, match="has no virtual layer"):
         set_loss_scale(nn.Linear(2, 2), 2.0)
-
-
-# -- ranks --------------------------------------------------------------------------------------
-
-
-def rank_of_two(rank, path, data):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = small_net()
-    model[1] = nn.Identity()  # its statistics would be each rank's own
-    virtualize(model, scale=0.1)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(wrapped, optimizer, [(x[2 * rank :][:2], y[2 * rank :][:2]) for x, y in data])
-    torch.save(model.state_dict(), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_are_one(tmp_path):
-    """Half of each batch on either: r and weights as those of the whole batch."""
-    data = batches(3)
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path, data), nprocs=2)
-    torch.manual_seed(0)
-    model = small_net()
-    model[1] = nn.Identity()
-    virtualize(model, scale=0.1)
-    train(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
