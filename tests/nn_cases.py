@@ -10,6 +10,8 @@ from fusedcalib.nn import CalibConv2d, calibrate
 
 F64 = torch.float64
 SIGNS = ("descent", "literal")
+# Of most tests that need no others: the loops of a set of options are compiled once.
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

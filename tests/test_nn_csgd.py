@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from cases import BACKENDS
-from nn_cases import SIGNS, batches, each_backend, network, train, weights_of
+from nn_cases import OPTIONS, SIGNS, batches, each_backend, network, train, weights_of
 from torch import nn
 from torch.nn import functional
 
@@ -50,14 +50,11 @@ def test_descent_goes_down():
         assert (losses[1] - losses[0]) * factor > 0
 
 
-DECAYING = {"momentum": 0.9, "weight_decay": 0.1}
-
-
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
-        *(("eager", options) for options in ({}, DECAYING, {"centralize": True})),
-        (BACKENDS[0], {**DECAYING, "centralize": True}),
+        *(("eager", options) for options in ({"lr": 0.1}, OPTIONS, {"lr": 0.1, "centralize": True})),
+        (BACKENDS[0], OPTIONS),
     ],
 )
 def test_one_branch_without_noise_is_sgd(backend, options):
@@ -67,8 +64,8 @@ def test_one_branch_without_noise_is_sgd(backend, options):
     for R in weights_of(twin):
         R.requires_grad_(False)
     data = batches(5, torch.float32)
-    train(model, CSGD(model, lr=0.1, noise=None, backend=backend, **options), data)
-    train(twin, fusedcalib.SGD(twin.parameters(), lr=0.1, backend=backend, **options), data)
+    train(model, CSGD(model, noise=None, backend=backend, **options), data)
+    train(twin, fusedcalib.SGD(twin.parameters(), backend=backend, **options), data)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -77,8 +74,8 @@ def test_one_branch_without_noise_is_sgd(backend, options):
 def test_without_branch_weights_it_is_sgd(backend):
     params = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
     twins = [nn.Parameter(p.detach().clone()) for p in params]
-    ours = CSGD(params, lr=0.1, momentum=0.9, noise=None, backend=backend)
-    theirs = fusedcalib.SGD(twins, lr=0.1, momentum=0.9, backend=backend)
+    ours = CSGD(params, **OPTIONS, noise=None, backend=backend)
+    theirs = fusedcalib.SGD(twins, **OPTIONS, backend=backend)
     for _ in range(3):
         for p, q in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
@@ -98,7 +95,7 @@ def test_branch_weights_know_no_other_option(backend):
     alone = nn.Parameter(w.detach().clone())
     groups = [{"params": [R], "branch": True, "lr": 0.1}, {"params": [w], "noise": None}]
     ours = CSGD(groups, lr=0.2, backend=backend, **options)
-    theirs = fusedcalib.SGD([alone], lr=0.2, backend=backend, **options)
+    theirs = CSGD([alone], lr=0.2, noise=None, backend=backend, **options)
     for _ in range(3):
         before = R.detach().clone()
         R.grad, w.grad = torch.randn_like(R), torch.randn_like(w)
@@ -154,7 +151,7 @@ def test_default_noise():
 
 def test_no_random_numbers_of_torch_are_used():
     model, data = network(), batches(2)
-    optimizer = CSGD(model, lr=0.1)
+    optimizer = CSGD(model, **OPTIONS)
     state = torch.random.get_rng_state()
     train(model, optimizer, data)
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from nn_cases import batches, branches_of, each_backend, network, train, weights_of
+from nn_cases import OPTIONS, batches, branches_of, each_backend, network, train, weights_of
 from torch import nn
 from torch.nn import functional
 
@@ -36,7 +36,7 @@ def test_groups():
 @each_backend
 def test_gradients_stay(backend):
     model = network()
-    optimizer = CSGD(model, lr=0.1, backend=backend)
+    optimizer = CSGD(model, **OPTIONS, backend=backend)
     train(model, optimizer, batches(1))
     grads = [p.grad for p in model.parameters()]
     values = [g.clone() for g in grads]
@@ -50,7 +50,7 @@ def test_gradients_stay(backend):
 def test_nothing_moves_where_lr_is_zero(backend, tensor):
     model = network()
     zero = torch.tensor(0.0) if tensor else 0.0
-    optimizer = CSGD(model, lr=zero, branch_lr=zero, momentum=0.9, weight_decay=0.1, backend=backend)
+    optimizer = CSGD(model, **{**OPTIONS, "lr": zero}, branch_lr=zero, backend=backend)
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, batches(2))
     assert all(map(torch.equal, model.parameters(), before))
@@ -60,10 +60,10 @@ def test_schedulers_act_on_branch_weights():
     model, twin = network(), None
     twin = copy.deepcopy(model)
     data = batches(4)
-    optimizer = CSGD(model, lr=0.1, branch_lr=0.4, noise=None)
+    optimizer = CSGD(model, **OPTIONS, branch_lr=0.4)
     train(model, optimizer, data, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
     assert branches_of(optimizer)["lr"] == 0.4 / 16
-    other = CSGD(twin, lr=0.1, branch_lr=0.4, noise=None)
+    other = CSGD(twin, **OPTIONS, branch_lr=0.4)
     for i, batch in enumerate(data):
         other.param_groups[0]["lr"] = other.param_groups[1]["lr"] = 0.1 * 0.5**i
         branches_of(other)["lr"] = 0.4 * 0.5**i
@@ -77,8 +77,7 @@ def test_resumes_where_it_was(backend):
 
     def build():
         model = network()
-        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-        return model, CSGD(model, **options, branch_lr=0.3, backend=backend, seed=5)
+        return model, CSGD(model, **OPTIONS, branch_lr=0.3, backend=backend, seed=5)
 
     data = batches(6)
     model, optimizer = build()
@@ -101,7 +100,7 @@ def test_resumes_where_it_was(backend):
 def test_loads_what_sgd_saved():
     """Which does not know what a branch weight is: the group keeps its own word."""
     model = network()
-    optimizer = CSGD(model, lr=0.1)
+    optimizer = CSGD(model, lr=0.1, backend="eager")
     plain = fusedcalib.SGD([{"params": group["params"]} for group in csgd_groups(model)], lr=0.3)
     optimizer.load_state_dict(plain.state_dict())
     assert [group["branch"] for group in optimizer.param_groups] == [False, False, True]
@@ -111,7 +110,7 @@ def test_loads_what_sgd_saved():
 
 def test_copies_and_pickles():
     model = network()
-    optimizer = CSGD(model, lr=0.1, branch_lr=0.3)
+    optimizer = CSGD(model, **OPTIONS, branch_lr=0.3)
     twins = copy.deepcopy((model, optimizer))
     data = batches(2)
     train(model, optimizer, data)
@@ -121,7 +120,7 @@ def test_copies_and_pickles():
 
 def test_a_step_without_gradients_or_with_those_of_branches_only():
     model = network()
-    optimizer = CSGD(model, lr=0.1)
+    optimizer = CSGD(model, **OPTIONS)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(map(torch.equal, model.parameters(), before))
@@ -248,8 +247,8 @@ def test_under_ddp(tmp_path):
         twin = copy.deepcopy(model)
         wrapped = nn.parallel.DistributedDataParallel(twin)
         data = batches(3)
-        train(model, CSGD(model, lr=0.1, branch_lr=0.3, noise=None), data)
-        train(wrapped, CSGD(wrapped, lr=0.1, branch_lr=0.3, noise=None), data)
+        train(model, CSGD(model, lr=0.1, branch_lr=0.3, noise=None, backend="eager"), data)
+        train(wrapped, CSGD(wrapped, lr=0.1, branch_lr=0.3, noise=None, backend="eager"), data)
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(a, b)
     finally:
