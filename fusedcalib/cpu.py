@@ -10,8 +10,8 @@ import torch
 from llvmlite import binding
 from numba import njit
 
-from .cpu_memory import Memory, fetch_add, geometry_at, set_double, tile_at, words_at
-from .cpu_rows import INNER, gradients, row_loop, row_squares
+from .cpu_memory import INNER, Memory, fetch_add, geometry_at, set_double, tile_at, words_at
+from .cpu_rows import gradients, row_loop, row_squares
 from .cpu_threads import on_threads, threads_for
 from .distributed import local_of
 from .layout import Layout

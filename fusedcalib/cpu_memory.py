@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 
 from .tables import GEOMETRY
 
+# Of functions that only compiled loops call: division follows IEEE instead of raising.
+INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _STORED = {

@@ -13,14 +13,13 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from .cpu_memory import Memory, double_at
+from .cpu_memory import INNER, Memory, double_at
 from .cpu_noise import BLOCK, KEPT, bits_maker, noise_maker
 from .kernels import stages
 from .rebind import Function, folded
 from .recipe import Recipe
 from .tables import GEOMETRY
 
-INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
 

@@ -3,6 +3,7 @@
 python tests/distributed_run.py RANK RANKS STORE OUT
 """
 
+import copy
 import datetime
 import importlib.util
 import json
@@ -157,11 +158,35 @@ def fsdp(ranks: int, folder: str) -> dict[str, float]:
     return {"error": max((p - expected[name]).abs().max().item() for name, p in found)}
 
 
+def virtual(rank: int, ranks: int) -> dict[str, float]:
+    """A part of each batch on every rank: weights and r beside those of the whole batch in one process."""
+    torch.manual_seed(2)
+    layers = (torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    whole = torch.nn.Sequential(*layers).double()
+    model = copy.deepcopy(whole)
+    fusedcalib.nn.virtualize(whole, scale=0.1, sync=False)
+    fusedcalib.nn.virtualize(model, scale=0.1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        x, y = torch.randn(2 * ranks, 1, 8, 8, dtype=torch.float64), torch.randint(3, (2 * ranks,))
+        for net, part in ((whole, slice(None)), (wrapped, slice(2 * rank, 2 * rank + 2))):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[part]), y[part]).backward()
+            optimizer.step()
+    found = zip(whole.state_dict().values(), model.state_dict().values(), strict=True)
+    errors = torch.stack([(a - b).abs().max() for a, b in found])
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    return {"error": errors.max().item(), "moved": whole[0].r.max().item()}
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
     found: dict[str, Any] = {"fully_shard": fsdp(ranks, f"{out}.checkpoint")}
+    if ranks == 2:
+        found["virtual layers"] = virtual(rank, ranks)
     for name, (mesh, placements) in layouts(ranks).items():
         rules = RULES if (ranks, name) in ((2, "fsdp"), (2, "tp of rows")) else ("SGD", "AdamW")
         for rule in rules:
