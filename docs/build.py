@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
 from fusedcalib.arguments import EXTRAS  # noqa: E402
+from fusedcalib.bench.baselines import step_bytes  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
 
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
@@ -66,8 +67,8 @@ def arguments(text: str) -> str:
 
 
 def bytes_moved(states: tuple[str, ...], size: int = FP32) -> int:
-    """Bytes that a step must move for each parameter: it and its states both ways, the gradient one."""
-    return (3 + 2 * len(states)) * size
+    """Bytes that a step must move for each parameter, all of one size."""
+    return step_bytes(size, size, len(states) * [size])
 
 
 def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, int]]:

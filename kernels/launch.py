@@ -98,6 +98,14 @@ def dtype_of(name: str):
     return getattr(tl, name)
 
 
+def kernels_of(tile: Tile, flags: Flags) -> list[Any]:
+    """What a step launches for tiles of this shape, in order."""
+    pieces = tile.reduction == "pieces"
+    before = [row_sums_kernel] if pieces and flags.centralize != "none" else []
+    after = [project_kernel] if pieces and flags.project else []
+    return [*before, step_kernel, *after]
+
+
 def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
     """Steps every tile of the list on the current stream; returns the number of launches.
 
@@ -107,12 +115,7 @@ def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
         scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them.
         sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
     """
-    pieces = spec.tile.reduction == "pieces"
-    kernels = [step_kernel]
-    if pieces and spec.flags.centralize != "none":
-        kernels.insert(0, row_sums_kernel)
-    if pieces and spec.flags.project:
-        kernels.append(project_kernel)
+    kernels = kernels_of(spec.tile, spec.flags)
     constants = {**spec.constants(), "num_warps": spec.built.warps, **OPTIONS}
     for kernel in kernels:
         kernel[(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
@@ -173,6 +176,7 @@ __all__ = [
     "Spec",
     "Tile",
     "dtype_of",
+    "kernels_of",
     "launch_control",
     "launch_norm",
     "launch_step",
