@@ -116,7 +116,7 @@ def get(name: str) -> Model:
         return Model(name, tuple(gpt2(*GPT2)))
     if name not in LLAMAS:
         raise ValueError(
-            f"no model is named {name!r}; there are {', '.join(NAMES)}, and --hf-config or --shapes for others"
+            f"no model is named {name!r}; there are {', '.join(NAMES)}; others: --hf-config or --shapes"
         )
     return LLAMAS[name].model(name)
 

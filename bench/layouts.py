@@ -1,8 +1,9 @@
 """How a model lies on many GPUs, as torchtitan lays out Llama: FSDP2, tensor parallel, HSDP.
 
 A mesh has the dimensions replicate, fsdp and tp, in this order; those of size 1 are left out. Tensor parallel
-cuts first: the projections into a block (q, k, v, gate, up), embedding and head by rows, those out of it (o,
-down) by columns; norms are copied. Then FSDP2 cuts what is left by rows (`_StridedShard` where both cut rows).
+cuts first: the projections into a block (q, k, v, gate, up), embedding and head by rows, those out of it
+(o, down) by columns; norms are copied. Then FSDP2 cuts what is left by rows (where both cut rows it is a
+`_StridedShard`).
 A part is one of `torch.chunk`: the first ones are the largest, the last ones may be empty.
 """
 
@@ -35,10 +36,8 @@ class Layout(NamedTuple):
     @property
     def mesh(self) -> Mesh | None:
         """What parameters are spread over; None where all of each lies on every GPU, as DDP has it."""
-        if self.fsdp == 1:  # DDP over the replicas: its parameters are plain tensors
-            sizes = {"tp": self.tp}
-        else:
-            sizes = self._asdict()
+        # Without fsdp it is DDP over the replicas, which keeps parameters as they are.
+        sizes = {"tp": self.tp} if self.fsdp == 1 else self._asdict()
         dims = tuple((name, size) for name, size in sizes.items() if size > 1)
         return Mesh(dims) if dims else None
 
@@ -88,9 +87,9 @@ def layout_of(gpus: int, fsdp: int | None, tp: int, replicate: int | None) -> La
         ValueError: they do not multiply to the number of GPUs.
     """
     if fsdp is None:
-        shared, named = tp * (replicate or 1), "tp * replicate"
+        shared = tp * (replicate or 1)
         if gpus % shared:
-            raise ValueError(f"{gpus} GPUs cannot be split by {named} = {shared}: choose a multiple of {shared}")
+            raise ValueError(f"{gpus} GPUs are no multiple of tp * replicate = {shared}: change one of them")
         return Layout(replicate or 1, gpus // shared, tp)
     if replicate is None:
         if gpus % (fsdp * tp):
@@ -149,13 +148,13 @@ def check(model: Model, layout: Layout) -> None:
         return
     if model.heads is not None and model.heads % layout.tp:
         raise ValueError(
-            f"tp {layout.tp}: the {model.heads} heads (of keys or queries) of {model.name} cannot be split so; "
+            f"tp {layout.tp}: the {model.heads} heads of keys of {model.name} cannot be split so; "
             f"tp must divide {model.heads}"
         )
     for name, shape in model.params:
         cut = cut_by(name, len(shape))
         if cut is not None and shape[cut] < layout.tp:
-            raise ValueError(f"tp {layout.tp}: dimension {cut} of {name} has only {shape[cut]}; take a smaller tp")
+            raise ValueError(f"tp {layout.tp}: {name} has only {shape[cut]} in dimension {cut}; lower tp")
 
 
 def shards(model: Model, layout: Layout) -> Counter[Shard]:

@@ -231,7 +231,9 @@ def _steps(name: str, subject: Subject) -> tuple[Pass, ...]:
     return (*counting, Pass(params=2, grads=1, states=2 * states, lists=2 + states))
 
 
-def _sent(method: Method, shards: Iterable[Shard], layout: Layout, dtype: torch.dtype) -> Iterator[Collective]:
+def _sent(
+    method: Method, shards: Iterable[Shard], layout: Layout, dtype: torch.dtype
+) -> Iterator[Collective]:
     """The norm over each dimension that cuts parameters; the means of each tensor whose rows are cut."""
     if method.extras.clip is not None:
         cutting = (over for over, _ in (layout.mesh or Mesh(())).dims if over != "replicate")
@@ -252,4 +254,3 @@ def multi_tensor_launches(counts: Iterable[int], most: int) -> int:
             if blocks == BLOCKS or (tensors == most and not left):
                 launches, blocks, tensors = launches + 1, 0, int(left > 0)
     return launches + bool(blocks)
-
