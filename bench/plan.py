@@ -4,7 +4,7 @@ python -m fusedcalib plan --model llama3-70b --gpus 512
 python3 bench/run.py plan --model llama3-405b --gpus 512,4096,16384 --tp 8 --json plan.json --plot plan.png
 
 From the real shapes of the parameters, laid out as torchtitan does. docs/scaling.md says what is counted and
-what is assumed. No GPU is used or needed, and nothing is measured.
+what is assumed. No GPU is used or needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from . import architectures, layouts, plan_costs, plan_steps, tables
 from .architectures import Model
-from .baselines import SUBJECTS, NotAvailableError
+from .baselines import METHODS, SUBJECTS, NotAvailableError
 from .case import DTYPES
 from .layouts import Layout
 
@@ -57,13 +57,13 @@ def plan(
 
 def _plan(model: Model, layout: Layout, setting: Setting, names: Sequence[str]) -> dict[str, Any]:
     found = layouts.shards(model, layout)
-    largest = sum(shard.count * count for shard, count in found.items())
+    largest = sum(shard.elements * count for shard, count in found.items())
     steps, left_out = [], {}
     for name in names:
         try:
             step = plan_steps.step_of(name, SUBJECTS[setting.optimizer], setting.dtypes, found, layout)
         except NotAvailableError as error:
-            left_out[plan_steps.METHODS[name].title] = str(error)
+            left_out[METHODS[name].title] = str(error)
         else:
             steps.append(_priced(step, len(model.params), largest, layout, setting))
     return {
@@ -130,13 +130,13 @@ def sizes_table(results: Results) -> tables.Table:
     names = [name for name in SWEPT if any(_step(found, name) for found in results["plans"])]
     header = ["GPUs", "split", "parameters on the fullest (of the mean)", "tensors missing on the last"]
     header.append(f"GB kept, of {results['gpu']['memory'] / 1e9:.0f}")
-    header += [f"{plan_steps.METHODS[name].title}: ms" for name in names]
+    header += [f"{METHODS[name].title}: ms" for name in names]
     rows = []
     for found in results["plans"]:
         own = _step(found, "own_plain")
         assert own is not None
         cells = [str(found["gpus"]), str(Layout(**found["layout"]))]
-        cells.append(f"{found['largest'] / 1e6:.4g}M ({found['balance']:.2f})")
+        cells.append(f"{found['largest'] / 1e6:,.1f}M ({found['balance']:.2f})")
         too_much = own["kept"] > results["gpu"]["memory"]
         cells += [str(found["empty"]), f"{own['kept'] / 1e9:.3g}{' (too much)' * too_much}"]
         for name in names:
@@ -158,9 +158,17 @@ def title(results: Results) -> str:
     )
 
 
+def split(found: dict[str, Any]) -> str:
+    """The layout of a plan in a line."""
+    return (
+        f"{found['gpus']} GPUs ({Layout(**found['layout'])}): {found['largest']} parameters on the fullest, "
+        f"{found['balance']:.2f} of the mean; {found['empty']} tensors have no element on the last"
+    )
+
+
 NOTE = (
     "On paper: bytes, launches and all-reduces are counted, times follow from published bandwidths and the "
-    "assumptions in bench/plan_costs.py; nothing is measured. step = max(memory, host) + all-reduces."
+    "assumptions in bench/plan_costs.py; no GPU was measured. step = max(memory, host) + all-reduces."
 )
 
 
@@ -170,11 +178,7 @@ def show(results: Results) -> None:
     if len(results["plans"]) > 1:
         _print(sizes_table(results))
     for found in results["plans"] if len(results["plans"]) == 1 else ():
-        layout = Layout(**found["layout"])
-        print(
-            f"{found['gpus']} GPUs ({layout}): {found['largest']} parameters on the fullest, "
-            f"{found['balance']:.2f} of the mean; {found['empty']} tensors have no element on the last"
-        )
+        print(split(found))
         _print(steps_table(found))
         for name, reason in found["left_out"].items():
             print(f"not counted: {name}: {reason}")
@@ -238,10 +242,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     which.add_argument("--hf-config", type=Path, metavar="FILE", help="config.json of a llama-like model")
     which.add_argument("--shapes", type=Path, metavar="FILE", help='JSON: [{"name", "shape"}, ...]')
     parser.add_argument("--gpus", type=_counts, default=[8], help="how many, or several: 8,64,512 (8)")
-    whole = {"type": _count, "default": None}
-    parser.add_argument("--fsdp", **whole, help="GPUs that share a copy's parts (what the others leave)")
+    parser.add_argument("--fsdp", type=_count, help="GPUs that share a copy's parts (what the others leave)")
     parser.add_argument("--tp", type=_count, default=1, help="GPUs of tensor parallel (1)")
-    parser.add_argument("--replicate", **whole, help="copies of the model, HSDP (1, or what --fsdp leaves)")
+    parser.add_argument(
+        "--replicate", type=_count, help="copies of the model, HSDP (1, or what --fsdp leaves)"
+    )
     parser.add_argument("--gpu", default="h100", choices=list(plan_costs.GPUS), help="(h100)")
     parser.add_argument("--efficiency", type=_share, default=1.0, help="share of the published bandwidth (1)")
     parser.add_argument("--optimizer", default="AdamW", choices=list(SUBJECTS), help="(AdamW)")

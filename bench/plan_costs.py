@@ -35,8 +35,8 @@ GPUS = {
 }
 
 # The host, seconds. For each tensor: measured on a CPU (AMD EPYC, one thread, torch 2.13.0+cpu, medians of 40
-# interleaved rounds) with 1000 tensors of one element whose gradients are new at each step: our step up to its
-# launches, and torch's fused AdamW with its kernel taken out. For each launch: assumed.
+# interleaved rounds) with 1000 tensors of one element whose gradients are new at each step: our step up to
+# its launches, and torch's fused AdamW with its kernel taken out. For each launch: assumed.
 OWN_TENSOR, TORCH_TENSOR = 3.1e-6, 4.1e-6
 OWN_LAUNCH, TORCH_LAUNCH = 10e-6, 4e-6
 
@@ -75,11 +75,12 @@ def time_of(step: Step, tensors: int, layout: Layout, gpu: Gpu, efficiency: floa
 def all_reduce(sent: Collective, layout: Layout, gpu: Gpu) -> float:
     """Seconds of one all-reduce: its latency, and each byte twice over the slowest link."""
     sizes = layout._asdict()
-    ranks = sizes[sent.over]
+    ranks: int = sizes[sent.over]
     names = list(sizes)
-    inner = math.prod(sizes[name] for name in names[names.index(sent.over) + 1 :])  # ranks side by side
+    inner: int = math.prod(sizes[name] for name in names[names.index(sent.over) + 1 :])  # ranks side by side
     in_node = max(1, min(ranks, NODE // inner))
     nodes = -(-ranks // in_node)
-    latency = START + 2 * ((in_node - 1) * IN_NODE + math.log2(nodes) * BETWEEN)
+    levels = math.log2(nodes)
+    latency = START + 2 * ((in_node - 1) * IN_NODE + levels * BETWEEN)
     slowest = gpu.network if nodes > 1 else gpu.link
     return latency + 2 * (ranks - 1) / ranks * sent.bytes / slowest

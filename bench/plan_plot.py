@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import plan, plots
-from .plan_steps import METHODS
+from .baselines import METHODS
 
 Results = dict[str, Any]
 # Ours in the strong colours; the same work has the same line style.
@@ -36,7 +36,7 @@ def draw(results: Results, path: Path) -> Path:
         axes.plot(sizes, floor, ":", color=plots.SOFT, linewidth=1.6, label="fusedcalib, memory alone")
         _axes(axes, sizes)
         axes.legend(frameon=False, fontsize=10, loc="best")
-        subtitle = f"{plan.title(results)}\nOn paper: nothing of it is measured"
+        subtitle = f"{plan.title(results)}\nOn paper: no GPU was measured"
         plots.heading(figure, headline(results), subtitle)
         figure.savefig(path, bbox_inches="tight")
     return path
@@ -52,11 +52,14 @@ def headline(results: Results) -> str:
     }
     by_memory = [size for size, bound in bounds.items() if bound == "memory"]
     others = [size for size, bound in bounds.items() if bound != "memory"]
-    if not others:
-        return f"{results['model']}: a plain step is bound by memory on all these GPUs"
-    if not by_memory:
-        return f"{results['model']}: a plain step is bound by the host on all these GPUs"
-    return f"{results['model']}: bound by memory on {max(by_memory)} GPUs, by the host on {min(others)}"
+    if not others or not by_memory:
+        return (
+            f"A plain step on {results['model']} is bound by the {'host' if others else 'memory'} throughout"
+        )
+    return (
+        f"A plain step on {results['model']}: memory decides up to {max(by_memory):,} GPUs, the host "
+        f"from {min(others):,} on"
+    )
 
 
 def _milliseconds(results: Results, name: str, part: str) -> list[float]:

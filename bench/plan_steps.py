@@ -10,7 +10,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -18,7 +18,6 @@ import fusedcalib
 from fusedcalib import gpu
 from fusedcalib.distributed import Place
 from fusedcalib.kernels import launch
-from fusedcalib.kernels.rows import row_sums_kernel
 from fusedcalib.recipe import demand_of, merged, recipe_of
 from fusedcalib.tables import Scalars, Slot, build_buckets
 
@@ -72,7 +71,7 @@ class Part(NamedTuple):
     """A slot, how many there are of its like, and whether its rows are added up over ranks."""
 
     slot: Slot
-    count: int
+    alike: int
     cut: bool
 
 
@@ -84,8 +83,8 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], la
     for cut in (False, True):
         own_parts = [part for part in parts if part.cut == cut]
         for bucket in build_buckets([part.slot for part in own_parts], Scalars()):
-            kernels = launch.kernels_of(bucket.key.row_class, bucket.key.recipe.flags)
-            sums = row_sums_kernel in kernels
+            kernels = launch.kernels_of(cast(launch.Tile, bucket.key.row_class), bucket.key.recipe.flags)
+            sums = launch.row_sums_kernel in kernels
             # Rows that are cut are summed by a launch before, whatever their class.
             launches += len(kernels) + (cut and not sums)
             buckets += 1
@@ -97,14 +96,14 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], la
     if measures:  # a launch for each list of tiles; over ranks one more, which decides
         launches += buckets + bool(mesh.ndim)
         collectives += [Collective(over, SUM) for over, _ in mesh.dims]
-    if rows := sum(part.count * part.slot.tensors()[0].shape[0] for part in parts if part.cut):
+    if rows := sum(part.alike * part.slot.tensors()[0].shape[0] for part in parts if part.cut):
         collectives.append(Collective("tp", SUM * rows))
-    kept = sum(part.count * t.numel() * t.element_size() for part in parts for t in part.slot.tensors())
+    kept = sum(part.alike * t.numel() * t.element_size() for part in parts for t in part.slot.tensors())
     return Step(method.name, method.title, moved, kept, launches, tuple(collectives))
 
 
 def _count(part: Part) -> int:
-    return part.count * part.slot.tensors()[0].numel()
+    return part.alike * part.slot.tensors()[0].numel()
 
 
 def parts_of(
@@ -115,11 +114,16 @@ def parts_of(
     options = {**subject.options, **options_of(method.extras, method.gc)}
     if state_dtype != dtype:
         options["state_dtype"] = state_dtype
-    plain = {"weight_decay": 0.0, "centralize": False}
-    kinds = {"weight": {}, "embedding": {"centralize": False}, "vector": plain}  # as fusedcalib.param_groups
+    kinds: dict[str, dict[str, Any]] = {  # as fusedcalib.param_groups has them
+        "weight": {},
+        "embedding": {"centralize": False},
+        "vector": {"weight_decay": 0.0, "centralize": False},
+    }
     shards = {kind: [shard for shard in found if shard.kind == kind] for kind in kinds}
     params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in kinds}
-    groups = [{"params": params[kind], **own} for kind, own in kinds.items() if params[kind]]
+    groups: list[dict[str, Any]] = [
+        {"params": params[kind], **own} for kind, own in kinds.items() if params[kind]
+    ]
     optimizer = getattr(fusedcalib, subject.cls)(groups, **options)
     demand = demand_of(optimizer.param_groups, None, None)
     recipes = merged([recipe_of(optimizer.rule, group, demand) for group in optimizer.param_groups])
@@ -140,7 +144,7 @@ def _tensor(shard: Shard, dtype: torch.dtype) -> torch.nn.Parameter:
     """A parameter of that shape without memory, its gradient as far from 16 bytes as FSDP2 would have it."""
     param = torch.nn.Parameter(torch.empty(shard.shape, dtype=dtype, device="meta"))
     first = shard.offset % (16 // dtype.itemsize)
-    flat = torch.empty(first + shard.count, dtype=dtype, device="meta")
+    flat = torch.empty(first + shard.elements, dtype=dtype, device="meta")
     param.grad = flat[first:].view(shard.shape)
     return param
 
@@ -198,11 +202,11 @@ def composed(method: Method, subject: Subject, dtypes: str, found: Counter[Shard
     for p in passes:
         own = [shard for shard in shards if shard.kind == "weight" or not p.weights]
         width = (p.params + p.grads + p.states) * dtype.itemsize + p.averages * 4
-        moved += width * sum(shard.count for shard in own)
-        counts = [shard.count for shard in own]
+        moved += width * sum(shard.elements for shard in own)
+        counts = [shard.elements for shard in own]
         launches += multi_tensor_launches(counts, TENSORS[p.lists]) if p.lists else len(counts)
     kept_width = (2 + subject.states()) * dtype.itemsize + (4 if method.extras.ema is not None else 0)
-    kept = kept_width * sum(shard.count for shard in shards)
+    kept = kept_width * sum(shard.elements for shard in shards)
     sent = tuple(_sent(method, shards, layout, dtype))
     return Step(method.name, method.title, moved, kept, launches, sent)
 

@@ -181,5 +181,6 @@ __all__ = [
     "launch_norm",
     "launch_step",
     "programs_for",
+    "row_sums_kernel",
     "tile_for",
 ]
