@@ -10,6 +10,7 @@ import argparse
 import inspect
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
+@cache
 def scaling() -> str:
     """The tables of docs/scaling.md: each model on several sizes, one of them step by step."""
     blocks = []
