@@ -1,32 +1,21 @@
-"""A plan on paper is held to the shapes that torch makes and to what the engine really launches."""
+"""A plan on paper: its shapes are those that torch makes, its bytes those of the benchmarks."""
 
 import json
 import math
 from math import prod
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from plan_subjects import ALONE, TINY, placements_of
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 
-import fusedcalib
-import fusedcalib.executors
 from fusedcalib import __main__ as command
-from fusedcalib import gpu
 from fusedcalib.bench import architectures, layouts, plan_costs, plan_steps
-from fusedcalib.bench.architectures import Llama, Model, Param
-from fusedcalib.bench.baselines import METHODS, SUBJECTS, options_of
+from fusedcalib.bench.architectures import Model, Param
+from fusedcalib.bench.baselines import METHODS, SUBJECTS
 from fusedcalib.bench.case import DTYPES
 from fusedcalib.bench.layouts import Layout
-from fusedcalib.kernels import launch
 
 ADAMW = SUBJECTS["AdamW"]
-ALONE = Layout(1, 1, 1)
-# Rows short and long, sizes that 3 and 8 do not divide.
-TINY = Llama(hidden=96, layers=2, heads=8, kv_heads=4, intermediate=160, vocab=101).model("tiny")
 
 
 # -- parameter lists
@@ -69,15 +58,6 @@ def test_a_config_file_is_a_model(tmp_path):
 
 
 # -- layouts
-
-
-def placements_of(param: Param, layout: Layout):
-    """As torchtitan has them: tensor parallel first, then FSDP2 over what is left of the rows."""
-    cut = layouts.cut_by(param.name, len(param.shape)) if layout.tp > 1 else None
-    fsdp = _StridedShard(0, split_factor=layout.tp) if cut == 0 else Shard(0)
-    tp = Replicate() if cut is None else Shard(cut)
-    by_name = {"replicate": Replicate(), "fsdp": fsdp, "tp": tp}
-    return [by_name[name] for name, _ in layout.mesh.dims]
 
 
 UNEVEN = (Layout(1, 3, 1), Layout(2, 7, 1), Layout(1, 64, 1), Layout(1, 200, 1))
@@ -124,115 +104,7 @@ def test_the_first_rank_has_most_and_the_empty_are_counted():
     assert layouts.empty_somewhere(model, Layout(8, 1, 1)) == 0
 
 
-# -- what the engine does
-
-
-class Counted:
-    """A kernel that is counted where it would be launched."""
-
-    def __init__(self, names, name):
-        self.names, self.name = names, name
-
-    def __getitem__(self, grid):
-        return lambda *args, **constants: self.names.append(self.name)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Names of the kernels that the engine launches on the CPU in place of a GPU."""
-    pytest.importorskip("triton")
-    names = []
-    for kernel in ("step_kernel", "row_sums_kernel", "project_kernel", "norm_kernel", "control_kernel"):
-        monkeypatch.setattr(launch, kernel, Counted(names, kernel))
-    monkeypatch.setattr(gpu, "interpreted", lambda: True)
-    fusedcalib.executors.choose.cache_clear()
-    yield names
-    fusedcalib.executors.choose.cache_clear()
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    """`ranks(n)`: makes this process the first of so many, and returns the bytes of each all-reduce."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    sent = []
-
-    def begin(count):
-        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-        monkeypatch.setattr(dist, "all_reduce", lambda t, group: sent.append(t.numel() * t.element_size()))
-        return sent
-
-    yield begin
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def real_parameters(model, layout):
-    """The parameters of the first rank, with the gradients that FSDP2's reduce-scatter would leave."""
-    mesh = None
-    if layout.mesh:
-        names, sizes = zip(*layout.mesh.dims, strict=True)
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    for unit in layouts._units(model.params):
-        shapes = [layouts.local_shape(param, layout) for param in unit]
-        flat = torch.zeros(sum(map(prod, shapes)))
-        firsts = [sum(map(prod, shapes[:i])) for i in range(len(shapes))]
-        for param, shape, first in zip(unit, shapes, firsts, strict=True):
-            local = torch.zeros(shape)
-            grad = flat[first : first + prod(shape)].view(shape) if layout.fsdp > 1 else torch.zeros(shape)
-            if mesh:
-                place = (mesh, placements_of(param, layout))
-                like = {"shape": torch.Size(param.shape), "stride": torch.empty(param.shape).stride()}
-                local, grad = (DTensor.from_local(t, *place, run_check=False, **like) for t in (local, grad))
-            made = torch.nn.Parameter(local)
-            made.grad = grad
-            yield layouts.kind_of(param), made
-
-
-def real_step(name, model, layout, subject=ADAMW):
-    """Launches of a real step on the first rank, and bytes of its memory."""
-    plain = {"weight_decay": 0.0, "centralize": False}
-    kinds = {"weight": {}, "embedding": {"centralize": False}, "vector": plain}
-    params = list(real_parameters(model, layout))
-    groups = [{"params": [p for k, p in params if k == kind], **own} for kind, own in kinds.items()]
-    method = METHODS[name]
-    options = {"backend": "triton", **subject.options, **options_of(method.extras, method.gc)}
-    optimizer = getattr(fusedcalib, subject.cls)([g for g in groups if g["params"]], **options)
-    launches = optimizer._prepare().run()
-    tensors = [t for bucket in optimizer._plan.buckets for slot in bucket.slots for t in slot.tensors()]
-    return launches, sum(t.numel() * t.element_size() for t in tensors)
-
-
-LONG = Model("long", tuple(Param(f"{c}.fc.weight", (8, c)) for c in (40, 1000, 5000, 20_000, 40_000)))
-
-
-@pytest.mark.parametrize("name", ["own_plain", "own_gc", "own_clip", "own_chain"])
-@pytest.mark.parametrize(
-    ("model", "layout"),
-    [
-        (LONG, ALONE),
-        (TINY, ALONE),
-        (TINY, Layout(1, 2, 1)),
-        (TINY, Layout(1, 64, 1)),  # norms of two elements: gradients behind them are not aligned
-        (TINY, Layout(2, 3, 1)),
-        (TINY, Layout(1, 2, 4)),
-        (TINY, Layout(2, 2, 2)),
-        (TINY, Layout(1, 1, 2)),
-    ],
-    ids=lambda of: getattr(of, "name", str(of)),
-)
-def test_launches_and_collectives_are_those_of_the_engine(name, model, layout, launched, ranks):
-    planned = plan_steps.step_of(name, ADAMW, "fp32", layouts.shards(model, layout), layout)
-    sent = ranks(layout.gpus)
-    try:
-        launches, kept = real_step(name, model, layout)
-    except RuntimeError as error:
-        if METHODS[name].gc and layout.tp > 1:
-            pytest.skip(f"rows that are cut cannot be centred: {error}")
-        raise
-    assert planned.launches == launches == len(launched)
-    assert [one.bytes for one in planned.collectives] == sent
-    assert planned.kept == kept
+# -- our step
 
 
 def test_long_rows_and_cut_rows_read_the_gradient_once_more():
