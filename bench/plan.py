@@ -180,8 +180,9 @@ def show(results: Results) -> None:
     for found in results["plans"] if len(results["plans"]) == 1 else ():
         print(split(found))
         _print(steps_table(found))
-        for name, reason in found["left_out"].items():
-            print(f"not counted: {name}: {reason}")
+        for reason in dict.fromkeys(found["left_out"].values()):
+            names = [name for name, why in found["left_out"].items() if why == reason]
+            print(f"not counted: {', '.join(names)}: {reason}")
     print(NOTE)
 
 
