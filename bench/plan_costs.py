@@ -34,10 +34,9 @@ GPUS = {
     )
 }
 
-# The host, seconds. For each tensor: measured on a CPU (AMD EPYC, one thread, torch 2.13.0+cpu, medians of 40
-# interleaved rounds) with 1000 tensors of one element whose gradients are new at each step: our step up to
-# its launches, and torch's fused AdamW with its kernel taken out. For each launch: assumed.
-OWN_TENSOR, TORCH_TENSOR = 3.1e-6, 4.1e-6
+# The host, seconds. For each tensor: measured by plan_host.py on a CPU (AMD EPYC, one thread, torch
+# 2.13.0+cpu, the quietest of eight runs). For each launch: assumed.
+OWN_TENSOR, TORCH_TENSOR = 2.7e-6, 3.5e-6
 OWN_LAUNCH, TORCH_LAUNCH = 10e-6, 4e-6
 
 # An all-reduce of few bytes, seconds: NCCL's own model of its tree with the LL protocol (src/graph/tuning.cc,

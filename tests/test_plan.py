@@ -9,7 +9,7 @@ from plan_subjects import ALONE, TINY, placements_of
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import architectures, layouts, plan_costs, plan_steps
+from fusedcalib.bench import architectures, layouts, plan_costs, plan_host, plan_steps
 from fusedcalib.bench.architectures import Model, Param
 from fusedcalib.bench.baselines import METHODS, SUBJECTS
 from fusedcalib.bench.case import DTYPES
@@ -202,6 +202,12 @@ def test_a_dimension_within_a_node_never_leaves_it():
     across = plan_steps.Collective("fsdp", 450_000_000)  # each GPU's neighbour in fsdp is on another node
     expected = 6.8e-6 + 2 * 5e-6 + 2 * 0.5 * 450_000_000 / 50e9
     assert plan_costs.all_reduce(across, Layout(1, 2, 8), h100) == pytest.approx(expected)
+
+
+def test_the_host_is_measured_without_kernels():
+    measured = plan_host.measure(rounds=1, backend="eager")  # compiles nothing
+    assert list(measured) == ["own", "torch"]
+    assert all(0 < seconds < 1e-3 for seconds in measured.values())
 
 
 # -- the command
