@@ -19,6 +19,7 @@ from fusedcalib import gpu
 from fusedcalib.distributed import Place
 from fusedcalib.kernels import launch
 from fusedcalib.recipe import demand_of, merged, recipe_of
+from fusedcalib.row_totals import RowTotals
 from fusedcalib.tables import Scalars, Slot, build_buckets
 
 from .baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of, step_bytes
@@ -29,7 +30,7 @@ ROWS = (
     *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
     *("eager_clip", "own_clip", "eager_chain", "own_chain"),
 )
-SUM = 8  # bytes of a sum that is sent: of squares, or of a row that is cut, in fp64
+SQUARES = 8  # bytes of the sum of all squares, in fp64
 
 
 class Collective(NamedTuple):
@@ -68,42 +69,45 @@ def step_of(name: str, subject: Subject, dtypes: str, found: Counter[Shard], lay
 
 
 class Part(NamedTuple):
-    """A slot, how many there are of its like, and whether its rows are added up over ranks."""
+    """A slot, and how many there are of its like."""
 
     slot: Slot
     alike: int
-    cut: bool
+
+    @property
+    def size(self) -> int:
+        """Elements of all of them."""
+        return self.alike * self.slot.tensors()[0].numel()
 
 
 def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], layout: Layout) -> Step:
     """Our step, as the engine lays it out."""
     parts, measures = parts_of(method, subject, dtypes, found, layout)
+    slots = [part.slot for part in parts]
+    totals = RowTotals(slots)
+    buckets = build_buckets(slots, Scalars(), totals=totals)
+    moved = launches = 0
+    for bucket in buckets:
+        flags = bucket.key.recipe.flags
+        kernels = launch.parts_of(cast(launch.Tile, bucket.key.row_class), flags)
+        launches += len(kernels)
+        param, grad, *states = (dtype.itemsize for dtype in bucket.key.dtypes)
+        width = step_bytes(param, grad, states) + grad * measures
+        if "sums" in kernels:  # a launch before reads what the mean is taken of
+            width += grad + param * (flags.decay == "coupled")
+        moved += sum(width * parts[i].size for i in bucket.indices)
     mesh = layout.mesh or Mesh(())
-    moved = launches = buckets = 0
-    for cut in (False, True):
-        own_parts = [part for part in parts if part.cut == cut]
-        for bucket in build_buckets([part.slot for part in own_parts], Scalars()):
-            kernels = launch.kernels_of(cast(launch.Tile, bucket.key.row_class), bucket.key.recipe.flags)
-            sums = launch.row_sums_kernel in kernels
-            # Rows that are cut are summed by a launch before, whatever their class.
-            launches += len(kernels) + (cut and not sums)
-            buckets += 1
-            param, grad, *states = (dtype.itemsize for dtype in bucket.key.dtypes)
-            again = grad * measures + (grad if cut or sums else 0)
-            width = step_bytes(param, grad, states) + again
-            moved += sum(width * _count(own_parts[i]) for i in bucket.indices)
     collectives: list[Collective] = []
     if measures:  # a launch for each list of tiles; over ranks one more, which decides
-        launches += buckets + bool(mesh.ndim)
-        collectives += [Collective(over, SUM) for over, _ in mesh.dims]
-    if rows := sum(part.alike * part.slot.tensors()[0].shape[0] for part in parts if part.cut):
-        collectives.append(Collective("tp", SUM * rows))
+        launches += len(buckets) + bool(mesh.ndim)
+        collectives += [Collective(over, SQUARES) for over, _ in mesh.dims]
+    of_rows = [(part.alike, rows) for i, part in enumerate(parts) if (rows := totals.of(i)) is not None]
+    if of_rows:
+        collectives.append(
+            Collective("tp", sum(alike * t.numel() * t.element_size() for alike, t in of_rows))
+        )
     kept = sum(part.alike * t.numel() * t.element_size() for part in parts for t in part.slot.tensors())
     return Step(method.name, method.title, moved, kept, launches, tuple(collectives))
-
-
-def _count(part: Part) -> int:
-    return part.alike * part.slot.tensors()[0].numel()
 
 
 def parts_of(
@@ -135,8 +139,7 @@ def parts_of(
             states = optimizer._states(param, recipe)
             place = _place(shard, layout.mesh)
             slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)
-            cut = shard.columns_cut and recipe.for_tensor(2, shard.whole[1]).flags.by_rows
-            parts.append(Part(slot, found[shard], cut))
+            parts.append(Part(slot, found[shard]))
     return parts, demand.measure
 
 
@@ -153,8 +156,8 @@ def _place(shard: Shard, mesh: Mesh | None) -> Place | None:
     """The place of the first part, as fusedcalib.distributed finds it for a DTensor."""
     if mesh is None:
         return None
-    in_order = not shard.columns_cut or len(shard.whole) == 2
-    return Place(0, math.prod(shard.whole[1:]), not shard.columns_cut, in_order, mesh, shard.copies)
+    across = [i for i, (name, _) in enumerate(mesh.dims) if shard.columns_cut and name == "tp"]
+    return Place(0, math.prod(shard.whole[1:]), True, mesh, shard.copies, tuple(across))
 
 
 # -- what else there is

@@ -126,7 +126,7 @@ class FusedOptimizer(Optimizer):
         """Drops all that is not groups and state."""
         self._plan: Plan | None = None
         self._before: dict[Tensor, dict[str, Any]] | None = None  # the state, where it was made for the plan
-        self._captured: list[Plan] = []  # what graphs go on reading
+        self._captured: list[Any] = []  # what graphs go on reading
         self._versions = Versions()
         self._outcome = Outcome()
         self._swapped = False

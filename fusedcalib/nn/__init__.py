@@ -12,9 +12,10 @@ SVGD: `VirtualLinear`, `VirtualConv2d`, `virtualize`, `set_loss_scale`.
 >>> opt = fusedcalib.nn.CSGD(model, lr=0.1, momentum=0.9)
 """
 
+from .branch import branch_step
 from .calib import BranchExpand, BranchReadout, CalibConv2d, branch_kernels
 from .convert import calibrate
-from .csgd import CSGD, branch_step, csgd_groups
+from .csgd import CSGD, csgd_groups
 from .virtual import VirtualConv2d, VirtualLinear, set_loss_scale, virtualize
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -54,6 +54,14 @@ class _Virtual(nn.Module):
     bias: Any
     settings: Settings
     loss_scale: Any = 1.0
+    auto: str  # what r_shape "auto" is
+    channels: int  # the dimension of an output that has the channels
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Arguments of the plain layer, and those of `Settings` by name."""
+        own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
+        super().__init__(*args, **options)
+        self._begin(Settings(**own))
 
     def _begin(self, settings: Settings) -> None:
         self.settings = settings
@@ -73,11 +81,12 @@ class _Virtual(nn.Module):
         return y
 
     def _by_position(self) -> bool:
-        return self.settings.r_shape == "position"
+        given = self.settings.r_shape
+        return (self.auto if given == "auto" else given) == "position"
 
     def _shape(self, y: Tensor) -> torch.Size:
         """Of r, for this output."""
-        raise NotImplementedError
+        return y.shape[1:] if self._by_position() and y.ndim > 1 else torch.Size([y.shape[self.channels]])
 
     def _fit(self, y: Tensor) -> None:
         """Begins r at 0 in the shape of the output."""
@@ -249,20 +258,8 @@ class VirtualLinear(_Virtual, nn.Linear):
     ([[1.0, 1.0]], 5.0, 25.0)
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        **settings: Any,
-    ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._begin(Settings(**settings))
-
-    def _shape(self, y: Tensor) -> torch.Size:
-        return torch.Size(y.shape[1:] if self._by_position() and y.ndim > 1 else y.shape[-1:])
+    auto = "channel"
+    channels = -1
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(_LinearFunction, input)
@@ -333,32 +330,8 @@ class VirtualConv2d(_Virtual, nn.Conv2d):
     torch.Size([2, 6, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **settings: Any,
-    ) -> None:
-        nn.Conv2d.__init__(
-            *(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups),
-            *(bias, padding_mode, device, dtype),
-        )
-        self._begin(Settings(**settings))
-
-    def _by_position(self) -> bool:
-        return self.settings.r_shape != "channel"
-
-    def _shape(self, y: Tensor) -> torch.Size:
-        return torch.Size(y.shape[1:] if self._by_position() else y.shape[1:2])
+    auto = "position"
+    channels = 1
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
