@@ -108,10 +108,10 @@ def dtype_of(name: str):
     return getattr(tl, name)
 
 
-def parts_of(spec: Spec) -> tuple[str, ...]:
+def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
     """The launches of a step: "sums" that have to be known before it, "finish" where a norm has to be."""
-    whole = spec.tile.reduction not in ("pieces", "ranks")
-    return tuple(part for part in KERNELS if part == "step" or (not whole and spec.flags.needs(part)))
+    whole = tile.reduction not in ("pieces", "ranks")
+    return tuple(part for part in KERNELS if part == "step" or (not whole and flags.needs(part)))
 
 
 KERNELS = {"sums": row_sums_kernel, "step": step_kernel, "finish": project_kernel}
@@ -125,10 +125,10 @@ def launch_step(table, tiles, scalars, sums, spec: Spec, parts: Iterable[str]) -
         tiles: int32 [programs, 3] on the device.
         scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them.
         sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
-        parts: of `parts_of(spec)`; others are left out.
+        parts: of `parts_of`; others are left out.
     """
     constants = {**spec.constants(), "num_warps": spec.built.warps, **OPTIONS}
-    launches = [part for part in parts_of(spec) if part in parts]
+    launches = [part for part in parts_of(spec.tile, spec.flags) if part in parts]
     for part in launches:
         KERNELS[part][(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
     return len(launches)

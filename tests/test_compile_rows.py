@@ -37,7 +37,7 @@ def test_shared_rows_cost_one_more_reading_of_the_gradient(columns: int):
 @pytest.mark.parametrize("options", [CENTRED, CHAIN], ids=["centred", "chain"])
 def test_shared_rows_spill_no_register(options: dict[str, Any], target: str):
     asked = rows("ranks", 3584, options)
-    for part in launch.parts_of(spec_of(asked)):
+    for part in launch.parts_of(spec_of(asked).tile, spec_of(asked).flags):
         assert spilled(compiled(asked, target, part)) == 0, part
 
 

@@ -233,6 +233,7 @@ def test_page_without_markers_is_left_alone(tmp_path, capsys):
         (["--quick"], ["job", "--quick"]),
         (["papers", "gc", "--seeds", "2"], ["papers", "gc", "--seeds", "2"]),
         (["cifar", "--data", "x"], ["cifar", "--data", "x"]),
+        (["plan", "--gpus", "8"], ["plan", "--gpus", "8"]),
         (["--out", "papers"], ["job", "--out", "papers"]),
     ],
 )
