@@ -180,6 +180,31 @@ def test_what_a_step_is_told(backend, given, moves):
     assert moves or all(map(torch.equal, found, before))
 
 
+@pytest.mark.parametrize("backend", ["eager", TRITON])
+@pytest.mark.parametrize("by", ["skip_nonfinite", "found_inf"])
+def test_a_step_that_is_left_out(backend, by):
+    """Also where only the device knows it, and the host goes on to the branch weights."""
+    found = made(backend, [(3, 2, 2)])
+    w = nn.Parameter(torch.randn(4, 3, device=found[0].device))
+    groups = [{"params": [w], "noise": None}, {"params": found, "branch": True}]
+    options = {"skip_nonfinite": True} if by == "skip_nonfinite" else {"fused": True}
+    optimizer = CSGD(groups, lr=0.1, branch_lr=0.1, backend=backend, **options)
+    if by == "found_inf":
+        optimizer.found_inf = torch.ones((), device=w.device)
+    w.grad = torch.full_like(w, math.nan if by == "skip_nonfinite" else 1.0)
+    before = [p.detach().clone() for p in (w, *found)]
+    optimizer.step()
+    assert all(map(torch.equal, (w, *found), before))
+    assert optimizer.skipped_steps == 1
+    if by == "found_inf":
+        optimizer.found_inf.zero_()
+    w.grad = torch.ones_like(w)
+    expected = [expected_of(R, 0.1) for R in found]
+    optimizer.step()
+    assert not torch.equal(w, before[0])
+    near(found, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_one_launch_for_all_layers(backend, monkeypatch):
     """Thirty layers of three shapes, in two groups."""
