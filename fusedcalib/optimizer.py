@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import Options, check_ranges, extras_of, plain, signature_of
-from .checks import STATE_DTYPES, check_group, check_parameter, check_slots, describe
+from .checks import STATE_DTYPES, check_group, check_parameter, check_slots, describe, warn_of_flat
 from .control import Outcome, Work
 from .distributed import is_spread, like, local_of, place_of
 from .executors import choose
@@ -130,7 +130,7 @@ class FusedOptimizer(Optimizer):
         self._captured: list[Any] = []  # what graphs go on reading
         self._versions = Versions()
         self._outcome = Outcome()
-        self._swapped = False
+        self._swapped = self._warned = False
 
     def _tell_scaler(self) -> None:
         """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
@@ -283,6 +283,9 @@ class FusedOptimizer(Optimizer):
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, asked[group], self.state.get(param, {}))
+        if not self._warned:
+            by_rows = [param for group, _, param in live if asked[group].flags.by_rows]
+            self._warned = warn_of_flat(type(self).__name__, by_rows)
         executors = [self._executor(param) for _, _, param in live]
         on_device = self._decides_on_device(live, executors, demand)
         recipes = [

@@ -13,8 +13,7 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo"
 )
 RUN = Path(__file__).with_name("distributed_run.py")
-OF_MODELS = ("fully_shard", "virtual layers")  # cases that are no single step
-LIMIT = 240  # seconds; a rank that waits for another for a minute gives up by itself
+LIMIT = 280  # seconds; a rank that waits for another for a minute gives up by itself
 
 
 def results_of(ranks, folder):
@@ -35,25 +34,36 @@ def results_of(ranks, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return {ranks: results_of(ranks, folder) for ranks in (2, 4)}
+    return {ranks: results_of(ranks, folder) for ranks in (4, 2)}  # two read what four have saved
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_step_as_one_process(results, ranks):
-    """In fp64: noise is the same to the bit, sums are added in another order.
+    """Twenty steps in fp64: noise is the same to the bit, sums are added in another order.
 
-    Five steps amplify a rounding of 1e-16 by less than a million: quotients are by eps of 1e-3 at least.
+    They amplify a rounding of 1e-16 by less than a million: quotients are by eps of 1e-3 at least.
     """
-    cases = {name: case["error"] for name, case in results[ranks].items() if name not in OF_MODELS}
-    assert {name: error for name, error in cases.items() if error > 1e-10} == {}
-    assert len(cases) >= 15
+    errors = {name: case["error"] for name, case in results[ranks]["trials"].items()}
+    assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
+    assert len(errors) >= {2: 60, 4: 140}[ranks]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_fully_shard_and_its_checkpoints(results, ranks):
-    """Six steps in fp32, also resumed from a checkpoint: over ranks, and by one process alone."""
-    assert results[ranks]["fully_shard"]["error"] < 6 * 16 * 8 * torch.finfo(torch.float32).eps / 2
+def test_collectives_of_a_step(results, ranks):
+    """One sum over each dimension of the mesh for the norm; for rows that ranks share one before the step and
+    one after it, where they are centred and projected; whatever the number of parameters."""
+    cases = results[ranks]["trials"]
+    assert {name: case for name, case in cases.items() if case["collectives"] != case["expected"]} == {}
+    assert {case["expected"] for case in cases.values()} >= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(2, 6), (4, 9)])
+def test_models_and_their_checkpoints(results, ranks, count):
+    """As above, through the wrappers; those that go on have read what four ranks of two kinds saved."""
+    found = results[ranks]["models"]
+    assert {name: error for name, error in found.items() if not error < 1e-10} == {}
+    assert len(found) == count
 
 
 def test_virtual_layers_average_squares_over_ranks(results):
@@ -63,11 +73,16 @@ def test_virtual_layers_average_squares_over_ranks(results):
     assert case["error"] < 1e-12
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_collectives_of_a_step(results, ranks):
-    """One sum over each dimension of the mesh for the norm; for rows that ranks share one before the step and
-    one after it, where they are centred and projected; whatever the number of parameters."""
-    cases = {name: case for name, case in results[ranks].items() if name not in OF_MODELS}
-    wrong = {name: case for name, case in cases.items() if case["collectives"] != case["expected"]}
-    assert wrong == {}
-    assert {case["expected"] for case in cases.values()} >= {0, 1, 2, 3}
+def test_ranks_agree_to_leave_a_step_out(results):
+    """One has a gradient that is not finite: neither moves, and both do at the next step."""
+    for told in results[2]["scaler"].values():
+        assert told == [[[1.0, 0.5], 1]] * 2
+
+
+def test_nothing_is_left_behind_in_long_runs(results):
+    """Over 150 steps of FSDP2. Memory to half a MB, which is less than an object a step and tensor."""
+    left = results[2]["long"]
+    assert left["DTensors"] == 0
+    assert abs(left["objects"]) < 50
+    assert left["pages"] * 4096 < 1 << 19
+    assert left["dispatched"] == 0  # a step does nothing by DTensor's operations
