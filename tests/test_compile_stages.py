@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from kernel_cases import INTERPRETED
-from kernel_compiled import KERNELS, TARGETS, compiled, compiled_for, sass, spec_of, spilled
+from kernel_compiled import TARGETS, compiled, compiled_for, sass, spec_of, spilled
 from kernel_kinds import ALL_STAGES, KINDS, Config, config
 
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise
+from fusedcalib.kernels import launch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
@@ -204,10 +205,10 @@ def test_no_hyperparameter_is_compiled_in(rule: str):
     assert specs[0] == specs[1]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", launch.KERNELS)
 def test_compile_time_arguments_are_those_of_the_spec(name: str):
     """None may be missing, and none may sneak in beside them."""
     spec = spec_of(config("AdamW plain"))
-    arguments = inspect.signature(KERNELS[name].fn).parameters.values()
+    arguments = inspect.signature(launch.KERNELS[name].fn).parameters.values()
     constants = {a.name for a in arguments if "constexpr" in str(a.annotation)}
     assert constants == spec.constants().keys()
