@@ -32,6 +32,7 @@ OTHERS = {
     "centred": {"centralize": True},
     "noisy": {"noise": GradientNoise(0.1), "centralize": True},
     "noisy weights": {"noise": WeightNoise(0.01), "max_grad_norm": 2.0},
+    "bits": {"noise": GradientNoise(0.1), "ema_decay": 0.9, "stochastic_rounding": True},
     "update": {**CHAIN, "centralize": "update", "max_row_norm": 2.0},
 }
 
@@ -62,7 +63,8 @@ def spread(t: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
 def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, ...]) -> dict[str, float]:
     """How far parameters, averages and norm lie from those of one process; collectives of a step."""
     torch.manual_seed(0)
-    start = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
+    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float64
+    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
     whole = [torch.nn.Parameter(t.clone()) for t in start]
     parts = [torch.nn.Parameter(spread(t, mesh, placements)) for t in start]
     runs = [RULES[rule].ours(params, **options) for params in (whole, parts)]
