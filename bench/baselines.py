@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +74,14 @@ class Extras:
     def width(self, dtype: torch.dtype) -> int:
         """Bytes that a parameter moves for them: the gradient once more, an fp32 average both ways."""
         return dtype.itemsize * (self.clip is not None) + 8 * (self.ema is not None)
+
+
+def step_bytes(param: int, grad: int, states: Iterable[int]) -> int:
+    """Bytes that a step must move for one parameter, from the bytes of each value.
+
+    Parameter and states are read and written, the gradient is read.
+    """
+    return 2 * param + grad + 2 * sum(states)
 
 
 NONE = Extras()
@@ -213,17 +221,22 @@ def _composed(extras: Extras, gc: bool) -> Maker:
     return make
 
 
+def options_of(extras: Extras, gc: bool) -> dict[str, Any]:
+    """The options of our optimizers that do the same."""
+    import fusedcalib
+
+    noise = None if extras.noise is None else fusedcalib.GradientNoise(extras.noise, GAMMA)
+    return {"max_grad_norm": extras.clip, "noise": noise, "ema_decay": extras.ema, "centralize": gc}
+
+
 def _own_extras(extras: Extras, gc: bool) -> Maker:
     """The same as options of our step."""
 
     def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
         import fusedcalib
 
-        options: dict[str, Any] = {"max_grad_norm": extras.clip, "ema_decay": extras.ema, "centralize": gc}
-        if extras.noise is not None:
-            options["noise"] = fusedcalib.GradientNoise(extras.noise, GAMMA)
         cls = getattr(fusedcalib, subject.cls)
-        optimizer = cls(groups_of(spec, params), **subject.options, **options)
+        optimizer = cls(groups_of(spec, params), **subject.options, **options_of(extras, gc))
 
         def set_noise(variance: float) -> None:
             for group in optimizer.param_groups:

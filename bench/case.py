@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probe, shapes, timing
-from .baselines import EXTRAS, METHODS, NONE, SUBJECTS, Built, NotAvailableError, Subject
+from .baselines import EXTRAS, METHODS, NONE, SUBJECTS, Built, NotAvailableError, Subject, step_bytes
 from .ceilings import stream_of
 from .timing import Rounds, Sampler, Spread, device_sampler, interleave, repeats_for, wall_sampler
 
@@ -60,8 +60,7 @@ def run(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:
     subject = SUBJECTS[case.subject]
     dtype, state_dtype = DTYPES[case.dtypes]
     states = subject.states()
-    # p and the states go both ways, g one way.
-    plain = 3 * dtype.itemsize + 2 * states * state_dtype.itemsize
+    plain = step_bytes(dtype.itemsize, dtype.itemsize, states * [state_dtype.itemsize])
     width = plain + EXTRAS.get(case.extras, NONE).width(dtype)
     flush = timing.on_gpu(device) and spec.params * width < 400e6
     built, reasons = _build(case, spec, device, subject)

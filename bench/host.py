@@ -37,7 +37,7 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
             built = METHODS[name].make(spec, params)
             for _ in range(5):
                 built.step()
-            turn = _gradients(params, moving=variant == "reallocated")
+            turn = turns(params, moving=variant == "reallocated")
             samplers[name] = _after(turn, built.step, device)
             prepare: Step | None = getattr(built.optimizer, "_prepare", None)
             if prepare is not None:
@@ -61,7 +61,7 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
     return out
 
 
-def _gradients(params: list[Tensor], moving: bool) -> Step:
+def turns(params: list[Tensor], moving: bool) -> Step:
     """What happens before each step: nothing, or all gradients change their addresses."""
     sets: list[list[Tensor | None]] = [[param.grad for param in params]]
     sets.append([torch.ones_like(param) for param in params])

@@ -1,7 +1,8 @@
 """Do all set-up, then run the main job: python3 bench/run.py [arguments of the job].
 
 `python3 bench/run.py papers` does what the papers claim in miniature, `python3 bench/run.py cifar` trains
-their networks on CIFAR; each has --help.
+their networks on CIFAR, `python3 bench/run.py plan` says on paper what a step costs on so many GPUs; each has
+--help, and is `python -m fusedcalib ...` where all is installed.
 """
 
 import subprocess
@@ -11,16 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bootstrap
-
-OTHERS = ("papers", "cifar")
+from commands import COMMANDS
 
 
 def work(arguments: list[str]) -> int:
     python, variables = bootstrap.prepare("rich", "matplotlib", "scikit-learn")
     # Or else -m would put the current folder, which may be this one, before the standard library.
     variables["PYTHONSAFEPATH"] = "1"
-    name = arguments[0] if arguments[:1] and arguments[0] in OTHERS else "job"
-    command = [python, "-m", f"fusedcalib.bench.{name}", *arguments[name != "job" :]]
+    named = bool(arguments) and arguments[0] in COMMANDS
+    module = COMMANDS[arguments[0]][0] if named else "bench.job"
+    command = [python, "-m", f"fusedcalib.{module}", *arguments[named:]]
     return subprocess.run(command, env=variables).returncode
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from . import architectures
+from .architectures import Shape
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,15 @@ class ParamList:
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-def gpt2(layers: int, width: int, vocab: int, context: int) -> Iterator[Shape]:
-    """GPT-2 with a tied head: two embeddings, `layers` blocks of twelve tensors, one norm."""
-    yield from ((vocab, width), (context, width))
-    for _ in range(layers):
-        yield from ((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,))
-        yield from ((width,), (width,), (4 * width, width), (4 * width,))
-        yield from ((width, 4 * width), (width,))
-    yield from ((width,), (width,))
-
-
 def llama_layer(copies: int) -> Iterator[Shape]:
-    """Llama-3-8B layers: q, k, v, o, gate, up, down and two norms each."""
+    """Layers of Llama-3-8B."""
     for _ in range(copies):
-        yield from ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096))
-        yield from ((14336, 4096), (14336, 4096), (4096, 14336), (4096,), (4096,))
+        yield from (param.shape for param in architectures.LLAMAS["llama3-8b"].layer())
+
+
+def gpt2(*numbers: int) -> Iterator[Shape]:
+    """GPT-2 of so many layers, width, vocabulary and context."""
+    return (param.shape for param in architectures.gpt2(*numbers))
 
 
 def resnet50() -> Iterator[Shape]:
@@ -74,7 +69,7 @@ SMALL_SET: tuple[Shape, ...] = ((64,), (128, 128), (128,), (64, 64, 3, 3), (256,
 
 # Made on demand: naming a list costs nothing, and only what is measured is laid out.
 LISTS: dict[str, Callable[[], ParamList]] = {
-    "gpt2-124m": lambda: ParamList("gpt2-124m", tuple(gpt2(12, 768, 50257, 1024))),
+    "gpt2-124m": lambda: ParamList("gpt2-124m", tuple(gpt2(*architectures.GPT2))),
     "gpt2-small-cpu": lambda: ParamList("gpt2-small-cpu", tuple(gpt2(4, 512, 24576, 1024))),
     "llama3-8b-layer-x1": lambda: ParamList("llama3-8b-layer-x1", tuple(llama_layer(1))),
     "llama3-8b-layer-x4": lambda: ParamList("llama3-8b-layer-x4", tuple(llama_layer(4))),

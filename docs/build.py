@@ -1,4 +1,4 @@
-"""Writes the pages of the optimizers, and the README's table of them, from the classes themselves.
+"""Writes the pages of the optimizers, the README's table of them and the tables of plans, from the code.
 
 python docs/build.py           writes them
 python docs/build.py --check   only says which are out of date
@@ -10,6 +10,7 @@ import argparse
 import inspect
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
 from fusedcalib.arguments import EXTRAS  # noqa: E402
+from fusedcalib.bench import architectures, layouts, plan, readme, tables  # noqa: E402
+from fusedcalib.bench.baselines import step_bytes  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
 
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
+SCALING = ("<!-- plan:begin -->", "<!-- plan:end -->")
+GPUS = (8, 64, 512, 4096, 16_384)
 SECTIONS = ("Args", "State", "Use it", "Raises", "Source", "Sources")
 FP32 = 4  # bytes
 
@@ -66,8 +71,8 @@ def arguments(text: str) -> str:
 
 
 def bytes_moved(states: tuple[str, ...], size: int = FP32) -> int:
-    """Bytes that a step must move for each parameter: it and its states both ways, the gradient one."""
-    return (3 + 2 * len(states)) * size
+    """Bytes that a step must move for each parameter, all of one size."""
+    return step_bytes(size, size, len(states) * [size])
 
 
 def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, int]]:
@@ -133,14 +138,27 @@ def table() -> str:
     return "\n".join(lines)
 
 
+@cache
+def scaling() -> str:
+    """The tables of docs/scaling.md: each model on several sizes, one of them step by step."""
+    blocks = []
+    for name in architectures.LLAMAS:
+        sizes = [layouts.layout_of(gpus, None, 1, None) for gpus in GPUS]
+        results = plan.plan(architectures.get(name), sizes, plan.Setting(), plan.SWEPT)
+        blocks += [f"{plan.title(results)}:", tables.markdown(plan.sizes_table(results))]
+    results = plan.plan(architectures.get(name), [layouts.layout_of(512, None, 8, None)], plan.Setting())
+    (found,) = results["plans"]
+    blocks += [f"{name}, {plan.split(found)}:", tables.markdown(plan.steps_table(found))]
+    return "\n\n".join(blocks)
+
+
 def files() -> dict[Path, str]:
     """What every generated file should hold."""
     pages = {HERE / f"{name.lower()}.md": page(name, cls) for name, cls in fusedcalib.optimizers().items()}
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-    return {**pages, HERE / "options.md": options_page(), readme: text}
+    regions = {ROOT / "README.md": (table(), (BEGIN, END)), HERE / "scaling.md": (scaling(), SCALING)}
+    for path, (text, markers) in regions.items():
+        pages[path] = readme.insert(path.read_text(), text, markers, path.name)
+    return {**pages, HERE / "options.md": options_page()}
 
 
 def main(given: list[str] | None = None) -> int:

@@ -142,11 +142,6 @@ def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
         place = place_of(param)
     except RuntimeError as error:
         raise RuntimeError(f"{owner}: {error}; redistribute it") from None
-    if not place.whole_rows and recipe.flags.by_rows and param.ndim >= 2:
-        raise RuntimeError(
-            f"{owner} has placements {spread}, which split its rows; row means and norms over ranks are not "
-            "supported: shard it by dimension 0, or set centralize=False and max_row_norm=None for its group"
-        )
     return place
 
 

@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 
 from .tables import GEOMETRY
 
+# Of functions that only compiled loops call: division follows IEEE instead of raising.
+INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _STORED = {
@@ -100,8 +102,14 @@ def set_double(typing, address, i, x):
 
 
 @intrinsic
+def double_at(typing, address):
+    """(The double at an address,)."""
+    return _reader(types.float64, 1, _F64)
+
+
+@intrinsic
 def geometry_at(typing, address):
-    """Rows, columns, row of scalars, rows and columns of a tile."""
+    """What kernels/table.py lists from rows and columns on."""
     return _reader(types.int64, GEOMETRY, _I64)
 
 
@@ -214,10 +222,16 @@ class Memory:
             return _reader(types.int64, tensors, _I64)
 
         @intrinsic
+        def factor_at(typing, factors, row):
+            """(The factor of a row,)."""
+            return _reader(real, 1, llvm_real, indexed=True)
+
+        @intrinsic
         def scalars_at(typing, scalars, row):
             """The scalars of a slot."""
             return _reader(real, count, llvm_real, indexed=True)
 
         self.load, self.store, self.shift = load, store, shift
         self.as_stored, self.stochastic = as_stored, stochastic
-        self.spread, self.integers, self.scalars_at = spread, integers, scalars_at
+        self.spread, self.integers = spread, integers
+        self.scalars_at, self.factor_at = scalars_at, factor_at

@@ -10,6 +10,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .cpu_memory import INNER as _INNER
 from .kernels import philox as device
 
 BLOCK = 512  # elements filled at once
@@ -18,7 +19,6 @@ KEPT = (
 )
 ROOM = KEPT + 8  # whole counters, at either end
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _INLINE: dict[str, Any] = {**_INNER, "forceinline": True}  # a loop with a call in it is not vectorized
 _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -37,25 +38,25 @@ class Place(NamedTuple):
     Attributes:
         first: index of its first element in the whole parameter, row by row.
         pitch: elements of a row of the whole parameter.
-        whole_rows: whether its rows are those of the parameter.
         in_order: whether a row of it is one stretch of a row of the parameter.
         mesh: the ranks that share the parameter; None where it is not spread.
         copies: how many of them have this same part.
+        across: dimensions of the mesh over which its rows are split.
     """
 
     first: int
     pitch: int
-    whole_rows: bool = True
     in_order: bool = True
     mesh: Any = None
     copies: int = 1
+    across: tuple[int, ...] = ()
 
 
 def place_of(param: Tensor) -> Place:
     """The place of a parameter's local part.
 
     Raises:
-        RuntimeError: its placements leave sums to be made.
+        RuntimeError: its placements leave sums to be made, or put its elements where nobody knows.
     """
     shape = tuple(param.shape)
     pitch = prod(shape[1:])
@@ -68,20 +69,25 @@ def place_of(param: Tensor) -> Place:
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError(f"a parameter with placements {placements} is a sum yet to be made")
     own, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    here = tuple(local_of(param).shape)
+    if tuple(own) != here:
+        raise RuntimeError(f"a parameter with placements {placements} has {here} here instead of {own}")
+    # Not by what lies here: every rank has to come to the same.
+    split = [i for i, p in enumerate(placements) if getattr(p, "dim", 0) > 0 and mesh.size(i) > 1]
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
     copies = prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
     return Place(
         first=sum(o * s for o, s in zip(offset, strides, strict=True)),
         pitch=pitch,
-        whole_rows=tuple(own[1:]) == shape[1:],
         in_order=all(own[d] == shape[d] or prod(own[1:d]) == 1 for d in range(1, len(shape))),
         mesh=mesh,
         copies=copies,
+        across=tuple(split),
     )
 
 
-def summed(total: Tensor, mesh: Any) -> Tensor:
-    """A number added up over all ranks of a mesh, in place: one collective for each of its dimensions."""
-    for dimension in range(mesh.ndim):
+def summed(total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None) -> Tensor:
+    """Added up over dimensions of a mesh (default all), in place: one collective for each of them."""
+    for dimension in range(mesh.ndim) if dimensions is None else dimensions:
         torch.distributed.all_reduce(total, group=mesh.get_group(dimension))
     return total

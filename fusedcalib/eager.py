@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,17 +87,20 @@ class EagerExecutor:
 
     name = "eager"
 
-    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
+    def shape(self, layout: Layout, by_rows: bool, tensors: int, split: bool) -> Shape:
         """One tile a slot: the table is not read."""
         return Shape(layout.rows, layout.columns, None)
 
-    def run(self, bucket: Bucket) -> int:
+    def run(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket."""
         elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)
-        for slot, row in zip(bucket.slots, bucket.scalar_rows, strict=True):
+        flags = bucket.key.recipe.flags
+        if not flags.needs(part):
+            return 0
+        for slot, row, totals in zip(bucket.slots, bucket.scalar_rows, bucket.totals, strict=True):
             h = tuple(bucket.scalars[row].tolist())
             tensors = slot.tensors()
-            param, flags = tensors[0], bucket.key.recipe.flags
+            param = tensors[0]
             noise = bits = param  # of no use
             runs = _runs(slot, param)
             if flags.noise != "none":
@@ -106,8 +109,10 @@ class EagerExecutor:
             if flags.rounding == "stochastic":
                 drawn = [rounding_bits(*run, int(h[5]), slot.words) for run in runs]
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.int32))
-            for *block, z, b in _blocks((*tensors, noise, bits), elements):
-                _step(bucket, tuple(block), h, z, b)
+            of_rows = (param if t is None else t for t in (totals, slot.factors))
+            pitch = slot.place.pitch if slot.place else 0
+            for *block, z, b, total, factors in _blocks((*tensors, noise, bits, *of_rows), elements):
+                _step(bucket, tuple(block), h, z, b, _Rows(part, total, pitch, factors))
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -140,28 +145,63 @@ def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
     return flat.view(param.shape) if bucket.key.inner else flat.as_strided(param.shape, param.stride())
 
 
-def _step(bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor, bits: Tensor) -> None:
+class _Rows(NamedTuple):
+    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors."""
+
+    part: str
+    totals: Tensor
+    pitch: int
+    factors: Tensor
+
+
+def _step(
+    bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor, bits: Tensor, rows: _Rows
+) -> None:
     measured, stepped, projected, rounded, averaged = _pipeline(bucket.key.recipe)
-    flags = bucket.key.recipe.flags
+    flags, split = bucket.key.recipe.flags, bucket.key.split
     p, g, *state = (t.to(bucket.compute) for t in tensors)
     z = z.to(bucket.compute)
+    if bucket.key.factored:
+        g = _along_rows(rows.factors, g) * g
     inner = tuple(range(1, p.ndim))
     mean: Any = 0.0
-    if flags.centralize != "none":
-        mean = measured(p, g, tuple(state), h, z).mean(dim=inner, keepdim=True)
-    p, new = stepped(p, g, tuple(state), h, z, mean)
+    new = tuple(state)
+    if rows.part == "sums":
+        rows.totals.copy_(measured(p, g, new, h, z).sum(dim=inner))
+        return
+    if rows.part == "step":
+        if split and flags.centralize != "none":
+            mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
+        elif flags.centralize != "none":
+            mean = measured(p, g, new, h, z).mean(dim=inner, keepdim=True)
+        p, new = stepped(p, g, new, h, z, mean)
     if flags.project:
-        p = projected(p, p.square().sum(dim=inner, keepdim=True), h)
+        squares = p.square().sum(dim=inner, keepdim=True)
+        if split and rows.part == "step":
+            rows.totals.copy_(squares.view(-1))
+        else:
+            p = projected(p, _along_rows(rows.totals, p).to(p.dtype) if split else squares, h)
     p = rounded(p, bits, DTYPE=tensors[0].dtype)
-    new = averaged(p, new, h, DTYPE=tensors[0].dtype)
+    if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
+        new = averaged(p, new, h, DTYPE=tensors[0].dtype)
     for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
         target.copy_(value)
 
 
+def _along_rows(values: Tensor, t: Tensor) -> Tensor:
+    """A number for each row, to be broadcast over the tensor."""
+    return values.view(-1, *(1,) * (t.ndim - 1))
+
+
 def squares(bucket: Bucket) -> float:
     """Sum of the squares of all gradients of the bucket, in double: the host waits for it."""
-    norms = [torch.linalg.vector_norm(slot.tensors()[1], dtype=torch.float64) for slot in bucket.slots]
+    norms = [torch.linalg.vector_norm(_gradient(bucket, slot), dtype=torch.float64) for slot in bucket.slots]
     return float(torch.stack(norms).square().sum())
+
+
+def _gradient(bucket: Bucket, slot: Slot) -> Tensor:
+    g = slot.tensors()[1]
+    return g if slot.factors is None else g.to(bucket.compute) * _along_rows(slot.factors, g)
 
 
 EXECUTOR = EagerExecutor()

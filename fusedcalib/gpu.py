@@ -27,20 +27,21 @@ class TritonExecutor:
 
     name = "triton"
 
-    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
+    def shape(self, layout: Layout, by_rows: bool, tensors: int, split: bool) -> Shape:
         """The tile of the slot's row class."""
-        tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors)
+        tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors, split)
         # A looping program walks its whole row: one tile a row in the list.
-        columns = layout.columns if tile.reduction == "loop" else tile.columns
+        columns = layout.columns if tile.reduction in launch.LOOPS else tile.columns
         return Shape(tile.rows, columns, tile)
 
-    def run(self, bucket: Bucket) -> int:
+    def run(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket on the current stream of its device."""
         resident = resident_of(bucket)
         table, tiles = resident.up_to_date(bucket)
         scalars = bucket.shared.on(bucket.key.device, bucket.compute)
         with guarded(bucket.key.device):
-            return launch.launch_step(table, tiles, scalars, resident.sums, resident.spec)
+            parts = (part,) if bucket.key.split else launch.KERNELS
+            return launch.launch_step(table, tiles, scalars, resident.sums, resident.spec, parts)
 
     def squares(self, bucket: Bucket) -> float:
         """Only asked where a step is decided on the host, which waits for it."""
@@ -96,6 +97,7 @@ def spec_of(bucket: Bucket) -> launch.Spec:
         quads=key.quads,
         vector=vector if key.aligned else 1,
         tile=cast(launch.Tile, key.row_class),
+        factored=key.factored,
     )
 
 

@@ -92,7 +92,7 @@ class DeviceControl:
             self._seen[group] = copy.deepcopy(options) if known else {}
             for i, leaf in enumerate(leaves_of(self._tape, self._recipes[group], groups[group])):
                 if isinstance(leaf, Tensor):
-                    numbers[i, rows], sources[i, rows] = 0.0, _source(leaf, self._device)
+                    numbers[i, rows], sources[i, rows] = 0.0, source_of(leaf, self._device)
                 else:
                     numbers[i, rows], sources[i, rows] = leaf, 0
         for mirror, values in ((self._numbers, numbers), (self._sources, sources)):
@@ -140,7 +140,7 @@ class DeviceControl:
         """The device has counted."""
 
 
-def _source(leaf: Tensor, device: torch.device) -> int:
+def source_of(leaf: Tensor, device: torch.device) -> int:
     """Where the kernel reads a number: an address, its lowest bit set for fp64."""
     if leaf.device != device:
         raise ValueError(f"a hyperparameter lies on {leaf.device}, the parameters on {device}; move it there")

@@ -20,6 +20,7 @@ from .mirror import capturing
 from .noise import words_of
 from .plan import Plan, Versions
 from .recipe import Demand, Recipe, Rule, demand_of, merged, recipe_of
+from .row_factors import row_factors_of
 from .tables import Executor, Slot
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class FusedOptimizer(Optimizer):
         """Drops all that is not groups and state."""
         self._plan: Plan | None = None
         self._before: dict[Tensor, dict[str, Any]] | None = None  # the state, where it was made for the plan
-        self._captured: list[Plan] = []  # what graphs go on reading
+        self._captured: list[Any] = []  # what graphs go on reading
         self._versions = Versions()
         self._outcome = Outcome()
         self._swapped = False
@@ -301,6 +302,7 @@ class FusedOptimizer(Optimizer):
                 executor,
                 words[param],
                 place_of(param) if is_spread(param) else None,
+                self._factors(param),
             )
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
@@ -327,6 +329,16 @@ class FusedOptimizer(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 found[param] = words_of(group["seed"], name, len(found))
         return found
+
+    def _factors(self, param: Tensor) -> Tensor | None:
+        """Of the rows of its gradient, to be multiplied here."""
+        found = row_factors_of(param)
+        if found and found.optimizer() is not self:
+            raise RuntimeError(
+                f"{type(self).__name__}: a gradient's rows have factors that another optimizer multiplies; "
+                "fusedcalib.nn.scale_in_step(model, optimizer) says which one"
+            )
+        return found.values if found else None
 
     def _executor(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""

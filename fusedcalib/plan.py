@@ -11,6 +11,7 @@ from torch import Tensor
 from .control import HostControl, Work
 from .distributed import local_of
 from .recipe import Demand, Recipe
+from .row_totals import RowTotals
 from .tables import Scalars, Slot, build_buckets
 from .watch import Watch
 
@@ -30,7 +31,8 @@ class Plan:
         self.taken = False  # the last step, as far as the host knows
         self._asked = asked
         scalars = Scalars()
-        self.buckets = build_buckets(work.slots, scalars, on_device and work.demand.remote)
+        self._totals = RowTotals(work.slots)
+        self.buckets = build_buckets(work.slots, scalars, on_device and work.demand.remote, self._totals)
         self.control: Any
         if on_device and self.buckets:
             from .gpu_control import DeviceControl
@@ -67,10 +69,23 @@ class Plan:
         launches: int
         self.taken, launches = self.control.decide(grad_scale, found_inf)
         if self.taken:
-            launches += sum(bucket.key.executor.run(bucket) for bucket in self.buckets)
+            launches += self._step()
             self.control.advance()
             # Kernels write through addresses: tell autograd, as an in-place operation would.
             torch.autograd.graph.increment_version(self._written)
+        return launches
+
+    def _step(self) -> int:
+        """Every launch of it; collectives where rows lie on several ranks."""
+        split = [bucket for bucket in self.buckets if bucket.key.split]
+        launches = 0
+        if self._totals.centred:
+            launches += sum(bucket.key.executor.run(bucket, "sums") for bucket in split)
+            self._totals.add_up()
+        launches += sum(bucket.key.executor.run(bucket) for bucket in self.buckets)
+        if self._totals.projected:
+            self._totals.add_up()
+            launches += sum(bucket.key.executor.run(bucket, "finish") for bucket in split)
         return launches
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from .distributed import Place, local_of
 from .layout import Layout, layout_of
 from .recipe import Recipe
+from .row_totals import RowTotals
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -27,6 +29,12 @@ class Slot(NamedTuple):
     executor: Executor
     words: tuple[int, int, int] = (0, 0, 0)  # stream and key of its noise
     place: Place | None = None  # where its local part lies, if it is spread over ranks
+    factors: Tensor | None = None  # [rows], by which its gradient's rows are multiplied first
+
+    def compiled(self) -> Recipe:
+        """What is compiled of its recipe; the same on every rank."""
+        shape = self.param.shape
+        return self.recipe.for_tensor(len(shape), prod(shape[1:]))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state...; complex ones as pairs of reals, as torch.optim's rules see them."""
@@ -51,11 +59,15 @@ class Executor(Protocol):
 
     name: str
 
-    def shape(self, layout: Layout, by_rows: bool, tensors: int) -> Shape:
-        """The tile for a slot of this layout and so many tensors."""
+    def shape(self, layout: Layout, by_rows: bool, tensors: int, split: bool) -> Shape:
+        """The tile for a slot of this layout and so many tensors; `split` if ranks share its rows."""
 
-    def run(self, bucket: Bucket) -> int:
-        """Steps every slot of the bucket; returns the number of kernel launches."""
+    def run(self, bucket: Bucket, part: str = "step") -> int:
+        """Steps every slot of the bucket; returns the number of kernel launches.
+
+        Where rows lie on several ranks in three parts: "sums" leaves what of a row's mean is known here,
+        "step" that of its norm, "finish" shortens it. What is left is added up in between.
+        """
 
     def squares(self, bucket: Bucket) -> float:
         """Sum of the squares of all gradients of the bucket."""
@@ -74,9 +86,11 @@ class Key(NamedTuple):
     row_class: object
     mesh: object  # the ranks that share its parameters, if they are spread
     copies: int  # how many of them have the same part
+    split: bool  # its rows lie on several ranks
+    factored: bool  # its rows have factors
 
 
-GEOMETRY = 10  # columns of the table between addresses and strides: see kernels/table.py
+GEOMETRY = 12  # columns of the table between addresses and strides: see kernels/table.py
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -129,6 +143,7 @@ class Bucket:
     tiles: Array  # int32 [programs, 3]
     shared: Scalars = field(default_factory=Scalars)  # one for all buckets of a plan
     capturable: bool = False
+    totals: list[Tensor | None] = field(default_factory=list)  # of the rows of each slot, if it is split
     table_version: int = 0  # counts changes, for executors that keep a copy
     cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
 
@@ -164,8 +179,11 @@ class Bucket:
         return True
 
 
-def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = False) -> list[Bucket]:
+def build_buckets(
+    slots: Sequence[Slot], shared: Scalars, capturable: bool = False, totals: RowTotals | None = None
+) -> list[Bucket]:
     """Sorts slots into launches and lays each launch out."""
+    totals = totals or RowTotals(slots)
     members: dict[Key, list[tuple[int, Array, Array]]] = {}
     for index, slot in enumerate(slots):
         tensors = slot.tensors()
@@ -173,12 +191,12 @@ def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = Fal
         if param.numel() == 0:
             continue
         columns = param.numel() // param.shape[0] if param.ndim else 1
-        recipe = slot.recipe.for_tensor(param.ndim, columns)
-        by_rows = recipe.flags.by_rows
+        recipe, split = slot.compiled(), totals.of(index)
+        by_rows = recipe.flags.by_rows or slot.factors is not None
         place = slot.place or Place(0, columns)
         # Rows whose elements are not numbered on from one to the next must be told apart.
         layout = layout_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
-        shape = slot.executor.shape(layout, by_rows, len(tensors))
+        shape = slot.executor.shape(layout, by_rows, len(tensors), split is not None)
         key = Key(
             slot.executor,
             param.device,
@@ -190,9 +208,13 @@ def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = Fal
             shape.row_class,
             place.mesh,
             place.copies,
+            split is not None,
+            slot.factors is not None,
         )
         rows = members.setdefault(key, [])
-        rows.append((index, _row(slot, tensors, layout, shape, place), _tiles(len(rows), layout, shape)))
+        rows.append(
+            (index, _row(slot, tensors, layout, shape, place, split), _tiles(len(rows), layout, shape))
+        )
     return [
         Bucket(
             key,
@@ -202,6 +224,7 @@ def build_buckets(slots: Sequence[Slot], shared: Scalars, capturable: bool = Fal
             np.concatenate([tiles for _, _, tiles in rows]),
             shared,
             capturable,
+            [totals.of(index) for index, _, _ in rows],
         )
         for key, rows in members.items()
     ]
@@ -218,10 +241,18 @@ def _in_quads(layout: Layout, place: Place) -> bool:
     return place.first % 4 == 0 and (layout.rows == 1 or (layout.columns % 4 == 0 and place.pitch % 4 == 0))
 
 
-def _row(slot: Slot, tensors: Sequence[Tensor], layout: Layout, shape: Shape, place: Place) -> Array:
+def _row(
+    slot: Slot,
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    shape: Shape,
+    place: Place,
+    totals: Tensor | None,
+) -> Array:
     """The slot's row of the table, see kernels/table.py."""
     random = (*slot.words, place.first, place.pitch)
-    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random)
+    of_rows = (0 if t is None else t.data_ptr() for t in (totals, slot.factors))
+    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)
     return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)

@@ -33,6 +33,7 @@ def norm_kernel(
     FIELDS: tl.constexpr,
     D: tl.constexpr,
     VECTOR: tl.constexpr,
+    FACTORED: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
     CODE: tl.constexpr,
@@ -51,10 +52,10 @@ def norm_kernel(
         if REDUCTION == "loop":
             for start in range(0, columns, C):
                 c = start + tl.arange(0, C)
-                squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+                squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         else:
             c = column_block * C + tl.arange(0, C)
-            squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+            squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
     tl.store(partials + tl.load(share + 1) + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
     if DECIDE:
         tl.debug_barrier()  # what this program wrote comes before its count
@@ -70,10 +71,18 @@ def norm_kernel(
 
 @jit
 def squares_of(
-    row, r, c, columns, DTYPES: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr
+    row,
+    r,
+    c,
+    columns,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    FACTORED: tl.constexpr,
 ):
     """Squares [R, C], fp64, of the gradient at rows r and columns c, 0 outside."""
-    _mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+    _mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
     g = values[1].to(tl.float64)
     return g * g
 

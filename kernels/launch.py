@@ -1,5 +1,6 @@
 """The only launches, and the shapes they have."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .control import GRID, control_kernel, norm_kernel
@@ -23,7 +24,10 @@ FLAT = (1, 4096, 8)
 HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
 # Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
 UNALIGNED_WARPS = 16
-UNALIGNED_LOOP = (1, 1024, 4, "loop")
+UNALIGNED_LOOP = (1, 1024, 4)
+# (longest row, columns of a tile, warps): of rows that lie on several ranks, a program walks what is here.
+RANKED = ((1024, 1024, 4), (1 << 62, 4096, 8))
+LOOPS = ("loop", "ranks")
 
 
 class Tile(NamedTuple):
@@ -32,7 +36,7 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
-    reduction: str  # "none" | "tile" | "loop" | "pieces"
+    reduction: str  # "none" | "tile" | "loop" | "pieces" | "ranks"
 
 
 class Spec(NamedTuple):
@@ -48,14 +52,15 @@ class Spec(NamedTuple):
     quads: bool
     vector: int
     tile: Tile
+    factored: bool = False  # rows of the gradient have factors
 
     @property
     def built(self) -> Tile:
         """The tile as it is compiled; the list of tiles is the same, for a loop also has one a row."""
         if self.vector > 1:
             return self.tile
-        if self.tile.reduction == "loop" or self.tile.columns > 4096:
-            return Tile(*UNALIGNED_LOOP)
+        if self.tile.reduction in LOOPS or self.tile.columns > 4096:
+            return Tile(*UNALIGNED_LOOP, "ranks" if self.tile.reduction == "ranks" else "loop")
         return self.tile if self.inner else self.tile._replace(warps=UNALIGNED_WARPS)
 
     def constants(self) -> dict[str, Any]:
@@ -70,6 +75,7 @@ class Spec(NamedTuple):
             "D": self.inner,
             "QUADS": self.quads,
             "VECTOR": self.vector,
+            "FACTORED": self.factored,
             "R": self.built.rows,
             "C": self.built.columns,
             "REDUCTION": self.built.reduction,
@@ -80,12 +86,16 @@ class Spec(NamedTuple):
 OPTIONS = {"enable_fp_fusion": False}
 
 
-def tile_for(rows: int, columns: int, by_rows: bool, tensors: int) -> Tile:
+def tile_for(rows: int, columns: int, by_rows: bool, tensors: int, split: bool = False) -> Tile:
     """The tile for a slot of so many tensors.
 
     A plain function, never a search: an autotuned in-place step would be taken several times. Rows matter
-    where they are added up (by_rows), and where strides keep them apart (rows > 1).
+    where they are added up (by_rows), and where strides keep them apart (rows > 1). `split` where several
+    ranks share each.
     """
+    if split:
+        wide, warps = next((wide, warps) for longest, wide, warps in RANKED if columns <= longest)
+        return Tile(1, wide, warps, "ranks")
     for longest, tall, wide, warps, reduction in ROW_CLASSES:
         fits = columns <= longest and (reduction != "tile" or tall * wide * tensors <= HELD)
         if fits and (by_rows or (rows > 1 and reduction == "tile")):
@@ -98,7 +108,16 @@ def dtype_of(name: str):
     return getattr(tl, name)
 
 
-def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
+def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
+    """The launches of a step: "sums" that have to be known before it, "finish" where a norm has to be."""
+    whole = tile.reduction not in ("pieces", "ranks")
+    return tuple(part for part in KERNELS if part == "step" or (not whole and flags.needs(part)))
+
+
+KERNELS = {"sums": row_sums_kernel, "step": step_kernel, "finish": project_kernel}
+
+
+def launch_step(table, tiles, scalars, sums, spec: Spec, parts: Iterable[str]) -> int:
     """Steps every tile of the list on the current stream; returns the number of launches.
 
     Args:
@@ -106,17 +125,13 @@ def launch_step(table, tiles, scalars, sums, spec: Spec) -> int:
         tiles: int32 [programs, 3] on the device.
         scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them.
         sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
+        parts: of `parts_of`; others are left out.
     """
-    pieces = spec.tile.reduction == "pieces"
-    kernels = [step_kernel]
-    if pieces and spec.flags.centralize != "none":
-        kernels.insert(0, row_sums_kernel)
-    if pieces and spec.flags.project:
-        kernels.append(project_kernel)
     constants = {**spec.constants(), "num_warps": spec.built.warps, **OPTIONS}
-    for kernel in kernels:
-        kernel[(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
-    return len(kernels)
+    launches = [part for part in parts_of(spec.tile, spec.flags) if part in parts]
+    for part in launches:
+        KERNELS[part][(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
+    return len(launches)
 
 
 def programs_for(tiles: int) -> int:
@@ -137,7 +152,7 @@ class Decision(NamedTuple):
         return {"CODE": self.code, "OUTPUTS": self.outputs, "LEAVES": self.leaves, "CHECK": self.check}
 
 
-NORM_ARGUMENTS = ("REDUCTION", "DTYPES", "COMPUTE", "FIELDS", "D", "VECTOR", "R", "C", "num_warps")
+_NORM_ARGUMENTS = ("DTYPES", "COMPUTE", "FIELDS", "D", "VECTOR", "FACTORED")
 
 
 def norm_constants(spec: Spec) -> dict[str, Any]:
@@ -145,9 +160,10 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
     built = spec.built
     if built.columns > 4096:
         built = Tile(1, 4096, 8, "loop")
-    own = {"R": built.rows, "C": built.columns, "REDUCTION": built.reduction, "num_warps": built.warps}
-    constants = {**spec.constants(), **own}
-    return {name: constants[name] for name in NORM_ARGUMENTS}
+    reduction = "loop" if built.reduction in LOOPS else built.reduction
+    own = {"R": built.rows, "C": built.columns, "REDUCTION": reduction, "num_warps": built.warps}
+    constants = spec.constants()
+    return {**{name: constants[name] for name in _NORM_ARGUMENTS}, **own}
 
 
 def launch_norm(
@@ -168,6 +184,7 @@ def launch_control(squares, control, decision: Decision) -> int:
 
 __all__ = [
     "AVAILABLE",
+    "KERNELS",
     "OPTIONS",
     "Decision",
     "Spec",
@@ -176,6 +193,7 @@ __all__ = [
     "launch_control",
     "launch_norm",
     "launch_step",
+    "parts_of",
     "programs_for",
     "tile_for",
 ]

@@ -3,6 +3,8 @@
 `mean_of_loop`, `project_row`: one program walks its row again; the other walk finds it in the L2 cache.
 `row_sums_kernel`, `mean_of_pieces`, `project_kernel`: rows too long, or too few, for that. A launch leaves
 the sum of every tile in a place of its own, the next one adds those of its row in a fixed order.
+The same kernels where a row lies on several ranks: a program walks what is here of it and leaves its sum,
+which the host adds up over ranks before the next launch.
 
 No atomics: a result never depends on which program ran first. Only what the mean is taken of is read
 twice: the gradient (with coupled decay the parameter too; with `centralize="update"` also the state).
@@ -12,7 +14,16 @@ What `measured` does not use is never loaded: the compiler drops loads without a
 from .language import jit, tl
 from .ops import divide, sqrt
 from .stages import averaged, measured, projected, rounded
-from .table import columns_of, load_tile, noise_tile, rounding_tile, scalars_of, store_tile, tile_of
+from .table import (
+    columns_of,
+    load_tile,
+    noise_tile,
+    rounding_tile,
+    scalars_of,
+    store_tile,
+    tile_of,
+    totals_of,
+)
 
 
 @jit
@@ -22,7 +33,7 @@ def row_total(x, mask):
 
 
 @jit
-def mean_of_loop(
+def sum_of_loop(
     row,
     r,
     lane,
@@ -35,16 +46,24 @@ def mean_of_loop(
     D: tl.constexpr,
     QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    FACTORED: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Mean of the measured quantity over row r [1], C columns (lane [C]) at a time: a scalar."""
+    """Sum of the measured quantity over row r [1], C columns (lane [C]) at a time: a scalar."""
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
-        mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR)
+        mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
-    return divide(tl.sum(tl.sum(totals, axis=1), axis=0), columns.to(COMPUTE))
+    return tl.sum(tl.sum(totals, axis=1), axis=0)
+
+
+@jit
+def mean_of_ranks(row, r, COMPUTE: tl.constexpr, K: tl.constexpr):
+    """Mean of row r [1], of which the sum over ranks is known: a scalar. The whole row is K + 9 long."""
+    total = tl.sum(tl.load(totals_of(row, r, K)), axis=0).to(COMPUTE)
+    return divide(total, tl.load(row + K + 9).to(COMPUTE))
 
 
 @jit
@@ -98,7 +117,7 @@ def finish_tile(
 ):
     """Projects and finishes a tile [1, C] of a row of which the norm had to be known first."""
     c = start + lane
-    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, False)
     bits = rounding_tile(row, r, start, h, FLAGS, DTYPES, C, QUADS)
     p = rounded(projected(values[0], squares, h), bits, FLAGS, DTYPES[0])
     if FLAGS.ema:
@@ -125,20 +144,31 @@ def row_sums_kernel(
     D: tl.constexpr,
     QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    FACTORED: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """sums[0, program] = sum over its tile [1, C] of the measured quantity. Arguments as step_kernel's."""
+    """Sums of the measured quantity. Arguments as step_kernel's.
+
+    sums[0, program] = that over its tile [1, C]; over its row, where ranks share that, in the row's place.
+    """
     slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
     row = table + slot * FIELDS
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
     r = row_block * R + tl.arange(0, R)
-    c = column_block * C + tl.arange(0, C)
-    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
-    z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
-    x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))
+    lane = tl.arange(0, C)
+    if REDUCTION == "ranks":
+        total = sum_of_loop(
+            row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
+        )
+        tl.store(totals_of(row, r, len(DTYPES)), total.to(tl.float64) + tl.zeros([R], tl.float64))
+    else:
+        c = column_block * C + lane
+        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
+        x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
+        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))
 
 
 @jit
@@ -164,10 +194,11 @@ def project_kernel(
     D: tl.constexpr,
     QUADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    FACTORED: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Finishes the pieces of rows, of which step_kernel has left the norms. Arguments as there."""
+    """Finishes rows, or their pieces, of which step_kernel has left the norms. Arguments as there."""
     slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
     row = table + slot * FIELDS
     columns = columns_of(row, len(DTYPES), VECTOR)
@@ -175,11 +206,16 @@ def project_kernel(
     if FLAGS.skips:  # noqa: SIM102 (the one is known when compiled)
         if h[8] != 0:
             return
-    squares = total_of_pieces(sums + tl.num_programs(0), column_block, columns, COMPUTE, C)
-    if must_finish(squares, h, FLAGS):
-        r = row_block * R + tl.arange(0, R)
-        start, lane = column_block * C, tl.arange(0, C)
-        finish_tile(row, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+    r = row_block * R + tl.arange(0, R)
+    lane = tl.arange(0, C)
+    if REDUCTION == "ranks":
+        squares = tl.sum(tl.load(totals_of(row, r, len(DTYPES))), axis=0).to(COMPUTE)
+        project_row(row, r, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+    else:
+        squares = total_of_pieces(sums + tl.num_programs(0), column_block, columns, COMPUTE, C)
+        if must_finish(squares, h, FLAGS):
+            start = column_block * C
+            finish_tile(row, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
 
 
 @jit

@@ -53,6 +53,10 @@ class Flags(NamedTuple):
         """Whether a row is more than its elements."""
         return self.centralize != "none" or self.project
 
+    def needs(self, part: str) -> bool:
+        """Whether a step in parts has this one: "sums" before it, "finish" after it."""
+        return {"sums": self.centralize != "none", "finish": self.project}.get(part, True)
+
 
 @jit
 def prepared(p, g, h, z, FLAGS: tl.constexpr):

@@ -5,9 +5,18 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 
 from .language import jit, tl
 from .ops import divide
-from .rows import mean_of_loop, mean_of_pieces, project_row, row_total, square_total
+from .rows import mean_of_pieces, mean_of_ranks, project_row, row_total, square_total, sum_of_loop
 from .stages import averaged, measured, projected, rounded, stepped
-from .table import columns_of, load_tile, noise_tile, rounding_tile, scalars_of, store_tile, tile_of
+from .table import (
+    columns_of,
+    load_tile,
+    noise_tile,
+    rounding_tile,
+    scalars_of,
+    store_tile,
+    tile_of,
+    totals_of,
+)
 
 
 @jit
@@ -18,7 +27,7 @@ def step_kernel(
     sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
-    REDUCTION: tl.constexpr,  # how rows are added up: "none", "tile", "loop", "pieces"
+    REDUCTION: tl.constexpr,  # how rows are added up: "none", "tile", "loop", "pieces", "ranks"
     DTYPES: tl.constexpr,  # of parameter, gradient, state...
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -26,6 +35,7 @@ def step_kernel(
     D: tl.constexpr,  # inner dimensions of a strided slot, 0 where dense
     QUADS: tl.constexpr,  # rows are multiples of four elements, or there is one
     VECTOR: tl.constexpr,  # addresses are 16-byte aligned, rows multiples of VECTOR elements; else 1
+    FACTORED: tl.constexpr,  # rows of the gradient have factors
     R: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -39,13 +49,19 @@ def step_kernel(
     r = row_block * R + tl.arange(0, R)
     lane = tl.arange(0, C)
     mean = 0.0
-    if REDUCTION == "loop":
+    if REDUCTION == "loop" or REDUCTION == "ranks":
         if FLAGS.centralize != "none":
-            mean = mean_of_loop(row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+            if REDUCTION == "ranks":
+                mean = mean_of_ranks(row, r, COMPUTE, len(DTYPES))
+            else:
+                total = sum_of_loop(
+                    row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
+                )
+                mean = divide(total, columns.to(COMPUTE))
         squares = tl.zeros([1, C], COMPUTE)
         for start in range(0, columns, C):
             c = start + lane
-            mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+            mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
             z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
             p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
@@ -56,10 +72,13 @@ def step_kernel(
             store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
         if FLAGS.project:
             total = tl.sum(tl.sum(squares, axis=1), axis=0)
-            project_row(row, r, lane, columns, total, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+            if REDUCTION == "ranks":
+                tl.store(totals_of(row, r, len(DTYPES)), total.to(tl.float64) + tl.zeros([R], tl.float64))
+            else:
+                project_row(row, r, lane, columns, total, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
     else:
         c = column_block * C + lane
-        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR)
+        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         if FLAGS.centralize != "none":
             if REDUCTION == "tile":

@@ -8,7 +8,9 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K + 3, K + 4       rows, columns of its tiles (the CPU loop reads them; a GPU tile is a constant)
     K + 5 ... K + 7    its words of randomness: stream, key (two)
     K + 8, K + 9       the index of its first element there, and from one row to the next
-    K + 10 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+    K + 10             where its rows lie on several ranks: the address of fp64 [rows], sums over those
+    K + 11             where its rows have factors: the address of COMPUTE [rows]
+    K + 12 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
 
 A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
 row * columns + column in each. Otherwise a column is an index over the inner dimensions.
@@ -18,7 +20,7 @@ A tile is int32 (slot, row block, column block).
 from .language import jit, tl
 from .philox import ON_ROUNDING, ON_WEIGHTS, bit_tile, normal_tile, word
 
-GEOMETRY = 10
+GEOMETRY = 12
 _GEOMETRY = tl.constexpr(GEOMETRY)
 
 
@@ -84,15 +86,30 @@ def load_tile(
     COMPUTE: tl.constexpr,
     D: tl.constexpr,
     VECTOR: tl.constexpr,
+    FACTORED: tl.constexpr,
 ):
-    """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside."""
-    mask = (r < tl.load(row + len(DTYPES)))[:, None] & (c < columns)[None, :]
+    """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside.
+
+    Rows of the gradient (tensor 1) come multiplied by their factors, where they have such.
+    """
+    inside = r < tl.load(row + len(DTYPES))
+    mask = inside[:, None] & (c < columns)[None, :]
     values = ()
     for i in tl.static_range(len(DTYPES)):
         offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
         pointer = pointer_of(row, i, DTYPES[i], VECTOR)
-        values = values + (tl.load(pointer + offsets, mask, other=0).to(COMPUTE),)
+        value = tl.load(pointer + offsets, mask, other=0).to(COMPUTE)
+        if FACTORED and i == 1:
+            factors = tl.load(row + len(DTYPES) + 11).to(tl.pointer_type(COMPUTE))
+            value = value * tl.load(factors + r, inside, other=0)[:, None]
+        values = values + (value,)
     return mask, values
+
+
+@jit
+def totals_of(row, r, K: tl.constexpr):
+    """Addresses [R] of the sums over ranks, fp64, of rows r [R]."""
+    return tl.load(row + K + 10).to(tl.pointer_type(tl.float64)) + r
 
 
 @jit

@@ -25,6 +25,13 @@ def device() -> str:
     return DEVICE
 
 
+@pytest.fixture
+def on_device():
+    """Tensors are made where the backends run; convolutions give the same bits again."""
+    with torch.device(DEVICE), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(params=list(RULES))
 def rule(request: pytest.FixtureRequest) -> Rule:
     return RULES[request.param]

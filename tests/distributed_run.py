@@ -3,6 +3,7 @@
 python tests/distributed_run.py RANK RANKS STORE OUT
 """
 
+import copy
 import datetime
 import importlib.util
 import json
@@ -24,21 +25,24 @@ SHAPES = ((8, 8), (5, 7), (1, 6), (4, 3, 2, 2), (9,), (1,), (12, 4))
 STEPS = 4
 LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
+CHAIN["centralize"] = True
+OF_ROWS = {**CHAIN, "centralize": "update", "max_row_norm": 2.0}
 
 
-def layouts(ranks: int) -> dict[str, tuple[Any, tuple[Any, ...], bool]]:
-    """Mesh, placements, and whether rows stay whole."""
+def layouts(ranks: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Mesh and placements."""
     line = init_device_mesh("cpu", (ranks,))
-    found = {
-        "fsdp": (line, (Shard(0),), True),
-        "ddp": (line, (Replicate(),), True),
-        "tp of rows": (line, (Shard(1),), False),
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "fsdp": (line, (Shard(0),)),
+        "ddp": (line, (Replicate(),)),
+        "tp of rows": (line, (Shard(1),)),
     }
     if ranks == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-        found["hsdp"] = (square, (Replicate(), Shard(0)), True)
-        found["fsdp x tp of rows"] = (square, (Shard(0), Shard(1)), False)
-        found["fsdp x tp"] = (square, (Shard(0), Shard(0)), True)
+        found["hsdp"] = (square, (Replicate(), Shard(0)))
+        found["fsdp x tp of rows"] = (square, (Shard(0), Shard(1)))
+        found["fsdp x tp"] = (square, (Shard(0), Shard(0)))
+        found["rows over both"] = (square, (Shard(1), Shard(1)))
     return found
 
 
@@ -80,7 +84,10 @@ def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, 
             errors.append((value - other).abs().max().item())
     if "max_grad_norm" in options:
         errors.append(abs(runs[0].grad_norm.item() - runs[1].grad_norm.item()))
-    return {"error": max(errors), "collectives": max(counted), "dims": mesh.ndim}
+    split = sum(p.is_shard() and p.dim > 0 for p in placements)
+    stages = bool(options.get("centralize")) + ("max_row_norm" in options)
+    expected = mesh.ndim * ("max_grad_norm" in options) + split * stages
+    return {"error": max(errors), "collectives": max(counted), "expected": expected}
 
 
 class Net(torch.nn.Module):
@@ -151,21 +158,46 @@ def fsdp(ranks: int, folder: str) -> dict[str, float]:
     return {"error": max((p - expected[name]).abs().max().item() for name, p in found)}
 
 
+def virtual(rank: int, ranks: int) -> dict[str, float]:
+    """A part of each batch on every rank: weights and r beside those of the whole batch in one process."""
+    torch.manual_seed(2)
+    layers = (torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    whole = torch.nn.Sequential(*layers).double()
+    model = copy.deepcopy(whole)
+    fusedcalib.nn.virtualize(whole, scale=0.1, sync=False)
+    fusedcalib.nn.virtualize(model, scale=0.1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        x, y = torch.randn(2 * ranks, 1, 8, 8, dtype=torch.float64), torch.randint(3, (2 * ranks,))
+        for net, part in ((whole, slice(None)), (wrapped, slice(2 * rank, 2 * rank + 2))):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[part]), y[part]).backward()
+            optimizer.step()
+    found = zip(whole.state_dict().values(), model.state_dict().values(), strict=True)
+    errors = torch.stack([(a - b).abs().max() for a, b in found])
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    return {"error": errors.max().item(), "moved": whole[0].r.max().item()}
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
     found: dict[str, Any] = {"fully_shard": fsdp(ranks, f"{out}.checkpoint")}
-    for name, (mesh, placements, whole_rows) in layouts(ranks).items():
-        rules = RULES if (ranks, name) == (2, "fsdp") else ("SGD", "AdamW")
+    if ranks == 2:
+        found["virtual layers"] = virtual(rank, ranks)
+    for name, (mesh, placements) in layouts(ranks).items():
+        rules = RULES if (ranks, name) in ((2, "fsdp"), (2, "tp of rows")) else ("SGD", "AdamW")
         for rule in rules:
-            options = {**RULES[rule].options, **CHAIN, "centralize": whole_rows, "backend": "eager"}
+            options = {**RULES[rule].options, **CHAIN, "backend": "eager"}
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
-        options = {"centralize": whole_rows, "backend": "eager", "lr": 0.1}
-        found[f"AdamW without a norm, {name}"] = trial("AdamW", options, mesh, placements)
-        if ranks == 2 and LOOPS:
-            options = {**CHAIN, "centralize": whole_rows, "backend": "numba", "lr": 0.1}
-            found[f"AdamW by loops, {name}"] = trial("AdamW", options, mesh, placements)
+        for words, others in (("plain", {}), ("update", OF_ROWS)):
+            options = {"backend": "eager", "lr": 0.1, **others}
+            found[f"AdamW, {words}, {name}"] = trial("AdamW", options, mesh, placements)
+        if LOOPS and (ranks, name) == (2, "tp of rows"):
+            options = {**CHAIN, "max_row_norm": 2.0, "backend": "numba", "lr": 0.1}
+            found[f"SGD by loops, {name}"] = trial("SGD", options, mesh, placements)
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     dist.barrier()

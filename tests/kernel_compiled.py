@@ -14,10 +14,9 @@ from kernel_kinds import Config
 
 import fusedcalib
 from fusedcalib import gpu
+from fusedcalib.distributed import Place
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.control import control_kernel, norm_kernel
-from fusedcalib.kernels.rows import project_kernel, row_sums_kernel
-from fusedcalib.kernels.step import step_kernel
 from fusedcalib.recipe import demand_of, recipe_of
 from fusedcalib.scalars import scalars_of, shape_of, tape_of
 from fusedcalib.tables import Scalars, Slot, build_buckets
@@ -28,12 +27,11 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-KERNELS = {"step": step_kernel, "sums": row_sums_kernel, "project": project_kernel}
 
 
 def _tensor(config: Config, dtype: torch.dtype, of_param: bool) -> torch.Tensor:
     shape = config.shape
-    if not of_param or not config.slicing:
+    if not of_param or config.slicing in ("", "ranks", "factors"):
         return torch.zeros(shape, dtype=dtype)
     if config.slicing == "unaligned":
         return torch.zeros(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
@@ -57,7 +55,10 @@ def spec_of(config: Config) -> launch.Spec:
     states = tuple(state.float() if name == "ema" else state for name in recipe.states)
     scalars = Scalars()
     scalars.set([scalars_of(recipe, group, 1.0)])
-    (bucket,) = build_buckets([Slot(param, states, 0, recipe, gpu.EXECUTOR)], scalars)
+    place = Place(0, 8 * p.shape[-1], mesh="eight", across=(0,)) if config.slicing == "ranks" else None
+    factors = torch.ones(p.shape[0]) if config.slicing == "factors" else None
+    slot = Slot(param, states, 0, recipe, gpu.EXECUTOR, place=place, factors=factors)
+    (bucket,) = build_buckets([slot], scalars)
     return gpu.spec_of(bucket)
 
 
@@ -128,7 +129,7 @@ def compiled_for(spec: launch.Spec, target: str = "sm_90", kernel: str = "step")
     scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
     tables = {"table": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
     source = ASTSource(
-        fn=KERNELS[kernel],
+        fn=launch.KERNELS[kernel],
         signature={**tables, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
     )

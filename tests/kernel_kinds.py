@@ -17,7 +17,9 @@ class Config(NamedTuple):
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (F32, F32, F32)  # parameter, gradient, state
     options: tuple[tuple[str, Any], ...] = ()
-    slicing: str = ""  # "" | "unaligned" | "transposed" | "permuted": how the parameter lies in memory
+    # How the parameter lies in memory: "" | "unaligned" | "transposed" | "permuted", or "ranks": its columns
+    # are an eighth of all, or "factors": there is one for each row of the gradient.
+    slicing: str = ""
 
 
 class Kind(NamedTuple):

@@ -101,7 +101,7 @@ def test_row_sums_read_only_what_the_mean_is_of(kind: str, options: dict[str, An
 def test_projection_of_pieces_touches_only_the_parameter(kind: str, target: str):
     """Its launch; that of the step stores one number more, the sum of squares of its piece."""
     asked = config(kind, "pieces", **ALL_STAGES)
-    project, step = (compiled(asked, target, kernel) for kernel in ("project", "step"))
+    project, step = (compiled(asked, target, kernel) for kernel in ("finish", "step"))
     assert spilled(project) == spilled(step) == 0
     if target == "gfx942":
         return

@@ -56,8 +56,8 @@ class Compiled:
 def launched(monkeypatch):
     names = []
     monkeypatch.setattr(driver, "_active", Driver())
-    for kernel in ("step_kernel", "row_sums_kernel", "project_kernel"):
-        monkeypatch.setattr(launch, kernel, Compiled(getattr(launch, kernel), names))
+    for part, kernel in launch.KERNELS.items():
+        monkeypatch.setitem(launch.KERNELS, part, Compiled(kernel, names))
     monkeypatch.setattr(gpu, "interpreted", lambda: True)  # tensors on the CPU will do
     fusedcalib.executors.choose.cache_clear()
     yield names
@@ -103,7 +103,7 @@ def test_without_rows_all_dense_tensors_share_a_launch(launched):
 
 def test_a_changed_number_compiles_nothing(launched):
     optimizer = fusedcalib.AdamW(parameters(torch.float32)[:1], backend="triton", centralize=True)
-    kernel = launch.step_kernel.kernel
+    kernel = launch.KERNELS["step"].kernel
     optimizer._prepare().run()
     before = compiled_variants(kernel)
     for options in ({"lr": 0.5}, {"betas": (0.5, 0.6)}, {"eps": 1e-3}, {"weight_decay": 0.3}):

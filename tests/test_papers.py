@@ -76,6 +76,11 @@ def test_both_sides_start_alike_and_part(short):
         for norm in (False, True)
     ]
     assert norms == [0, 3]
+    for scale, layer in ((None, "Linear"), (0.1, "VirtualLinear")):
+        model, optimizer = papers.virtual(scale, 0.1, norm=True, l1=1e-4)
+        names = [type(part).__name__ for part in model]
+        assert names == ["Flatten", *[layer, "BatchNorm1d", "ReLU"] * 4, layer]
+        assert optimizer.param_groups[0]["l1"] == 1e-4
     model, optimizer = papers.zeros(None)
     assert not any(p.any() for p in model.parameters())
     assert optimizer.param_groups[0]["lr"] == 0.1
@@ -228,6 +233,7 @@ def test_page_without_markers_is_left_alone(tmp_path, capsys):
         (["--quick"], ["job", "--quick"]),
         (["papers", "gc", "--seeds", "2"], ["papers", "gc", "--seeds", "2"]),
         (["cifar", "--data", "x"], ["cifar", "--data", "x"]),
+        (["plan", "--gpus", "8"], ["plan", "--gpus", "8"]),
         (["--out", "papers"], ["job", "--out", "papers"]),
     ],
 )

@@ -1,7 +1,7 @@
 """Layers and the optimizer of two methods that change the gradient inside the network: CSGD and SVGD.
 
 CSGD: `CalibConv2d`, `BranchExpand`, `BranchReadout`, `calibrate`, `csgd_groups`, `CSGD`, `branch_step`.
-SVGD: `VirtualLinear`, `VirtualConv2d`, `virtualize`, `set_loss_scale`.
+SVGD: `VirtualLinear`, `VirtualConv2d`, `virtualize`, `set_loss_scale`, `scale_in_step`.
 
 >>> import torch, fusedcalib.nn
 >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10))
@@ -12,10 +12,12 @@ SVGD: `VirtualLinear`, `VirtualConv2d`, `virtualize`, `set_loss_scale`.
 >>> opt = fusedcalib.nn.CSGD(model, lr=0.1, momentum=0.9)
 """
 
+from .branch import branch_step
 from .calib import BranchExpand, BranchReadout, CalibConv2d, branch_kernels
 from .convert import calibrate
-from .csgd import CSGD, branch_step, csgd_groups
-from .virtual import VirtualConv2d, VirtualLinear, set_loss_scale, virtualize
+from .csgd import CSGD, csgd_groups
+from .virtual import VirtualConv2d, VirtualLinear
+from .virtualize import scale_in_step, set_loss_scale, virtualize
 
 __all__ = [
     "CSGD",
@@ -28,6 +30,7 @@ __all__ = [
     "branch_step",
     "calibrate",
     "csgd_groups",
+    "scale_in_step",
     "set_loss_scale",
     "virtualize",
 ]

@@ -13,32 +13,35 @@ from torch.nn import functional
 
 MODES = ("mixed", "grouped")
 READOUTS = ("concat", "max", "mean")
+GRAD_RULES = ("bp", "literal")
 
 
 class _BranchKernels(torch.autograd.Function):
     """H_k = R_k * w: keeps R and w only, and going back makes one w at a time beside what it returns."""
 
     @staticmethod
-    def forward(ctx: Any, R: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, R: Tensor, w: Tensor, grad_rule: str) -> Tensor:
         ctx.save_for_backward(R, w)
+        ctx.grad_rule = grad_rule
         return R[:, None, None] * w
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
         R, w = ctx.saved_tensors
         (dH,) = grads
         dR = dw = None
         if ctx.needs_input_grad[0]:
             dR = torch.stack([(w * dH_k).sum((0, 1)) for dH_k in dH]).to(R.dtype)
         if ctx.needs_input_grad[1]:
-            dw = R[0] * dH[0]
-            for R_k, dH_k in zip(R[1:], dH[1:], strict=True):
-                dw = torch.addcmul(dw, R_k, dH_k)
+            shares = R if ctx.grad_rule == "bp" else R * R
+            dw = shares[0] * dH[0]
+            for share, dH_k in zip(shares[1:], dH[1:], strict=True):
+                dw = torch.addcmul(dw, share, dH_k)
             dw = dw.to(w.dtype)
-        return dR, dw
+        return dR, dw, None
 
 
-def branch_kernels(R: Tensor, w: Tensor) -> Tensor:
+def branch_kernels(R: Tensor, w: Tensor, grad_rule: str = "bp") -> Tensor:
     r"""The kernels of all branches.
 
     .. math:: H_k = R_k * w, \qquad dw = \sum_k R_k * dH_k, \qquad dR_k = \sum_{o, i} w * dH_k
@@ -46,9 +49,14 @@ def branch_kernels(R: Tensor, w: Tensor) -> Tensor:
     Args:
         R: branch weights [K, kh, kw].
         w: kernels [out, in, kh, kw].
+        grad_rule: "bp", or "literal" for :math:`dw = \sum_k R_k^2 * dH_k`: line 6 of Algorithm 1 read
+            letter by letter, where R has come in by the chain rule already. Default "bp".
 
     Returns:
         H, [K, out, in, kh, kw].
+
+    Raises:
+        ValueError: the gradient rule is neither.
 
     Source: Zhuo et al., "Calibrated Stochastic Gradient Descent for Convolutional Neural Networks", AAAI
     2019, eq. 2 and 3.
@@ -57,7 +65,8 @@ def branch_kernels(R: Tensor, w: Tensor) -> Tensor:
     >>> branch_kernels(torch.tensor([0.25, 0.75]).view(2, 1, 1), torch.full((1, 1, 1, 1), 4.0)).flatten()
     tensor([1., 3.])
     """
-    kernels: Tensor = _BranchKernels.apply(R, w)  # type: ignore[no-untyped-call]
+    check_grad_rule(grad_rule)
+    kernels: Tensor = _BranchKernels.apply(R, w, grad_rule)  # type: ignore[no-untyped-call]
     return kernels
 
 
@@ -89,6 +98,7 @@ class CalibConv2d(nn.Conv2d):
             [out, K in / groups, kh, kw], so that K multiplies parameters by K and work by K^2. "grouped":
             branch k sees branch k; `weight` is [out, in / groups, kh, kw], work is multiplied by K.
             Default "mixed", whose parameter counts are those of the paper's tables.
+        grad_rule: of the weight, "bp" or "literal", as `branch_kernels`. Default "bp".
 
     `R` [K, kh, kw] is a parameter to be stepped by `CSGD`: uniform random numbers in [0, 1), normalised. They
     must differ: equal branches stay equal for good.
@@ -123,10 +133,12 @@ class CalibConv2d(nn.Conv2d):
         *,
         branches: int = 4,
         mode: str = "mixed",
+        grad_rule: str = "bp",
     ) -> None:
         check_branches(branches)
         if mode not in MODES:
             raise ValueError(f"Invalid mode: {mode!r}, expected one of {', '.join(MODES)}")
+        check_grad_rule(grad_rule)
         planes = in_channels * (branches if mode == "mixed" else 1)
         super().__init__(
             *(planes, out_channels, kernel_size, stride, padding, dilation, groups),
@@ -135,6 +147,7 @@ class CalibConv2d(nn.Conv2d):
         self.in_channels = in_channels
         self.branches = branches
         self.mode = mode
+        self.grad_rule = grad_rule
         self.R = nn.Parameter(torch.empty(branches, *self.kernel_size, device=device, dtype=dtype))
         self.reset_branches()
 
@@ -154,7 +167,7 @@ class CalibConv2d(nn.Conv2d):
                 f"[N, {K * self.in_channels}, H, W] and got {list(input.shape)}; BranchExpand makes branches "
                 "of a plain image"
             )
-        H = branch_kernels(self.R, self.weight)
+        H = branch_kernels(self.R, self.weight, self.grad_rule)
         if self.mode == "grouped":
             return self._convolve(input, H.flatten(0, 1), self._tiled_bias(), K * groups)
         if groups == 1 or K == 1:
@@ -180,7 +193,7 @@ class CalibConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shown}, branches={self.branches}, mode={self.mode}"
+        return f"{shown}, branches={self.branches}, mode={self.mode}, grad_rule={self.grad_rule}"
 
 
 class BranchExpand(nn.Module):
@@ -248,6 +261,12 @@ def check_branches(branches: int) -> None:
     """Raises ValueError unless it is an int of at least 1."""
     if type(branches) is not int or branches < 1:
         raise ValueError(f"Invalid branches: {branches!r}, expected an int >= 1")
+
+
+def check_grad_rule(grad_rule: str) -> None:
+    """Raises ValueError unless it is known."""
+    if grad_rule not in GRAD_RULES:
+        raise ValueError(f"Invalid grad_rule: {grad_rule!r}, expected one of {', '.join(GRAD_RULES)}")
 
 
 def check_readout(readout: str) -> None:

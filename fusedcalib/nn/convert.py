@@ -8,44 +8,31 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .calib import MODES, BranchExpand, BranchReadout, CalibConv2d, check_branches, check_readout
+from .calib import (
+    MODES,
+    BranchExpand,
+    BranchReadout,
+    CalibConv2d,
+    check_branches,
+    check_grad_rule,
+    check_readout,
+)
 
 # What a value is: without branches, maps [N, K C, H, W], rows [N, K F], or the shape of maps.
 PLAIN, MAPS, ROWS, SHAPE = "plain", "maps", "rows", "shape"
 
 # What treats every channel alike, and by itself.
 LAYERS = (
-    *(
-        nn.ReLU,
-        nn.ReLU6,
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.SELU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Mish,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-    ),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    nn.Hardsigmoid,
     *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d),
 )
 FUNCTIONS = {
     *("relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "sigmoid", "tanh"),
     *("dropout", "dropout2d", "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d"),
-    *(
-        "adaptive_max_pool2d",
-        "add",
-        "iadd",
-        "sub",
-        "mul",
-        "imul",
-        "truediv",
-        "contiguous",
-        "clone",
-        "add_",
-        "mul_",
-    ),
+    *("adaptive_max_pool2d", "add", "iadd", "sub", "mul", "imul", "truediv", "contiguous", "clone"),
+    *("add_", "mul_"),
 }
 # Dimensions whose size is the same with branches.
 KEPT = (0, 2, 3, -1, -2, slice(2, None, None), slice(-2, None, None))
@@ -56,7 +43,11 @@ class _RefusedError(Exception):
 
 
 def calibrate(
-    model: nn.Module, branches: int = 4, mode: str = "mixed", readout: str = "concat"
+    model: nn.Module,
+    branches: int = 4,
+    mode: str = "mixed",
+    readout: str = "concat",
+    grad_rule: str = "bp",
 ) -> dict[str, str]:
     """Makes a CNN calibrated, in place: before training, for layers whose shapes change are drawn anew.
 
@@ -73,6 +64,7 @@ def calibrate(
         branches: K. Default 4.
         mode: "mixed" or "grouped", as `CalibConv2d`. Default "mixed".
         readout: "concat", "max" or "mean", as `BranchReadout`. Default "concat".
+        grad_rule: "bp" or "literal", as `CalibConv2d`. Default "bp".
 
     Returns:
         What was changed: of each layer's name, from what to what.
@@ -93,6 +85,7 @@ def calibrate(
     """
     check_branches(branches)
     check_readout(readout)
+    check_grad_rule(grad_rule)
     if mode not in MODES:
         raise ValueError(f"Invalid mode: {mode!r}, expected one of {', '.join(MODES)}")
     try:
@@ -101,7 +94,8 @@ def calibrate(
     except _RefusedError as refusal:
         raise ValueError(f"cannot calibrate {type(model).__name__}: {refusal}; nothing was changed") from None
     layers = dict(model.named_modules())
-    new = {name: _made(layers[name], before, branches, mode, readout) for name, before in found.items()}
+    options = {"branches": branches, "mode": mode, "grad_rule": grad_rule}
+    new = {name: _made(layers[name], before, readout, options) for name, before in found.items()}
     for name, layer in new.items():
         parent, _, own = name.rpartition(".")
         setattr(layers[parent], own, layer)
@@ -243,8 +237,9 @@ def _check_replaceable(model: nn.Module, found: dict[str, str]) -> None:
             raise _RefusedError(f"{name} shares a parameter with another layer")
 
 
-def _made(layer: nn.Module, before: str, branches: int, mode: str, readout: str) -> nn.Module:
-    """What takes the layer's place."""
+def _made(layer: nn.Module, before: str, readout: str, options: dict[str, Any]) -> nn.Module:
+    """What takes the layer's place; options are those of `CalibConv2d`."""
+    branches: int = options["branches"]
     new: nn.Module
     result: nn.Module | None = None
     if isinstance(layer, nn.Conv2d):
@@ -252,16 +247,15 @@ def _made(layer: nn.Module, before: str, branches: int, mode: str, readout: str)
             *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding),  # type: ignore[arg-type]
             *(layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode),  # type: ignore[arg-type]
             *(layer.weight.device, layer.weight.dtype),
-            branches=branches,
-            mode=mode,
+            **options,
         )
         result = nn.Sequential(BranchExpand(branches), new) if before == PLAIN else new
     elif isinstance(layer, nn.BatchNorm2d):
         reference = layer.weight if layer.weight is not None else layer.running_mean
         place = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
         statistics = layer.track_running_stats
-        options = (layer.eps, layer.momentum, layer.affine, statistics)
-        new = nn.BatchNorm2d(branches * layer.num_features, *options, **place)  # type: ignore[arg-type]
+        numbers = (layer.eps, layer.momentum, layer.affine, statistics)
+        new = nn.BatchNorm2d(branches * layer.num_features, *numbers, **place)  # type: ignore[arg-type]
         for name, value in layer.state_dict().items():
             target = new.state_dict()[name]
             target.copy_(value.repeat(branches) if value.ndim else value)

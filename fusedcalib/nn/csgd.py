@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,45 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_parameter, describe
+from ..mirror import capturing
 from ..noise import WeightNoise
 from ..optimizer import FusedOptimizer, ParamsT
 from ..recipe import recipe_of
 from ..rules.sgd import SGD
-from .calib import CalibConv2d, normalized
+from .branch import SIGNS, BranchPlan, Given
+from .calib import CalibConv2d
 
 if TYPE_CHECKING:
     from ..plan import Plan
-
-SIGNS = {"descent": -1.0, "literal": 1.0}
-
-
-def branch_step(R: Tensor, grad: Tensor, lr: float | Tensor, sign: str = "descent") -> Tensor:
-    r"""Branch weights after a step.
-
-    .. math:: R_k \leftarrow |R_k - \ell\, dR_k|, \qquad R_k \leftarrow R_k / \textstyle\sum_j R_j
-
-    and 1/K each where all are 0. With sign "literal" :math:`|R_k + \ell\, dR_k|`, as the paper
-    prints it: that ascends where dR is the gradient of a loss.
-
-    Args:
-        R: branch weights [K, ...].
-        grad: gradient of the loss with respect to them, like R.
-        lr: :math:`\ell`, a number or 0-dim tensor.
-        sign: "descent" or "literal". Default "descent".
-
-    Raises:
-        ValueError: the sign is neither.
-
-    Source: Zhuo et al., "Calibrated Stochastic Gradient Descent for Convolutional Neural Networks", AAAI
-    2019, Algorithm 1, lines 7 and 8.
-
-    >>> import torch
-    >>> branch_step(torch.tensor([0.5, 0.5]), torch.tensor([1.0, -1.0]), lr=0.25)
-    tensor([0.2500, 0.7500])
-    """
-    if sign not in SIGNS:
-        raise ValueError(f"Invalid branch_sign: {sign!r}, expected one of {', '.join(SIGNS)}")
-    return normalized((R + SIGNS[sign] * lr * grad).abs())
 
 
 def csgd_groups(model: nn.Module, branch_lr: float | None = None) -> list[dict[str, Any]]:
@@ -175,31 +146,39 @@ class CSGD(SGD):
             if not isinstance(value, Tensor) and not value >= 0:
                 raise ValueError(f"Invalid {name} value: {value}, expected a number >= 0")
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._branches: BranchPlan | None = None
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient; returns what the closure returns. As every optimizer."""
         # Not super().step(): torch.optim may have wrapped that of SGD, and hooks would run twice.
         loss = FusedOptimizer.step(self, closure)
-        if self._plan is not None and self._plan.taken:
+        if self._plan is not None and self._plan.taken and self._branches is not None:
+            check = any(group["skip_nonfinite"] for group in self.param_groups)
+            given = Given(*self._scaling(), self.grad_norm if check else None, check)
             with torch.no_grad():
-                for group, _, R in self._branches():
-                    self._step_branch(R, self.param_groups[group])
+                self._branches.run(self._branch_groups(), given)
         return loss
 
-    def _branches(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(group, position in the group, parameter) of the branch weights with a gradient."""
-        return ((group, i, p) for group, i, p in self._live() if self.param_groups[group]["branch"])
+    def _branch_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["branch"]]
 
     def _prepare(self) -> Plan:
-        """The fused step's part, which sees no gradient of branch weights."""
-        held = []
-        for group, index, R in self._branches():
-            owner = describe(type(self).__name__, self.param_groups, group, index)
-            check_parameter(owner, R, recipe_of(self.rule, self.param_groups[group]), {})
-            if R.ndim == 0 or R.is_complex():
-                raise ValueError(
-                    f"{owner}: branch weights are real and [K, ...], not {R.dtype} {list(R.shape)}"
+        """The fused step's part sees no gradient of branch weights."""
+        groups = self._branch_groups()
+        for group in groups:
+            self._check(group)
+        if self._branches is None or not self._branches.holds(groups):
+            if capturing():
+                raise RuntimeError(
+                    "CSGD.step() is captured in a CUDA graph before its branch weights are ready for it; run "
+                    "some steps before, on another stream, with the same gradients"
                 )
-            held.append((R, R.grad))
+            self._check_branches()
+            self._branches = BranchPlan(groups, self._executor)
+        self._branches.refresh(groups)
+        held = [(R, R.grad) for group in groups for R in group["params"] if R.grad is not None]
         try:
             for R, _ in held:
                 R.grad = None
@@ -208,29 +187,19 @@ class CSGD(SGD):
             for R, grad in held:
                 R.grad = grad
 
-    def _step_branch(self, R: Tensor, group: dict[str, Any]) -> None:
-        """One branch weight's step, without waiting for a device."""
-        assert R.grad is not None
-        lr, (scale, found) = group["lr"], self._scaling()
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
-        if not isinstance(lr, Tensor) and lr == 0:
-            return
-        compute = torch.promote_types(R.dtype, torch.float32)
-        grad = R.grad.to(compute)
-        if scale is not None:
-            grad = grad / scale.to(R.device)
-        new = branch_step(R.to(compute), -grad if group["maximize"] else grad, lr, group["branch_sign"])
-        stay = [lr == 0] if isinstance(lr, Tensor) else []
-        if found is not None:
-            stay.append(found.to(R.device) != 0)
-        if any(options["skip_nonfinite"] for options in self.param_groups):
-            norm = self.grad_norm
-            stay.append(
-                ~new.isfinite().all()
-                if norm is None
-                else ~(new.isfinite().all() & norm.to(R.device).isfinite())
-            )
-        for condition in stay:
-            new = torch.where(condition, R.to(compute), new)
-        R.copy_(new)
+    def _check_branches(self) -> None:
+        """Raises where branch weights cannot be stepped as they are."""
+        for group, index, R in self._live():
+            if not self.param_groups[group]["branch"]:
+                continue
+            owner = describe(type(self).__name__, self.param_groups, group, index)
+            check_parameter(owner, R, recipe_of(self.rule, self.param_groups[group]), {})
+            if R.ndim == 0 or R.is_complex():
+                raise ValueError(
+                    f"{owner}: branch weights are real and [K, ...], not {R.dtype} {list(R.shape)}"
+                )
+
+    def _check_capture(self) -> None:
+        super()._check_capture()
+        if self._branches not in self._captured:
+            self._captured.append(self._branches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ..executors import choose
 from ..kernels.virtual import launch_virtual
+from ..row_factors import row_factors_of
 
 SHAPES = ("auto", "position", "channel")
 REDUCTIONS = ("mean", "sum")
@@ -46,7 +47,7 @@ class Settings:
             )
 
 
-class _Virtual(nn.Module):
+class Virtual(nn.Module):
     """What the virtual layers share: the buffer `r`, empty until the first batch in training."""
 
     r: Tensor
@@ -54,6 +55,14 @@ class _Virtual(nn.Module):
     bias: Any
     settings: Settings
     loss_scale: Any = 1.0
+    auto: str  # what r_shape "auto" is
+    channels: int  # the dimension of an output that has the channels
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Arguments of the plain layer, and those of `Settings` by name."""
+        own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
+        super().__init__(*args, **options)
+        self._begin(Settings(**own))
 
     def _begin(self, settings: Settings) -> None:
         self.settings = settings
@@ -73,11 +82,12 @@ class _Virtual(nn.Module):
         return y
 
     def _by_position(self) -> bool:
-        return self.settings.r_shape == "position"
+        given = self.settings.r_shape
+        return (self.auto if given == "auto" else given) == "position"
 
     def _shape(self, y: Tensor) -> torch.Size:
         """Of r, for this output."""
-        raise NotImplementedError
+        return y.shape[1:] if self._by_position() and y.ndim > 1 else torch.Size([y.shape[self.channels]])
 
     def _fit(self, y: Tensor) -> None:
         """Begins r at 0 in the shape of the output."""
@@ -130,6 +140,19 @@ class _Virtual(nn.Module):
         total = self.r.to(torch.promote_types(self.r.dtype, torch.float32)) + self.settings.eps
         # Nothing over nothing, as with eps = 0, is nothing.
         return torch.where(total > 0, self.settings.scale / total.sqrt(), 0.0)
+
+    def _times(self, dw: Tensor, factor: Tensor) -> Tensor:
+        """The weight's gradient, its rows times their factors: all of them, or what the step leaves to do."""
+        found = row_factors_of(self.weight)
+        if found and self.weight.grad is None and not found.used:
+            found.take(factor)
+            found.used = True
+            return dw
+        if found:  # gradients are added up: the step multiplies all of them by the factor of the first
+            first = torch.where(found.values > 0, found.values, factor)
+            found.take(first)
+            factor = torch.where(first > 0, factor / first, 0.0)
+        return (dw * factor.view(-1, *(1,) * (dw.ndim - 1))).to(dw.dtype)
 
     def _accumulate(self, grad: Tensor) -> None:
         s = self.settings
@@ -198,7 +221,7 @@ class _LinearFunction(torch.autograd.Function):
         elif needs_weight:  # a factor for each row of the weight
             rows = _rows(grad)
             factor = layer._factor(rows)
-            dw = ((rows.T @ _rows(x)) * factor[:, None]).to(weight.dtype)
+            dw = layer._times(rows.T @ _rows(x), factor)
         if needs_bias:
             db = _rows(grad).sum(0)
             if needs_weight and layer.settings.virtual_bias:
@@ -206,7 +229,7 @@ class _LinearFunction(torch.autograd.Function):
         return dx, dw, db, None
 
 
-class VirtualLinear(_Virtual, nn.Linear):
+class VirtualLinear(Virtual, nn.Linear):
     r"""nn.Linear whose weight gradient is the virtual gradient.
 
     .. math::
@@ -249,20 +272,8 @@ class VirtualLinear(_Virtual, nn.Linear):
     ([[1.0, 1.0]], 5.0, 25.0)
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        **settings: Any,
-    ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._begin(Settings(**settings))
-
-    def _shape(self, y: Tensor) -> torch.Size:
-        return torch.Size(y.shape[1:] if self._by_position() and y.ndim > 1 else y.shape[-1:])
+    auto = "channel"
+    channels = -1
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(_LinearFunction, input)
@@ -301,13 +312,13 @@ class _Conv2dFunction(torch.autograd.Function):
         factor = layer._factor(grad)
         dx, dw, db = gradients(grad, needs_x, True, needs_bias)
         assert dw is not None
-        dw = (dw * factor[:, None, None, None]).to(dw.dtype)
+        dw = layer._times(dw, factor)
         if virtual_bias and db is not None:
             db = (db * factor).to(db.dtype)
         return dx, dw, db, None, None
 
 
-class VirtualConv2d(_Virtual, nn.Conv2d):
+class VirtualConv2d(Virtual, nn.Conv2d):
     r"""nn.Conv2d whose weight gradient is the virtual gradient, as in `VirtualLinear`.
 
     .. math:: dW = \mathrm{conv\_backward}_W\left(\frac{s\, q}{\sqrt{r + \epsilon}}\right)
@@ -333,32 +344,8 @@ class VirtualConv2d(_Virtual, nn.Conv2d):
     torch.Size([2, 6, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        **settings: Any,
-    ) -> None:
-        nn.Conv2d.__init__(
-            *(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups),
-            *(bias, padding_mode, device, dtype),
-        )
-        self._begin(Settings(**settings))
-
-    def _by_position(self) -> bool:
-        return self.settings.r_shape != "channel"
-
-    def _shape(self, y: Tensor) -> torch.Size:
-        return torch.Size(y.shape[1:] if self._by_position() else y.shape[1:2])
+    auto = "position"
+    channels = 1
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
@@ -371,61 +358,4 @@ class VirtualConv2d(_Virtual, nn.Conv2d):
         return self._run(_Conv2dFunction, input, padding)
 
 
-VIRTUAL: dict[type[nn.Module], type[_Virtual]] = {nn.Linear: VirtualLinear, nn.Conv2d: VirtualConv2d}
-
-
-def virtualize(
-    model: nn.Module, scale: float, rho: float = 0.9, eps: float = 1e-6, **settings: Any
-) -> list[str]:
-    """Makes every nn.Linear and nn.Conv2d of a model virtual, in place: parameters, names and hooks stay.
-
-    Subclasses of the two stay as they are, as the output of nn.MultiheadAttention, which does not call them.
-
-    Args:
-        model: the model; may itself be such a layer.
-        scale, rho, eps, **settings: as `VirtualLinear`, for all layers.
-
-    Returns:
-        The names of the layers that were changed.
-
-    Raises:
-        ValueError: an option out of range, or the model has no such layer.
-        TypeError: an option that there is not.
-
-    Source: Li and Shu, "SVGD: A Virtual Gradients Descent Method for Stochastic Optimization", 2019.
-
-    >>> import torch, fusedcalib.nn
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> fusedcalib.nn.virtualize(model, scale=0.1)
-    ['0', '2']
-    """
-    found = Settings(scale, rho, eps, **settings)
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) in VIRTUAL}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear and no nn.Conv2d")
-    for layer in layers.values():
-        layer.__class__ = VIRTUAL[type(layer)]
-        layer._begin(found)
-    return list(layers)
-
-
-def set_loss_scale(model: nn.Module, scale: Any) -> None:
-    """Tells the virtual layers of a model by how much the loss is scaled before backward.
-
-    Args:
-        model: the model.
-        scale: a number, a 0-dim tensor, or a torch.amp.GradScaler, whose scale is then read in each backward
-            pass, without waiting for the device.
-
-    Raises:
-        ValueError: the model has no virtual layer.
-
-    >>> import torch, fusedcalib.nn
-    >>> layer = fusedcalib.nn.VirtualLinear(4, 2, scale=0.1)
-    >>> fusedcalib.nn.set_loss_scale(layer, torch.amp.GradScaler("cpu"))
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, _Virtual)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no virtual layer; virtualize it first")
-    for layer in layers:
-        layer.loss_scale = scale
+VIRTUAL: dict[type[nn.Module], type[Virtual]] = {nn.Linear: VirtualLinear, nn.Conv2d: VirtualConv2d}

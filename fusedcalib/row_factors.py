@@ -1,0 +1,59 @@
+"""Factors of a gradient's rows, multiplied where the step reads it: no pass over memory of their own."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING
+from weakref import ref
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+class RowFactors:
+    """Those of one parameter.
+
+    Args:
+        values: [rows], in the type of the arithmetic; read at every step.
+        optimizer: whose step multiplies them; nobody, once it is gone.
+
+    Attributes:
+        used: whether a gradient that they belong to waits for the step.
+    """
+
+    def __init__(self, values: Tensor, optimizer: FusedOptimizer) -> None:
+        self.values = values
+        self.optimizer = ref(optimizer)
+        self.used = False
+
+    def take(self, values: Tensor) -> None:
+        """Takes over new ones; in other memory where the parameter has moved or changed its type."""
+        if (values.device, values.dtype) == (self.values.device, self.values.dtype):
+            self.values.copy_(values)
+            return
+        self.values = values.clone()
+        if optimizer := self.optimizer():
+            optimizer._plan = None
+
+
+_FOUND: MutableMapping[Tensor, RowFactors] = WeakTensorKeyDictionary()
+
+
+def row_factors_of(param: Tensor) -> RowFactors | None:
+    """Those of a parameter, if it has such and the optimizer that multiplies them lives."""
+    found = _FOUND.get(param)
+    return found if found and found.optimizer() is not None else None
+
+
+def set_row_factors(param: Tensor, factors: RowFactors | None) -> None:
+    """Gives a parameter its factors, or takes them away."""
+    before = row_factors_of(param)
+    _FOUND.pop(param, None)
+    if factors:
+        _FOUND[param] = factors
+    for given in (before, factors):
+        if given and (optimizer := given.optimizer()):
+            optimizer._plan = None

@@ -1,0 +1,61 @@
+"""What the compiler makes of rows that ranks share, and of rows with factors."""
+
+import re
+from typing import Any
+
+import pytest
+from kernel_cases import INTERPRETED
+from kernel_compiled import TARGETS, compiled, compiled_control, spec_of, spilled
+from kernel_kinds import Config
+
+from fusedcalib import GradientNoise
+from fusedcalib.kernels import launch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
+
+CENTRED: dict[str, Any] = {"centralize": True}
+CHAIN = {**CENTRED, "max_row_norm": 1.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "weight_decay": 0.1}
+
+
+def rows(slicing: str, columns: int, options: dict[str, Any]) -> Config:
+    return Config("AdamW", (8, columns), options=(*options.items(),), slicing=slicing)
+
+
+@pytest.mark.parametrize("columns", [1024, 3584])
+def test_shared_rows_cost_one_more_reading_of_the_gradient(columns: int):
+    """28 bytes in the step as ever, 4 in the launch before it; all by 128-bit accesses."""
+    asked = rows("ranks", columns, CENTRED)
+    step, sums = (compiled(asked, kernel=kernel) for kernel in ("step", "sums"))
+    assert (step.bytes_moved("ld"), step.bytes_moved("st")) == (16, 12)
+    assert (sums.bytes_moved("ld"), sums.bytes_moved("st")) == (4, 0)
+    assert step.narrow("st") == 0
+    assert sums.narrow("st") == 1  # the row's sum
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", [CENTRED, CHAIN], ids=["centred", "chain"])
+def test_shared_rows_spill_no_register(options: dict[str, Any], target: str):
+    asked = rows("ranks", 3584, options)
+    for part in launch.parts_of(spec_of(asked).tile, spec_of(asked).flags):
+        assert spilled(compiled(asked, target, part)) == 0, part
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_factors_of_rows_cost_nothing(target: str):
+    """Bytes of an element are those without; so is the norm's launch, which they go into too."""
+    asked, without = (rows(slicing, 1024, {**CENTRED, "max_grad_norm": 1.0}) for slicing in ("factors", ""))
+    assert spec_of(asked).factored
+    assert not spec_of(without).factored
+    built, plain = compiled(asked, target), compiled(without, target)
+    assert spilled(built) == 0
+    if "ptx" in built.asm:
+        assert [built.bytes_moved(kind) for kind in ("ld", "st")] == [
+            plain.bytes_moved(kind) for kind in ("ld", "st")
+        ]
+        norm, plain_norm = (compiled_control("AdamW", target, config) for config in (asked, without))
+        assert norm.bytes_moved("ld") == plain_norm.bytes_moved("ld") == 4
+        products = [
+            sum(n for name, n in x.ptx.items() if re.match(r"mul\..*f32", name)) for x in (norm, plain_norm)
+        ]
+        assert products[0] >= products[1] + norm.elements // 2  # two in an instruction on sm_100
