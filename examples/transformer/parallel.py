@@ -54,7 +54,7 @@ def join(device: str) -> torch.device:
     if not dist.is_initialized():
         launched = "WORLD_SIZE" in os.environ
         where: Any = {} if launched else {"store": HashStore(), "rank": 0, "world_size": 1}
-        backend = "nccl" if own.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"  # checkpoints speak from the CPU
         dist.init_process_group(backend, timeout=timedelta(minutes=5), **where)
     return own
 
