@@ -13,6 +13,7 @@ from fusedcalib.arguments import EXTRAS, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.glob("*.md"))]
 SHARED = {"params", "backend", *EXTRAS, *inspect.signature(Options).parameters} - {"own"}
 OPTIMIZERS = pytest.mark.parametrize(("name", "cls"), fusedcalib.optimizers().items())
 
@@ -62,14 +63,14 @@ def test_shared_options_are_on_their_page(build):
     assert {option for entry in entries for option in entry.split(", ")} == SHARED
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\(([^)#:\s]+)\)", path.read_text())
     missing = [target for target in targets if not (path.parent / target).exists()]
     assert missing == []
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_of_the_package_exist(path):
     """What a page calls `fusedcalib.x.y` can be called so."""
     for dotted in re.findall(r"`fusedcalib\.([\w.]+)", path.read_text()):

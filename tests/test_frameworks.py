@@ -1,4 +1,4 @@
-"""docs/frameworks.md as it stands, and what it claims; with whatever libraries are installed."""
+"""docs/frameworks.md and distributed.md as they stand and what they claim, with what is installed."""
 
 import ast
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from libraries import library
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,15 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import fusedcalib
 from fusedcalib.groups import param_groups
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "frameworks.md"
-TEXT = DOCS.read_text(encoding="utf-8")
-RECIPES = list(
-    re.finditer(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXTS = {name: (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("frameworks", "distributed")}
+RECIPE = re.compile(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+RECIPES = [(page, recipe) for page, text in TEXTS.items() for recipe in RECIPE.finditer(text)]
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:::{theirs}") for theirs in ("pytorch_lightning", "torch.utils.data")
 ]
-LIBRARIES = {"pytorch_lightning", "accelerate", "transformers", "timm"}
+LIBRARIES = {"pytorch_lightning", "accelerate", "transformers", "timm", "torchtitan", "deepspeed"}
 
 
 def imported(source):
@@ -35,23 +35,44 @@ def imported(source):
 
 
 def test_every_library_has_its_recipe():
-    assert {name for recipe in RECIPES for name in imported(recipe[2])} >= LIBRARIES
-    assert TEXT.count("```python") == len(RECIPES)
+    assert {name for _, recipe in RECIPES for name in imported(recipe[2])} >= LIBRARIES
+    assert sum(text.count("```python") for text in TEXTS.values()) == len(RECIPES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[1])
-def test_the_recipe_runs(recipe, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def only_rank(monkeypatch):
+    """What torchrun tells the only rank; any process group is taken down again."""
+    variables = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def titled(value):
+    return value if isinstance(value, str) else value[1]
+
+
+@pytest.mark.parametrize(("page", "recipe"), RECIPES, ids=titled)
+def test_the_recipe_runs(page, recipe, tmp_path, monkeypatch, capsys, request):
     for name in LIBRARIES & imported(recipe[2]):
         library(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    line = TEXT[: recipe.start(2)].count("\n")
+    if page == "distributed":
+        if not dist.is_available():
+            pytest.skip("this torch has no torch.distributed")
+        request.getfixturevalue("only_rank")
+    line = TEXTS[page][: recipe.start(2)].count("\n")
     namespace = {"__name__": "frameworks"}
-    exec(compile("\n" * line + recipe[2], str(DOCS), "exec"), namespace)
+    exec(compile("\n" * line + recipe[2], str(DOCS / f"{page}.md"), "exec"), namespace)
+    if not {"trainer", "optimizer"} & namespace.keys():  # it only defines a class
+        return
     trainer = namespace.get("trainer")
     optimizer = getattr(trainer, "optimizer", None) or namespace.get("optimizer") or trainer.optimizers[0]
-    while not isinstance(optimizer, fusedcalib.FusedOptimizer):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
+    while not isinstance(optimizer, fusedcalib.FusedOptimizer):  # accelerate's or ZeRO's wrapper
+        optimizer = getattr(optimizer, "optimizer", None) or optimizer.optim
     assert optimizer.param_groups[0]["centralize"]
     assert optimizer.state or "config" in namespace
 

@@ -1,0 +1,142 @@
+"""The example trains alike in one process and in several, and goes on from one to the other."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "transformer"
+LIMIT = 240  # seconds; a rank that waits for another for a minute gives up by itself
+TINY = [
+    *("--steps", "6", "--warmup", "2", "--log-every", "4", "--save-every", "3", "--noise", "0.01"),
+    *("--layers", "2", "--width", "32", "--context", "32", "--batch", "8", "--dtype", "float64"),
+    *("--backend", "eager", "--device", "cpu", "--data", str(ROOT / "fusedcalib")),
+]
+CENTRED = [*TINY, "--centralize"]
+
+linux = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo"
+)
+
+
+def finished(commands):
+    """The output of processes that run at the same time; none of them, nor any of theirs, outlives this."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": variables}
+    processes = [subprocess.Popen(command, **options, start_new_session=True) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=LIMIT)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
+
+
+def trained(ranks, folder, jobs):
+    """The exit codes of trainings, one after the other, and what rank 0 has printed."""
+    command = [sys.executable, str(Path(__file__).with_name("example_run.py"))]
+    rest = [str(ranks), str(folder / f"store{ranks}"), json.dumps(jobs)]
+    output = finished([[*command, str(rank), *rest] for rank in range(ranks)])[0]
+    return json.loads(output.splitlines()[-1]), output
+
+
+def launched(arguments):
+    """By torchrun, as a user does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return finished([[*command, str(EXAMPLE / "train.py"), *arguments]])[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of outputs, one for each training."""
+    folder = tmp_path_factory.mktemp("trainings")
+
+    def out(name):
+        return ["--out", str(folder / name)]
+
+    launched([*CENTRED, *out("ddp-2")])
+    two = [
+        [*CENTRED, *out("fsdp2-2"), "--parallel", "fsdp2"],
+        [*CENTRED, *out("tp-2"), "--parallel", "tp"],
+        [*TINY, *out("bad"), "--parallel", "fsdp2", "--batch", "7"],
+        [*TINY, *out("bad"), "--parallel", "tp", "--heads", "1"],
+    ]
+    assert trained(2, folder, two)[0] == [0, 0, 2, 2]
+    four = [
+        [*CENTRED, *out("fsdp2-tp-4"), "--parallel", "fsdp2-tp"],
+        [*CENTRED, *out("tp-2-resumed-4"), "--parallel", "fsdp2-tp", *after(folder, "tp-2")],
+    ]
+    assert trained(4, folder, four)[0] == [0, 0]
+    one = [
+        [*CENTRED, *out("1")],
+        [*TINY, *out("1-plain")],
+        [*CENTRED, *out("fsdp2-2-resumed-1"), *after(folder, "fsdp2-2")],
+        [*CENTRED, *out("fsdp2-tp-4-resumed-1"), *after(folder, "fsdp2-tp-4")],
+        [*TINY, *out("bad"), "--resume", str(folder / "nowhere")],
+        [*TINY, *out("bad"), *after(folder, "tp-2"), "--batch", "4"],
+    ]
+    codes, output = trained(1, folder, one)
+    assert codes == [0, 0, 0, 0, 2, 2]
+    assert f"--resume: no checkpoint in {folder / 'nowhere'}" in output
+    assert "is of a training with --batch 8, not 4" in output
+    return folder
+
+
+def after(folder, name):
+    return ["--resume", str(folder / name / "step-3")]
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@linux
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ddp-2", "fsdp2-2", "tp-2", "fsdp2-tp-4"),
+        *("fsdp2-2-resumed-1", "fsdp2-tp-4-resumed-1", "tp-2-resumed-4"),
+    ],
+)
+def test_ranks_train_as_one_process(folder, name):
+    """In fp64 a gradient's elements, below 0.1, are off by 1e-17. AdamW divides that by 1e-8 at least, so a
+    weight by 1e-9 of the learning rate, 3e-12, in each of 6 steps. 40,000 weights and a gradient of norm 4
+    make of it at most 6 * 200 * 4 * 3e-12 = 1.4e-8 in the loss.
+    """
+    found, expected = rows(folder / name), rows(folder / "1")
+    first = 4 if "resumed" in name else 1
+    assert [row.get("step") for row in found] == [*range(first, 7), None]
+    for row, of in zip(found, expected[first - 1 :], strict=True):
+        assert row.keys() == of.keys()
+        known = {key: value for key, value in of.items() if key != "tokens_per_s"}
+        assert {key: row[key] for key in known} == pytest.approx(known, rel=0, abs=1.4e-8)
+    assert found[-1]["held_out"] != found[-1]["held_out_average"]
+
+
+@linux
+@pytest.mark.timeout(600)
+def test_centring_changes_the_training(folder):
+    """So that the curves above are not equal because it is off."""
+    plain, centred = (rows(folder / name)[5]["loss"] for name in ("1-plain", "1"))
+    assert abs(plain - centred) > 1e-5
+
+
+def test_the_comparison_is_drawn_from_its_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("compare", EXAMPLE / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    results = json.loads((EXAMPLE / "results" / "curves.json").read_text())
+    assert results["curves"].keys() == {**compare.WAYS, **compare.EXACT}.keys()
+    compare.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
