@@ -20,6 +20,7 @@ from fusedcalib.distributed import Place
 from fusedcalib.kernels import launch
 from fusedcalib.recipe import demand_of, merged, recipe_of
 from fusedcalib.row_totals import RowTotals
+from fusedcalib.states import make_state, states_of
 from fusedcalib.tables import Scalars, Slot, build_buckets
 
 from .baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of, step_bytes
@@ -135,8 +136,8 @@ def parts_of(
     for index, kind in enumerate(kind for kind in kinds if params[kind]):
         group, recipe = optimizer.param_groups[index], recipes[index]
         for shard, param in zip(shards[kind], params[kind], strict=True):
-            optimizer._make_state(param, recipe, group)
-            states = optimizer._states(param, recipe)
+            make_state(optimizer.state, optimizer._versions, param, recipe, group)
+            states = states_of(optimizer.state, param, recipe)
             place = _place(shard, layout.mesh)
             slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)
             parts.append(Part(slot, found[shard]))

@@ -71,6 +71,30 @@ class Outcome:
         return torch.stack([count.to(counts[-1].device) for count in counts]).sum().to(torch.int64)
 
 
+def decides_on_device(
+    name: str, groups: Groups, places: set[tuple[str, torch.device]], demand: Demand
+) -> bool:
+    """Whether the device decides the step: where the host would wait, if one device has all of it.
+
+    Args:
+        name: of the optimizer, for errors.
+        groups: its param groups.
+        places: (executor, device) of the parameters to step.
+        demand: what the step is asked for.
+
+    Raises:
+        RuntimeError: `capturable` is asked for where that cannot be.
+    """
+    possible = [executor for executor, _ in places] == ["triton"]
+    if any(group.get("capturable") for group in groups) and places and not possible:
+        found = ", ".join(sorted(f"{device} ({executor})" for executor, device in places))
+        raise RuntimeError(
+            f"{name}: capturable=True needs all parameters on one GPU that Triton supports, but they are on "
+            f"{found}; set capturable=False"
+        )
+    return possible and (demand.remote or demand.measure or demand.scaled or demand.tentative)
+
+
 def norm_dtype(buckets: Sequence[Bucket]) -> torch.dtype:
     """Of the norm of all gradients: fp32 unless parameters are fp64."""
     return torch.float64 if any(bucket.compute == torch.float64 for bucket in buckets) else torch.float32

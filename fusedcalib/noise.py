@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 from zlib import crc32
@@ -139,6 +139,16 @@ def words_of(seed: int, name: str | None, index: int) -> tuple[int, int, int]:
     """
     stream = index if name is None else crc32(name.encode()) | crc32(name[::-1].encode(), 1) << 32
     return stream & 0xFFFFFFFF, seed & 0xFFFFFFFF, (seed >> 32 ^ stream >> 32) & 0xFFFFFFFF
+
+
+def words_for(groups: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[int, int, int]]:
+    """Those of every parameter of some param groups: by its name, else by its place among all."""
+    found: dict[Any, tuple[int, int, int]] = {}
+    for group in groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, param in zip(names, group["params"], strict=True):
+            found[param] = words_of(group["seed"], name, len(found))
+    return found
 
 
 def philox(counter: tuple[Array | int, ...], key: tuple[int, int]) -> tuple[Array, ...]:

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import Options, check_ranges, extras_of, plain, signature_of
-from .checks import STATE_DTYPES, check_group, check_parameter, check_slots, describe, warn_of_flat
-from .control import Outcome, Work
-from .distributed import is_spread, like, local_of, place_of
+from .checks import check_group, check_parameter, check_slots, describe, warn_of_flat
+from .control import Outcome, Work, decides_on_device
+from .distributed import is_spread, local_of, place_of
 from .executors import choose
 from .mirror import capturing
-from .noise import words_of
-from .plan import Plan, Versions
+from .noise import words_for
+from .plan import Plan
 from .recipe import Demand, Recipe, Rule, demand_of, merged, recipe_of
 from .row_factors import row_factors_of
+from .states import Versions, make_state, state_dtype, states_of
 from .tables import Executor, Slot
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ else:
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
-# Of a parameter's average; else fp32.
-AVERAGE_DTYPES = {d: d for d in (torch.float64, torch.complex64, torch.complex128)}
 BACKENDS = ("auto", "triton", "numba", "eager")
 
 
@@ -189,7 +188,7 @@ class FusedOptimizer(Optimizer):
             for name, value in saved["state"].get(key, {}).items():
                 if name == "step" or not isinstance(value, Tensor):
                     continue
-                loaded, dtype = self.state[param][name], self._state_dtype(groups[param], name, param)
+                loaded, dtype = self.state[param][name], state_dtype(groups[param], name, param)
                 wider = torch.promote_types(loaded.dtype, value.dtype)
                 dtype = dtype or wider
                 if dtype != loaded.dtype:
@@ -287,19 +286,21 @@ class FusedOptimizer(Optimizer):
             by_rows = [param for group, _, param in live if asked[group].flags.by_rows]
             self._warned = warn_of_flat(type(self).__name__, by_rows)
         executors = [self._executor(param) for _, _, param in live]
-        on_device = self._decides_on_device(live, executors, demand)
+        places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
+        on_device = decides_on_device(type(self).__name__, self.param_groups, places, demand)
         recipes = [
             replace(r, flags=r.flags._replace(skips=on_device and demand.tentative)) for r in merged(asked)
         ]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [
-            self._make_state(param, recipes[group], self.param_groups[group]) for group, _, param in live
+            make_state(self.state, self._versions, param, recipes[group], self.param_groups[group])
+            for group, _, param in live
         ]
-        words = self._words()
+        words = words_for(self.param_groups)
         slots = [
             Slot(
                 param,
-                self._states(param, recipes[group]),
+                states_of(self.state, param, recipes[group]),
                 group,
                 recipes[group],
                 executor,
@@ -311,27 +312,6 @@ class FusedOptimizer(Optimizer):
         ]
         work = Work(slots, fresh, self.param_groups, self.state, recipes, demand, self._outcome)
         return Plan(work, asked, on_device, self._versions)
-
-    def _decides_on_device(self, live: list[Any], executors: list[Executor], demand: Demand) -> bool:
-        """Whether the device decides the step: where the host would wait, if one device has all of it."""
-        places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
-        possible = [name for name, _ in places] == ["triton"]
-        if any(group.get("capturable") for group in self.param_groups) and places and not possible:
-            found = ", ".join(sorted(f"{device} ({name})" for name, device in places))
-            raise RuntimeError(
-                f"{type(self).__name__}: capturable=True needs all parameters on one GPU that Triton "
-                f"supports, but they are on {found}; set capturable=False"
-            )
-        return possible and (demand.remote or demand.measure or demand.scaled or demand.tentative)
-
-    def _words(self) -> dict[Tensor, tuple[int, int, int]]:
-        """Stream and key of every parameter's noise: by its name, else by its place among all."""
-        found: dict[Tensor, tuple[int, int, int]] = {}
-        for group in self.param_groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, param in zip(names, group["params"], strict=True):
-                found[param] = words_of(group["seed"], name, len(found))
-        return found
 
     def _factors(self, param: Tensor) -> Tensor | None:
         """Of the rows of its gradient, to be multiplied here."""
@@ -355,38 +335,6 @@ class FusedOptimizer(Optimizer):
             for index, param in enumerate(options["params"]):
                 if param.grad is not None:
                     yield group, index, param
-
-    def _make_state(self, param: Tensor, recipe: Recipe, group: dict[str, Any]) -> bool:
-        """Makes the state that is missing; returns whether all of it was."""
-        rule = recipe.rule
-        if not recipe.states and not recipe.counts:
-            return True
-        entry = self.state[param]
-        missing = [name for name in recipe.own_states if entry.get(name) is None]
-        fresh = len(missing) == len(recipe.own_states)
-        if recipe.counts and "step" not in entry:
-            # Noise that is switched on late begins to count where a rule that does not would stand.
-            entry["step"] = torch.tensor(0.0 if fresh or rule.counts else 1.0, dtype=torch.float32)
-        if rule.product and rule.product[0] not in entry:
-            entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
-        for name in missing:
-            value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
-            dtype = self._state_dtype(group, name, param) or param.dtype
-            entry[name] = like(param, self._versions.new_state(param, value, dtype))
-        if recipe.flags.ema and entry.get("ema") is None:
-            dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)
-            average = self._versions.new_state(param, 0.0, dtype)
-            entry["ema"] = like(param, average.copy_(local_of(param)))
-        return fresh
-
-    def _state_dtype(self, group: dict[str, Any], name: str, param: Tensor) -> torch.dtype | None:
-        """The dtype that a group asks for, for a state; None where it does not."""
-        if name == "ema" or param.is_complex():
-            return None
-        return STATE_DTYPES[group["state_dtype"]]
-
-    def _states(self, param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-        return tuple(local_of(self.state[param][name]) for name in recipe.states)
 
     # -- what a step leaves -------------------------------------------------------------------
 
@@ -414,6 +362,8 @@ class FusedOptimizer(Optimizer):
 
         Parameters that have no average, having had no gradient or group without `ema_decay`, stay. Takes the
         memory of a copy of the parameters. Buffers, as the statistics of batch norm, are not averaged.
+        FSDP2 must not keep parameters gathered from one forward pass to the next: give the root
+        `reshard_after_forward=True`, or call `model.reshard()` before and after.
 
         Raises:
             RuntimeError: no parameter has an average, or within another `ema_weights()`.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .control import HostControl, Work
-from .distributed import local_of
 from .recipe import Demand, Recipe
 from .row_totals import RowTotals
-from .tables import Scalars, Slot, build_buckets
+from .states import Versions
+from .tables import Scalars, build_buckets
 from .watch import Watch
 
 
@@ -87,35 +87,3 @@ class Plan:
             self._totals.add_up()
             launches += sum(bucket.key.executor.run(bucket, "finish") for bucket in split)
         return launches
-
-
-class Versions:
-    """One version counter for all states that an optimizer makes on a device.
-
-    Autograd must be told of every tensor that a kernel writes; so it is told of all states at once.
-    """
-
-    def __init__(self) -> None:
-        self._anchors: dict[torch.device, Tensor] = {}
-
-    def new_state(self, param: Tensor, value: float, dtype: torch.dtype) -> Tensor:
-        """A state like the parameter's local part, in memory of its own, filled with a value."""
-        local = local_of(param)
-        if param.device not in self._anchors:
-            with torch.inference_mode(False):
-                self._anchors[param.device] = torch.empty(0, device=param.device)
-        state = self._anchors[param.device].detach()
-        fill = complex(value, value) if param.is_complex() else value  # as torch.optim
-        state.data = torch.full_like(
-            local, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
-        return state
-
-    def to_count(self, slots: list[Slot]) -> list[Tensor]:
-        """The tensors whose counters a step must count up: one of those that share one."""
-        states = [t for slot in slots for t in slot.states]
-        before = [t._version for t in states]
-        anchors = list(self._anchors.values())
-        torch.autograd.graph.increment_version(anchors)
-        own = [t for t, version in zip(states, before, strict=True) if t._version == version]
-        return [*anchors, *own, *(slot.param for slot in slots)]

@@ -9,6 +9,7 @@ from ..kernels.ops import divide, sqrt
 from ..numbers import Group
 from ..optimizer import FusedOptimizer
 from ..recipe import Rule, epsilons, recipe_of
+from ..states import make_state
 
 
 @jit
@@ -68,5 +69,5 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         for group in self.param_groups:
             self._check(group)
             for param in group["params"]:
-                self._make_state(param, recipe_of(self.rule, group), group)
+                make_state(self.state, self._versions, param, recipe_of(self.rule, group), group)
         super().share_memory()
