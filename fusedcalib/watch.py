@@ -23,6 +23,7 @@ from .distributed import is_spread, local_of
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 _shape_of = attrgetter("shape")
+_is_sparse_of = attrgetter("is_sparse")
 _dtype_of = attrgetter("dtype")
 _END = (object(),)  # so that a list that grew or shrank is not taken for its beginning
 
@@ -50,6 +51,8 @@ class Watch:
         self._grads = _weak(grads)
         self._geometry = _geometry(self._local(self._live), grads)
         self.grad_pointers = list(map(Tensor.data_ptr, grads))
+        conjugates = (Tensor.is_conj,) if any(map(Tensor.is_complex, grads)) else ()
+        self._lazy = (_is_sparse_of, Tensor.is_neg, *conjugates)
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether the plan may be used; if so `grad_pointers` is up to date afterwards."""
@@ -76,7 +79,7 @@ class Watch:
             return False
         grads = self._local(grads)
         same = _same([grad() for grad in self._grads], [*grads, *_END])
-        if not same and not all(map(_is_plain, grads)):
+        if not same and not _are_plain(grads, self._lazy):
             return False
         pointers = list(map(Tensor.data_ptr, grads))
         if not same or pointers != self.grad_pointers:
@@ -97,11 +100,12 @@ def _same(now: Iterable[Any], then: list[Any]) -> bool:
 
 
 def _geometry(params: list[Tensor], grads: list[Tensor]) -> list[Any]:
-    """Shapes, strides and dtypes: asked where gradients are new, for the parameters too."""
-    both = params + grads
-    return [*map(_shape_of, both), *map(Tensor.stride, both), *map(_dtype_of, both)]
+    """Shapes, strides and dtypes, asked where gradients are new: torch gives none of another shape or dtype
+    than its parameter, of which that leaves the strides."""
+    strides = map(Tensor.stride, params + grads)
+    return [*map(_shape_of, grads), *strides, *map(_dtype_of, grads)]
 
 
-def _is_plain(grad: Tensor) -> bool:
+def _are_plain(grads: list[Tensor], lazy: Sequence[Any]) -> bool:
     """Whether memory holds the very values: a lazy negation or conjugate would have to be undone."""
-    return type(grad) is Tensor and not (grad.is_sparse or grad.is_neg() or grad.is_conj())
+    return {*map(type, grads)} == {Tensor} and not any(any(map(is_lazy, grads)) for is_lazy in lazy)
