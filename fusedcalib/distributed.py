@@ -32,6 +32,16 @@ def like(param: Tensor, local: Tensor) -> Tensor:
     )
 
 
+def redistribute_gradient(param: Tensor) -> bool:
+    """Lays the gradient of a DTensor out as the parameter is, by a collective; whether it was otherwise."""
+    grad: Any = param.grad
+    spread: Any = param
+    if not (is_spread(param) and is_spread(grad)) or grad.placements == spread.placements:
+        return False
+    param.grad = grad.redistribute(spread.device_mesh, spread.placements)
+    return True
+
+
 class Place(NamedTuple):
     """Where in a parameter the part of it lies that is here.
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .arguments import Options, check_ranges, extras_of, plain, signature_of
 from .checks import check_group, check_parameter, check_slots, describe, warn_of_flat
 from .control import Outcome, Work, decides_on_device
-from .distributed import is_spread, local_of, place_of
+from .distributed import is_spread, local_of, place_of, redistribute_gradient
 from .executors import choose
 from .mirror import capturing
 from .noise import words_for
@@ -130,6 +130,7 @@ class FusedOptimizer(Optimizer):
         self._versions = Versions()
         self._outcome = Outcome()
         self._swapped = self._warned = False
+        self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
 
     def _tell_scaler(self) -> None:
         """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
@@ -230,6 +231,8 @@ class FusedOptimizer(Optimizer):
         demand = demand_of(self.param_groups, *self._scaling())
         recipes = [recipe_of(self.rule, group, demand) for group in self.param_groups]
         captured = capturing()
+        for param in self._misplaced:
+            redistribute_gradient(param)
         if self._plan is None or not self._plan.holds(recipes, demand, self.param_groups, self.state):
             if captured:
                 raise RuntimeError(
@@ -279,6 +282,7 @@ class FusedOptimizer(Optimizer):
     def _lay_out(self, asked: list[Recipe], demand: Demand) -> Plan:
         """Checks everything, then makes missing state, then plans."""
         live = list(self._live())
+        self._misplaced += [param for _, _, param in live if redistribute_gradient(param)]
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, asked[group], self.state.get(param, {}))

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,6 +193,29 @@ def scaler(rank: int) -> dict[str, Any]:
         dist.all_gather_object(told, (moved, int(optimizer.skipped_steps)))
         found[way] = told
     return found
+
+
+def embedded(ranks: int) -> dict[str, float]:
+    """A RowwiseParallel embedding, whose gradient every rank has whole; and how often a step was laid out."""
+    distances, plans = [], set()
+    models = [torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2)).double() for _ in "ab"]
+    models[1].load_state_dict(models[0].state_dict())
+    whole = Replicate()
+    plan = {"0": RowwiseParallel(input_layouts=whole, output_layouts=whole), "1": ColwiseParallel()}
+    parallelize_module(models[1], init_device_mesh("cpu", (ranks,)), plan)
+    optimizers = [fusedcalib.AdamW(model.parameters(), **OPTIONS) for model in models]
+    for _ in range(5):
+        tokens = torch.randint(10, (6,))
+        for model, optimizer, part in zip(models, optimizers, (slice(None), dist.get_rank()), strict=True):
+            optimizer.zero_grad()
+            out = model(tokens)
+            weights = torch.tensor([[1.0], [2.0]], dtype=torch.float64)  # of the columns of the output
+            (out * weights[part].view(1, -1)).square().sum().backward()
+            optimizer.step()
+        plans.add(id(optimizers[1]._plan))
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        distances.append((full(p) - full(q)).abs().max().item())
+    return {"error": max(distances), "plans": len(plans)}
 
 
 def virtual(rank: int, ranks: int) -> dict[str, float]:

@@ -126,6 +126,7 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     found = {"trials": trials(ranks), "models": models}
     if ranks == 2:
         found["virtual layers"] = distributed_models.virtual(rank, ranks)
+        found["embedded"] = distributed_models.embedded(ranks)
         found["long"] = distributed_models.long(ranks)
         found["scaler"] = distributed_models.scaler(rank)
     if rank == 0:

@@ -68,6 +68,13 @@ def test_models_and_their_checkpoints(results, ranks, count):
     assert len(found) == count
 
 
+def test_a_gradient_that_is_laid_out_otherwise_than_its_parameter(results):
+    """Is laid out anew at every step, which is planned once all the same."""
+    case = results[2]["embedded"]
+    assert case["error"] < 1e-12
+    assert case["plans"] == 1
+
+
 def test_virtual_layers_average_squares_over_ranks(results):
     """Three steps in fp64: sums in another order, all numbers of about 1."""
     case = results[2]["virtual layers"]
