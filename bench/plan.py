@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.plot:
             from . import plan_plot
 
-            plan_plot.draw(results, options.plot)
+            plan_plot.draw(results, title(results), options.plot)
     except ImportError as error:
         print(f"fusedcalib plan: --plot needs {error.name}: pip install {error.name}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import plan, plots
+from . import plots
 from .baselines import METHODS
 
 Results = dict[str, Any]
@@ -22,7 +22,7 @@ LINES = {
 }
 
 
-def draw(results: Results, path: Path) -> Path:
+def draw(results: Results, title: str, path: Path) -> Path:
     """Both axes are logarithmic; the dotted line is what the memory alone would take."""
     with mpl.rc_context(plots.STYLE):
         figure = Figure(figsize=(9.5, 4.6))
@@ -30,13 +30,13 @@ def draw(results: Results, path: Path) -> Path:
         sizes = [found["gpus"] for found in results["plans"]]
         for name, (colour, style) in LINES.items():
             if times := _milliseconds(results, name, "total"):
-                title = METHODS[name].title
-                axes.plot(sizes, times, style, color=colour, marker="o", linewidth=2.2, label=title)
+                label = METHODS[name].title
+                axes.plot(sizes, times, style, color=colour, marker="o", linewidth=2.2, label=label)
         floor = _milliseconds(results, "own_plain", "memory")
         axes.plot(sizes, floor, ":", color=plots.SOFT, linewidth=1.6, label="fusedcalib, memory alone")
         _axes(axes, sizes)
         axes.legend(frameon=False, fontsize=10, loc="best")
-        subtitle = f"{plan.title(results)}\nOn paper: no GPU was measured"
+        subtitle = f"{title}\nOn paper: no GPU was measured"
         plots.heading(figure, headline(results), subtitle)
         figure.savefig(path, bbox_inches="tight")
     return path

@@ -86,7 +86,7 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], la
     parts, measures = parts_of(method, subject, dtypes, found, layout)
     slots = [part.slot for part in parts]
     totals = RowTotals(slots)
-    buckets = build_buckets(slots, Scalars(), totals=totals)
+    buckets = build_buckets(slots, Scalars(), totals=totals.parts)
     moved = launches = 0
     for bucket in buckets:
         flags = bucket.key.recipe.flags
@@ -102,7 +102,9 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], la
     if measures:  # a launch for each list of tiles; over ranks one more, which decides
         launches += len(buckets) + bool(mesh.ndim)
         collectives += [Collective(over, SQUARES) for over, _ in mesh.dims]
-    of_rows = [(part.alike, rows) for i, part in enumerate(parts) if (rows := totals.of(i)) is not None]
+    of_rows = [
+        (part.alike, rows) for i, part in enumerate(parts) if (rows := totals.parts.get(i)) is not None
+    ]
     if of_rows:
         collectives.append(
             Collective("tp", sum(alike * t.numel() * t.element_size() for alike, t in of_rows))

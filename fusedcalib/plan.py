@@ -32,7 +32,8 @@ class Plan:
         self._asked = asked
         scalars = Scalars()
         self._totals = RowTotals(work.slots)
-        self.buckets = build_buckets(work.slots, scalars, on_device and work.demand.remote, self._totals)
+        capturable = on_device and work.demand.remote
+        self.buckets = build_buckets(work.slots, scalars, capturable, self._totals.parts)
         self.control: Any
         if on_device and self.buckets:
             from .gpu_control import DeviceControl

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 from weakref import ref
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+
+class Planner(Protocol):
+    """What has to lay its step out anew where factors come, go or move."""
+
+    _plan: Any
 
 
 class RowFactors:
@@ -24,7 +27,7 @@ class RowFactors:
         used: whether a gradient that they belong to waits for the step.
     """
 
-    def __init__(self, values: Tensor, optimizer: FusedOptimizer) -> None:
+    def __init__(self, values: Tensor, optimizer: Planner) -> None:
         self.values = values
         self.optimizer = ref(optimizer)
         self.used = False

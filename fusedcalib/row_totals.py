@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed import local_of, summed
-
-if TYPE_CHECKING:
-    from .tables import Slot
+from .tables import Slot
 
 
 class RowTotals:
@@ -24,6 +22,7 @@ class RowTotals:
 
     Attributes:
         centred, projected: whether means, and norms, of such rows are asked for.
+        parts: fp64 [rows], of those slots whose rows are not whole, by the slot's number.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
@@ -39,18 +38,14 @@ class RowTotals:
         self.centred = any(f.centralize != "none" for f in flags)
         self.projected = any(f.project for f in flags)
         self._packs: list[tuple[Tensor, Any, tuple[int, ...]]] = []
-        self._parts: dict[int, Tensor] = {}
+        self.parts: dict[int, Tensor] = {}
         for (mesh, across, device), members in found.items():
             pack = torch.zeros(sum(rows for _, rows in members), dtype=torch.float64, device=device)
             self._packs.append((pack, mesh, across))
             parts = torch.split(pack, [rows for _, rows in members])
-            self._parts |= {index: part for (index, _), part in zip(members, parts, strict=True)}
+            self.parts |= {index: part for (index, _), part in zip(members, parts, strict=True)}
         # No kernel writes these: what the sum over ranks left there must not be counted again.
-        self._idle = [part for i, part in self._parts.items() if not local_of(slots[i].param).numel()]
-
-    def of(self, index: int) -> Tensor | None:
-        """fp64 [rows], of the slot with this number; None if its rows are whole."""
-        return self._parts.get(index)
+        self._idle = [part for i, part in self.parts.items() if not local_of(slots[i].param).numel()]
 
     def add_up(self) -> None:
         """Over ranks, in place: one collective for each dimension of a mesh over which rows are split."""

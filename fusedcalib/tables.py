@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +15,6 @@ from torch import Tensor
 from .distributed import Place, local_of
 from .layout import Layout, layout_of
 from .recipe import Recipe
-from .row_totals import RowTotals
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -180,10 +180,12 @@ class Bucket:
 
 
 def build_buckets(
-    slots: Sequence[Slot], shared: Scalars, capturable: bool = False, totals: RowTotals | None = None
+    slots: Sequence[Slot],
+    shared: Scalars,
+    capturable: bool = False,
+    totals: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Bucket]:
-    """Sorts slots into launches and lays each launch out."""
-    totals = totals or RowTotals(slots)
+    """Sorts slots into launches and lays each launch out. `totals`: of RowTotals."""
     members: dict[Key, list[tuple[int, Array, Array]]] = {}
     for index, slot in enumerate(slots):
         tensors = slot.tensors()
@@ -191,7 +193,7 @@ def build_buckets(
         if param.numel() == 0:
             continue
         columns = param.numel() // param.shape[0] if param.ndim else 1
-        recipe, split = slot.compiled(), totals.of(index)
+        recipe, split = slot.compiled(), totals.get(index)
         by_rows = recipe.flags.by_rows or slot.factors is not None
         place = slot.place or Place(0, columns)
         # Rows whose elements are not numbered on from one to the next must be told apart.
@@ -224,7 +226,7 @@ def build_buckets(
             np.concatenate([tiles for _, _, tiles in rows]),
             shared,
             capturable,
-            [totals.of(index) for index, _, _ in rows],
+            [totals.get(index) for index, _, _ in rows],
         )
         for key, rows in members.items()
     ]

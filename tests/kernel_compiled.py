@@ -18,6 +18,7 @@ from fusedcalib.distributed import Place
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.control import control_kernel, norm_kernel
 from fusedcalib.recipe import demand_of, recipe_of
+from fusedcalib.row_totals import RowTotals
 from fusedcalib.scalars import scalars_of, shape_of, tape_of
 from fusedcalib.tables import Scalars, Slot, build_buckets
 
@@ -58,7 +59,7 @@ def spec_of(config: Config) -> launch.Spec:
     place = Place(0, 8 * p.shape[-1], mesh="eight", across=(0,)) if config.slicing == "ranks" else None
     factors = torch.ones(p.shape[0]) if config.slicing == "factors" else None
     slot = Slot(param, states, 0, recipe, gpu.EXECUTOR, place=place, factors=factors)
-    (bucket,) = build_buckets([slot], scalars)
+    (bucket,) = build_buckets([slot], scalars, totals=RowTotals([slot]).parts)
     return gpu.spec_of(bucket)
 
 

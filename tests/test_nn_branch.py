@@ -12,7 +12,7 @@ from torch import nn
 from fusedcalib import reference
 from fusedcalib.kernels import branch as kernels
 from fusedcalib.kernels.launch import OPTIONS, dtype_of
-from fusedcalib.nn import CSGD, branch, branch_step
+from fusedcalib.nn import CSGD, branch, branch_step, branch_tables
 
 F64 = torch.float64
 SIGNS = ("descent", "literal")
@@ -175,7 +175,7 @@ def test_what_a_step_is_told(backend, given, moves):
     before = [R.detach().clone() for R in found]
     expected = [expected_of(R, 0.1, scale=given.get("scale", 1.0)) if moves else R.detach() for R in found]
     with torch.no_grad():
-        plan.run(groups, branch.Given(**tensors, check=given.get("check", False)))
+        plan.run(groups, branch_tables.Given(**tensors, check=given.get("check", False)))
     near(found, expected)
     assert moves or all(map(torch.equal, found, before))
 

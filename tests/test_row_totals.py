@@ -49,7 +49,7 @@ class Rank:
         scalars = Scalars()
         scalars.set([scalars_of(recipe, group, 1.0)])
         self.totals = RowTotals([slot])
-        (self.bucket,) = build_buckets([slot], scalars, totals=self.totals)
+        (self.bucket,) = build_buckets([slot], scalars, totals=self.totals.parts)
 
     def run(self, part: str) -> torch.Tensor:
         """Runs it; the totals of the rows."""

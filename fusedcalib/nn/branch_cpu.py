@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
@@ -13,9 +13,7 @@ from numba import njit
 
 from ..cpu_memory import INNER, Memory, words_at
 from ..kernels.branch import FIELDS
-
-if TYPE_CHECKING:
-    from .branch import Bucket, Given, Groups
+from .branch_tables import Bucket, Given, Groups
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,7 @@ from ..kernels.branch import launch_branches
 from ..kernels.launch import dtype_of
 from ..mirror import Mirror, capturing
 from ..numbers import is_remote, number_of
-
-if TYPE_CHECKING:
-    from .branch import Bucket, Given, Groups
+from .branch_tables import Bucket, Given, Groups
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:

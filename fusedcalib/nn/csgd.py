@@ -15,7 +15,8 @@ from ..noise import WeightNoise
 from ..optimizer import FusedOptimizer, ParamsT
 from ..recipe import recipe_of
 from ..rules.sgd import SGD
-from .branch import SIGNS, BranchPlan, Given
+from .branch import BranchPlan
+from .branch_tables import SIGNS, Given
 from .calib import CalibConv2d
 
 if TYPE_CHECKING:
