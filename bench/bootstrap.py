@@ -31,7 +31,8 @@ DEBIAN = "on Debian and Ubuntu: apt install python3-venv"
 CORE = {"torch": (2, 11), "numpy": (1,)} | ({"triton": (3, 6)} if sys.platform == "linux" else {})
 ALSO = {"triton": ("triton-rocm", "pytorch-triton-rocm")}
 EXTRAS = (
-    "numpy numba rich matplotlib scikit-learn pytest pytest-benchmark pytest-timeout hypothesis expecttest"
+    "numpy numba rich matplotlib scikit-learn "
+    "pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis expecttest"
 )
 # For tests alone, which are skipped without: 61 MB, about ten seconds.
 FRAMEWORKS = ["accelerate>=1.15", "pytorch-lightning>=2.6"]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import bootstrap
 
 OPTIONAL = ("numba", "scikit-learn", "hypothesis", "expecttest", "pytest-timeout", "pytest-benchmark")
-OPTIONAL += ("accelerate", "pytorch-lightning")
+OPTIONAL += ("accelerate", "pytorch-lightning", "pytest-xdist")
 SELECTED = {"plain": "not interpreted", "interpreted": "interpreted"}
 NONE_COLLECTED = 5  # pytest's exit code
 
@@ -31,12 +31,13 @@ def work(arguments: list[str]) -> int:
         print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
     color = ["--color=yes"] if sys.stdout.isatty() else []
     command = [python, "-m", "pytest", *color, *plugin_options(lacking), *arguments]
+    spread = [] if "pytest-xdist" in lacking or arguments else ["-n2", "--dist=loadfile"]
     modes = list(SELECTED)
     if sys.platform != "linux" or bootstrap.gpu():
         print("no interpreted run: on a GPU the kernels run compiled, and only Linux has Triton")
         modes.remove("interpreted")
     with tempfile.TemporaryDirectory() as folder:
-        codes = run(modes, command, variables, Path(folder))
+        codes = run(modes, command, variables, Path(folder), spread)
         outcomes = [outcome for mode in modes for outcome in read(Path(folder, f"{mode}.xml"))]
     code, line = verdict(codes, outcomes)
     print(line, flush=True)
@@ -52,8 +53,14 @@ def plugin_options(lacking: list[str]) -> list[str]:
     return ["-o", "addopts=" + addopts[1].replace("--benchmark-disable", "")]
 
 
-def run(modes: list[str], command: list[str], variables: dict[str, str], folder: Path) -> list[int]:
-    """The exit codes of pytest in each mode; both modes at the same time if there are two cores."""
+def run(
+    modes: list[str], command: list[str], variables: dict[str, str], folder: Path, spread: list[str]
+) -> list[int]:
+    """The exit codes of pytest in each mode; both modes at the same time if there are two cores.
+
+    The plain run is then the longer one: with the options `spread` it goes over two processes, so that the
+    other core is not idle when the interpreted one has ended.
+    """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     together = 1 < len(modes) <= cores
     processes = {}
@@ -61,7 +68,8 @@ def run(modes: list[str], command: list[str], variables: dict[str, str], folder:
         for mode in modes:
             # The interpreter is NumPy and Python, and has no use for more than one thread.
             threads = 1 if mode == "interpreted" else cores - together
-            processes[mode] = start(mode, command, threaded(variables, threads), folder)
+            more = spread if mode == "plain" and together else []
+            processes[mode] = start(mode, [*command, *more], threaded(variables, threads), folder)
             if not together:
                 show(mode, processes[mode], folder)
         for mode in modes if together else []:

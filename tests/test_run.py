@@ -79,7 +79,7 @@ def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, argum
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
     monkeypatch.setattr(bootstrap, "gpu", lambda: gpu)
-    monkeypatch.setattr(bootstrap, "missing", lambda *names: ["pytest-benchmark"])
+    monkeypatch.setattr(bootstrap, "missing", lambda *names: ["pytest-benchmark", "pytest-xdist"])
     monkeypatch.setattr(
         bootstrap,
         "prepare",
