@@ -1,0 +1,253 @@
+"""Every kernel of a step on a model, compiled for a GPU that need not be there, and what it would take of it.
+
+The engine itself lays the step out, on parameters without memory: what is compiled here is what it compiles.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import starmap
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fusedcalib
+from fusedcalib import gpu
+from fusedcalib.kernels import launch
+from fusedcalib.scalars import scalars_of, shape_of, tape_of
+from fusedcalib.tables import Bucket, Scalars, build_buckets
+
+from . import layouts, static, static_costs
+from .architectures import Model, Param
+from .baselines import SUBJECTS
+from .case import DTYPES
+from .plan_costs import GPUS, Gpu
+from .plan_steps import Laid, parts_of
+from .traffic import Traffic, traffic
+
+Results = dict[str, Any]
+ALONE = layouts.Layout(1, 1, 1)
+WORKERS = 2
+FEW = 3  # cases, which this process compiles itself
+
+# What can be switched on around a rule, as an optimizer takes it.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "l1": {"l1": 1e-3},
+    "centralize": {"centralize": True},
+    "centralize_update": {"centralize": "update"},
+    "max_row_norm": {"max_row_norm": 1.0},
+    "noise": {"noise": fusedcalib.GradientNoise(0.01)},
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "skip_nonfinite": {"skip_nonfinite": True},
+    "ema": {"ema_decay": 0.999},
+    "stochastic_rounding": {"stochastic_rounding": True},
+    "capturable": {"capturable": True},
+}
+EVERYTHING = tuple(name for name in OPTIONS if name not in ("centralize_update", "capturable"))
+
+# A tensor of every row class: what kernels/launch.py can choose between.
+CLASSES = Model(
+    "row-classes",
+    (
+        *(Param(f"rows-of-{n}.weight", (2**22 // n, n)) for n in (64, 256, 1024, 4096, 8192, 32_768)),
+        Param("rows-of-131072.weight", (32, 131_072)),
+        Param("rows-of-1023.weight", (4096, 1023)),  # unaligned
+        Param("bias", (4096,)),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compiled: an optimizer of SUBJECTS with these of OPTIONS, in storage of DTYPES."""
+
+    optimizer: str = "AdamW"
+    options: tuple[str, ...] = ()
+    dtypes: str = "fp32"
+
+    @property
+    def title(self) -> str:
+        return ", ".join((self.optimizer, self.dtypes, *self.options))
+
+    def chosen(self) -> dict[str, Any]:
+        """Options for the optimizer."""
+        found = dict(SUBJECTS[self.optimizer].options)
+        for name in self.options:
+            found |= OPTIONS[name]
+        return found
+
+
+class Variant(NamedTuple):
+    """One kernel of a step; a launch each.
+
+    Attributes:
+        kernel: of launch.KERNELS, "norm" or "control".
+        spec: what is compiled of the bucket; None for control.
+        tensors, elements: of the model that it serves.
+        lanes: elements of all its tiles, those that no tensor has among them.
+    """
+
+    kernel: str
+    spec: launch.Spec | None
+    decision: launch.Decision
+    tensors: int = 0
+    elements: int = 0
+    lanes: int = 0
+
+
+def variants(case: Case, model: Model) -> list[Variant]:
+    """All kernels of a step, in the order of their launches.
+
+    Raises:
+        ValueError: the optimizer does not take these options.
+    """
+    found = layouts.shards(model, ALONE)
+    laid = parts_of(SUBJECTS[case.optimizer].cls, case.chosen(), DTYPES[case.dtypes], found, ALONE)
+    scalars = Scalars()
+    slots = [part.slot for part in laid.parts]
+    group = laid.groups[0]
+    scalars.set([scalars_of(slots[0].recipe, group, 1.0)])
+    tape = tape_of(slots[0].recipe.rule, shape_of(group))
+    check = any(group["skip_nonfinite"] for group in laid.groups)
+    decision = launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
+    buckets = build_buckets(slots, scalars)
+    before, steps = [], []
+    for bucket in buckets:
+        spec = gpu.spec_of(bucket)
+        served = _served(laid, bucket)
+        if laid.measures:
+            before.append(Variant("norm", spec, decision, *served, _lanes(laid, bucket, _norm_tile(spec))))
+        for kernel in launch.parts_of(spec.tile, spec.flags):
+            steps.append(Variant(kernel, spec, decision, *served, _lanes(laid, bucket, spec.built)))
+    if laid.decides and not laid.measures:
+        before.append(Variant("control", None, decision))
+    return [*before, *steps]
+
+
+def _served(laid: Laid, bucket: Bucket) -> tuple[int, int]:
+    mine = [laid.parts[i] for i in bucket.indices]
+    return sum(part.alike for part in mine), sum(part.size for part in mine)
+
+
+def _norm_tile(spec: launch.Spec) -> launch.Tile:
+    constants = launch.norm_constants(spec)
+    return launch.Tile(*(constants[name] for name in ("R", "C", "num_warps", "REDUCTION")))
+
+
+def _lanes(laid: Laid, bucket: Bucket, tile: launch.Tile) -> int:
+    """Elements of all tiles that the programs walk."""
+    first = len(bucket.key.dtypes)
+    rows, columns = bucket.table[:, first], bucket.table[:, first + 1]
+    of_each = -(-rows // tile.rows) * -(-columns // tile.columns) * tile.rows * tile.columns
+    return int(of_each @ np.array([laid.parts[i].alike for i in bucket.indices]))
+
+
+# -- compiled
+
+
+def profile(cases: Sequence[Case], model: Model, gpu_name: str, workers: int = WORKERS) -> Results:
+    """The static profile of steps on a model: numbers in bytes, seconds and instructions of a lane.
+
+    Raises:
+        ValueError: an optimizer does not take the options of its case.
+    """
+    import triton
+
+    tasks = [(case, model, gpu_name) for case in cases]
+    if len(cases) <= FEW or workers < 2 or (os.cpu_count() or 1) < 2:
+        profiles = list(starmap(profile_case, tasks))
+    else:  # another process each: the compiler holds the interpreter
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            profiles = list(pool.map(profile_case, *zip(*tasks, strict=True)))
+    return {
+        "schema": 1,
+        "model": model.name,
+        "params": model.count,
+        "tensors": len(model.params),
+        "gpu": GPUS[gpu_name]._asdict(),
+        "triton": triton.__version__,
+        "cases": profiles,
+    }
+
+
+def profile_case(case: Case, model: Model, gpu_name: str) -> Results:
+    """One step: its kernels, and its totals."""
+    device = GPUS[gpu_name]
+    kernels = [_measured(variant, device) for variant in variants(case, model)]
+    seconds = {name: sum(kernel["seconds"][name] for kernel in kernels) for name in ("memory", "issue", "bound")}
+    moved = sum(kernel["moved"] for kernel in kernels)
+    return {
+        "optimizer": case.optimizer,
+        "options": list(case.options),
+        "dtypes": case.dtypes,
+        "kernels": kernels,
+        "launches": len(kernels),
+        "moved": moved,
+        "moved_per_param": moved / model.count,
+        "seconds": seconds,
+    }
+
+
+def _measured(variant: Variant, device: Gpu) -> Results:
+    """What one kernel takes."""
+    built = compiled(variant, device.target)
+    used = static.usage(built)
+    spec = variant.spec
+    if spec is None:
+        moves, per_element = Traffic(0, 0), 0.0
+        warps, about = 4, "one program"
+    else:
+        sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.dtypes]
+        moves = traffic(variant.kernel, spec.flags, sizes, built.built.reduction == "loop")
+        counted = built
+        if variant.kernel == "norm":  # the last program alone decides
+            counted = static.compiled_norm(spec, variant.decision, device.target, decide=False)
+        per_element = len(static.instructions(counted)) / counted.elements
+        warps, about = built.built.warps, tile_text(spec, built.built)
+    room = static_costs.occupancy(device.target, used.registers, warps, built.shared)
+    moved = moves.memory * variant.elements
+    time = static_costs.bound(device, moved, per_element * variant.lanes)
+    widths = set(built.accesses("ld")) | set(built.accesses("st"))
+    needed = zip(("ld", "st"), moves.accessed, strict=True)
+    narrowest = [width for width in (built.narrowest(kind, n) for kind, n in needed) if width]
+    return {
+        "kernel": variant.kernel,
+        "tile": about,
+        "tensors": variant.tensors,
+        "elements": variant.elements,
+        "lanes": variant.lanes,
+        "registers": used.registers,
+        "spilled": used.stack,
+        "shared": built.shared,
+        "occupancy": {"warps": room.warps, "most": room.most, "limit": room.limit},
+        "widest": max(widths) if narrowest else None,
+        "narrowest": min(narrowest) if narrowest else None,
+        "bytes": moves.memory,
+        "instructions": round(per_element, 2),
+        "moved": moved,
+        "seconds": {"memory": time.memory, "issue": time.issue, "bound": time.seconds},
+        "bound": time.by,
+    }
+
+
+def compiled(variant: Variant, target: str) -> static.Compiled:
+    """One kernel for a target."""
+    if variant.spec is None:
+        return static.compiled_control(variant.decision, target)
+    if variant.kernel == "norm":
+        return static.compiled_norm(variant.spec, variant.decision, target)
+    return static.compiled_for(variant.spec, target, variant.kernel)
+
+
+def tile_text(spec: launch.Spec, tile: launch.Tile) -> str:
+    """The tile of a kernel in words, and what is special about it."""
+    text = f"{tile.rows} x {tile.columns}, {tile.warps} warps"
+    if tile.reduction != "none":
+        text += f", {tile.reduction}"
+    if spec.vector == 1:
+        text += ", unaligned" if not spec.inner else ", strided"
+    return text
