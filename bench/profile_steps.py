@@ -22,7 +22,7 @@ from fusedcalib.scalars import scalars_of, shape_of, tape_of
 from fusedcalib.tables import Bucket, Scalars, build_buckets
 
 from . import layouts, static, static_costs
-from .architectures import Model, Param
+from .architectures import Model
 from .baselines import SUBJECTS
 from .case import DTYPES
 from .plan_costs import GPUS, Gpu
@@ -47,18 +47,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stochastic_rounding": {"stochastic_rounding": True},
     "capturable": {"capturable": True},
 }
-EVERYTHING = tuple(name for name in OPTIONS if name not in ("centralize_update", "capturable"))
 
-# A tensor of every row class: what kernels/launch.py can choose between.
-CLASSES = Model(
-    "row-classes",
-    (
-        *(Param(f"rows-of-{n}.weight", (2**22 // n, n)) for n in (64, 256, 1024, 4096, 8192, 32_768)),
-        Param("rows-of-131072.weight", (32, 131_072)),
-        Param("rows-of-1023.weight", (4096, 1023)),  # unaligned
-        Param("bias", (4096,)),
-    ),
-)
+
+def everything(dtypes: str) -> tuple[str, ...]:
+    """Of OPTIONS, all that can be on together and do something to parameters in this storage."""
+    never = ("centralize_update", "capturable", *["stochastic_rounding"] * (dtypes == "fp32"))
+    return tuple(name for name in OPTIONS if name not in never)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,8 @@ class Case:
 
     @property
     def title(self) -> str:
-        return ", ".join((self.optimizer, self.dtypes, *self.options))
+        options = ("everything",) if self.options == everything(self.dtypes) else self.options
+        return ", ".join((self.optimizer, self.dtypes, *options))
 
     def chosen(self) -> dict[str, Any]:
         """Options for the optimizer."""
@@ -79,6 +74,9 @@ class Case:
         for name in self.options:
             found |= OPTIONS[name]
         return found
+
+
+NOTHING = launch.Decision((), (), 0, False)
 
 
 class Variant(NamedTuple):
@@ -205,33 +203,40 @@ def _measured(variant: Variant, device: Gpu) -> Results:
         moves = traffic(variant.kernel, spec.flags, sizes, built.built.reduction == "loop")
         counted = built
         if variant.kernel == "norm":  # the last program alone decides
-            counted = static.compiled_norm(spec, variant.decision, device.target, decide=False)
+            counted = static.compiled_norm(spec, NOTHING, device.target, decide=False)
         per_element = len(static.instructions(counted)) / counted.elements
         warps, about = built.built.warps, tile_text(spec, built.built)
     room = static_costs.occupancy(device.target, used.registers, warps, built.shared)
     moved = moves.memory * variant.elements
     time = static_costs.bound(device, moved, per_element * variant.lanes)
-    widths = set(built.accesses("ld")) | set(built.accesses("st"))
     needed = zip(("ld", "st"), moves.accessed, strict=True)
-    narrowest = [width for width in (built.narrowest(kind, n) for kind, n in needed) if width]
+    widths = [width for kind, of_element in needed for width in built.widths(kind, of_element)]
     return {
         "kernel": variant.kernel,
         "tile": about,
         "tensors": variant.tensors,
         "elements": variant.elements,
-        "lanes": variant.lanes,
+        "lanes": variant.lanes,  # those of tiles that no tensor fills among them
         "registers": used.registers,
         "spilled": used.stack,
         "shared": built.shared,
         "occupancy": {"warps": room.warps, "most": room.most, "limit": room.limit},
-        "widest": max(widths) if narrowest else None,
-        "narrowest": min(narrowest) if narrowest else None,
+        "in_flight": _in_flight(built, moves, room.warps),
+        "widest": max(widths, default=None),
+        "narrowest": min(widths, default=None),
         "bytes": moves.memory,
         "instructions": round(per_element, 2),
         "moved": moved,
         "seconds": {"memory": time.memory, "issue": time.issue, "bound": time.seconds},
         "bound": time.by,
     }
+
+
+def _in_flight(built: static.Compiled, moves: Traffic, warps: int) -> int:
+    """Bytes that the warps of a processor ask for at once, where each asks for all of its tile."""
+    if built.tile is None:
+        return 0
+    return moves.read * built.elements * warps * static_costs.PROCESSORS[built.target].lanes
 
 
 def compiled(variant: Variant, target: str) -> static.Compiled:
@@ -245,9 +250,9 @@ def compiled(variant: Variant, target: str) -> static.Compiled:
 
 def tile_text(spec: launch.Spec, tile: launch.Tile) -> str:
     """The tile of a kernel in words, and what is special about it."""
-    text = f"{tile.rows} x {tile.columns}, {tile.warps} warps"
+    text = f"{tile.rows}x{tile.columns} {tile.warps}w"
     if tile.reduction != "none":
-        text += f", {tile.reduction}"
+        text += f" {tile.reduction}"
     if spec.vector == 1:
-        text += ", unaligned" if not spec.inner else ", strided"
+        text += " strided" if spec.inner else " unaligned"
     return text

@@ -78,15 +78,20 @@ class Compiled(NamedTuple):
         """Accesses of the global memory that are not of 128 bits."""
         return sum(count for width, count in self.accesses(kind).items() if width != 16)
 
-    def narrowest(self, kind: str, width: int) -> int:
-        """Bytes of the narrowest access that is needed for so many bytes an element; 0 where that is none.
+    def widths(self, kind: str, moved: int) -> list[int]:
+        """Widths of the accesses that move so many bytes of each element, the widest first.
 
-        What is read once a program (scalars, addresses) is narrow too: the widest are counted first.
+        What is read once a program (scalars, addresses) does not count: an address is 8 bytes on its own,
+        which elements in fp64 alone are too.
         """
-        left, used = width * self.elements, 0
-        for size, count in sorted(self.accesses(kind).items(), reverse=True):
-            if left > 0:
-                left, used = left - size * count, size
+        found = self.accesses(kind)
+        if kind == "ld" and "ptx" in self.asm and self.spec is not None and "64" not in str(self.spec.compute):
+            found[8] -= sum(n for name, n in self.ptx.items() if re.search(r"^ld\.global(?!.*\.v\d).*64$", name))
+        left, used = moved * self.elements if moved else 0, []
+        for width, count in sorted(found.items(), reverse=True):
+            if left > 0 and count > 0:
+                left -= width * count
+                used.append(width)
         return used
 
     @property
