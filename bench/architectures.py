@@ -86,8 +86,10 @@ LLAMAS = {
 }
 GPT2 = (12, 768, 50_257, 1024)
 # A tensor of every row class that kernels/launch.py can choose; rows of 1023 elements are unaligned.
-ROW_CLASSES = ((65_536, 64), (16_384, 256), (4096, 1024), (1024, 4096), (512, 8192), (128, 32_768))
-ROW_CLASSES += ((32, 131_072), (4096, 1023))
+ROW_CLASSES: tuple[Shape, ...] = (
+    *((65_536, 64), (16_384, 256), (4096, 1024), (1024, 4096), (512, 8192), (128, 32_768)),
+    *((32, 131_072), (4096, 1023)),
+)
 NAMES = ("gpt2", *LLAMAS, "row-classes")
 
 

@@ -137,7 +137,9 @@ def sizes_table(results: Results) -> tables.Table:
         cells += [str(found["empty"]), f"{own['kept'] / 1e9:.3g}{' (too much)' * too_much}"]
         for name in names:
             step = _step(found, name)
-            cells.append(f"{tables.milliseconds(step['seconds']['total'])} ({step['bound']})" if step else "-")
+            cells.append(
+                f"{tables.milliseconds(step['seconds']['total'])} ({step['bound']})" if step else "-"
+            )
         rows.append(cells)
     return header, rows
 

@@ -32,6 +32,11 @@ ROWS = (
     *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
     *("eager_clip", "own_clip", "eager_chain", "own_chain"),
 )
+KINDS: dict[str, dict[str, Any]] = {  # of layouts.kind_of, as fusedcalib.param_groups has them
+    "weight": {},
+    "embedding": {"centralize": False},
+    "vector": {"weight_decay": 0.0, "centralize": False},
+}
 SQUARES = 8  # bytes of the sum of all squares, in fp64
 
 
@@ -127,28 +132,27 @@ class Laid(NamedTuple):
 
 
 def parts_of(
-    cls: str, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype], found: Counter[Shard], layout: Layout
+    cls: str,
+    options: dict[str, Any],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    found: Counter[Shard],
+    layout: Layout,
 ) -> Laid:
     """Lays out an optimizer of that name; `dtypes` are those of parameters and of states."""
     dtype, state_dtype = dtypes
     if state_dtype != dtype:
         options = {**options, "state_dtype": state_dtype}
-    kinds: dict[str, dict[str, Any]] = {  # as fusedcalib.param_groups has them
-        "weight": {},
-        "embedding": {"centralize": False},
-        "vector": {"weight_decay": 0.0, "centralize": False},
-    }
-    shards = {kind: [shard for shard in found if shard.kind == kind] for kind in kinds}
-    params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in kinds}
+    shards = {kind: [shard for shard in found if shard.kind == kind] for kind in KINDS}
+    params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in KINDS}
     groups: list[dict[str, Any]] = [
-        {"params": params[kind], **own} for kind, own in kinds.items() if params[kind]
+        {"params": params[kind], **own} for kind, own in KINDS.items() if params[kind]
     ]
     optimizer = getattr(fusedcalib, cls)(groups, **options)
     demand = demand_of(optimizer.param_groups, None, None)
     asked = merged([recipe_of(optimizer.rule, group, demand) for group in optimizer.param_groups])
     recipes = [replace(r, flags=r.flags._replace(skips=demand.tentative)) for r in asked]
     parts = []
-    for index, kind in enumerate(kind for kind in kinds if params[kind]):
+    for index, kind in enumerate(kind for kind in KINDS if params[kind]):
         group, recipe = optimizer.param_groups[index], recipes[index]
         for shard, param in zip(shards[kind], params[kind], strict=True):
             optimizer._make_state(param, recipe, group)

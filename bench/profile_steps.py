@@ -26,7 +26,7 @@ from .architectures import Model
 from .baselines import SUBJECTS
 from .case import DTYPES
 from .plan_costs import GPUS, Gpu
-from .plan_steps import Laid, parts_of
+from .plan_steps import parts_of
 from .traffic import Traffic, traffic
 
 Results = dict[str, Any]
@@ -112,23 +112,33 @@ def variants(case: Case, model: Model) -> list[Variant]:
     tape = tape_of(slots[0].recipe.rule, shape_of(group))
     check = any(group["skip_nonfinite"] for group in laid.groups)
     decision = launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
-    buckets = build_buckets(slots, scalars)
+    alike = [part.alike for part in laid.parts]
+    return launches(build_buckets(slots, scalars), alike, laid.measures, laid.decides, decision)
+
+
+def launches(
+    buckets: Sequence[Bucket],
+    alike: Sequence[int],
+    measures: bool,
+    decides: bool,
+    decision: launch.Decision = NOTHING,
+) -> list[Variant]:
+    """The kernels that step these buckets, in order; `alike`: how many there are of each slot of the plan."""
     before, steps = [], []
     for bucket in buckets:
         spec = gpu.spec_of(bucket)
-        served = _served(laid, bucket)
-        if laid.measures:
-            before.append(Variant("norm", spec, decision, *served, _lanes(laid, bucket, _norm_tile(spec))))
+        counts = np.array([alike[i] for i in bucket.indices])
+        sizes = np.array([slot.tensors()[0].numel() for slot in bucket.slots])
+        served = int(counts.sum()), int(counts @ sizes)
+        if measures:
+            tile = _norm_tile(spec)
+            before.append(Variant("norm", spec, decision, *served, int(counts @ _lanes(bucket, tile))))
         for kernel in launch.parts_of(spec.tile, spec.flags):
-            steps.append(Variant(kernel, spec, decision, *served, _lanes(laid, bucket, spec.built)))
-    if laid.decides and not laid.measures:
+            lanes = int(counts @ _lanes(bucket, spec.built))
+            steps.append(Variant(kernel, spec, decision, *served, lanes))
+    if decides and not measures:
         before.append(Variant("control", None, decision))
     return [*before, *steps]
-
-
-def _served(laid: Laid, bucket: Bucket) -> tuple[int, int]:
-    mine = [laid.parts[i] for i in bucket.indices]
-    return sum(part.alike for part in mine), sum(part.size for part in mine)
 
 
 def _norm_tile(spec: launch.Spec) -> launch.Tile:
@@ -136,12 +146,20 @@ def _norm_tile(spec: launch.Spec) -> launch.Tile:
     return launch.Tile(*(constants[name] for name in ("R", "C", "num_warps", "REDUCTION")))
 
 
-def _lanes(laid: Laid, bucket: Bucket, tile: launch.Tile) -> int:
-    """Elements of all tiles that the programs walk."""
+def _lanes(bucket: Bucket, tile: launch.Tile) -> Any:
+    """Elements of all tiles that the programs walk in each slot."""
     first = len(bucket.key.dtypes)
     rows, columns = bucket.table[:, first], bucket.table[:, first + 1]
-    of_each = -(-rows // tile.rows) * -(-columns // tile.columns) * tile.rows * tile.columns
-    return int(of_each @ np.array([laid.parts[i].alike for i in bucket.indices]))
+    return -(-rows // tile.rows) * -(-columns // tile.columns) * tile.rows * tile.columns
+
+
+def traffic_of(variant: Variant) -> Traffic:
+    """What a kernel moves of each element."""
+    spec = variant.spec
+    if spec is None:
+        return Traffic(0, 0)
+    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.dtypes]
+    return traffic(variant.kernel, spec.flags, sizes, spec.built.reduction == "loop")
 
 
 # -- compiled
@@ -176,7 +194,9 @@ def profile_case(case: Case, model: Model, gpu_name: str) -> Results:
     """One step: its kernels, and its totals."""
     device = GPUS[gpu_name]
     kernels = [_measured(variant, device) for variant in variants(case, model)]
-    seconds = {name: sum(kernel["seconds"][name] for kernel in kernels) for name in ("memory", "issue", "bound")}
+    seconds = {
+        name: sum(kernel["seconds"][name] for kernel in kernels) for name in ("memory", "issue", "bound")
+    }
     moved = sum(kernel["moved"] for kernel in kernels)
     return {
         "optimizer": case.optimizer,
@@ -195,17 +215,13 @@ def _measured(variant: Variant, device: Gpu) -> Results:
     built = compiled(variant, device.target)
     used = static.usage(built)
     spec = variant.spec
-    if spec is None:
-        moves, per_element = Traffic(0, 0), 0.0
-        warps, about = 4, "one program"
-    else:
-        sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.dtypes]
-        moves = traffic(variant.kernel, spec.flags, sizes, built.built.reduction == "loop")
+    moves, per_element, warps = traffic_of(variant), 0.0, 4
+    if spec is not None:
         counted = built
         if variant.kernel == "norm":  # the last program alone decides
             counted = static.compiled_norm(spec, NOTHING, device.target, decide=False)
         per_element = len(static.instructions(counted)) / counted.elements
-        warps, about = built.built.warps, tile_text(spec, built.built)
+        warps = built.built.warps
     room = static_costs.occupancy(device.target, used.registers, warps, built.shared)
     moved = moves.memory * variant.elements
     time = static_costs.bound(device, moved, per_element * variant.lanes)
@@ -213,7 +229,7 @@ def _measured(variant: Variant, device: Gpu) -> Results:
     widths = [width for kind, of_element in needed for width in built.widths(kind, of_element)]
     return {
         "kernel": variant.kernel,
-        "tile": about,
+        "tile": tile_text(variant),
         "tensors": variant.tensors,
         "elements": variant.elements,
         "lanes": variant.lanes,  # those of tiles that no tensor fills among them
@@ -248,11 +264,15 @@ def compiled(variant: Variant, target: str) -> static.Compiled:
     return static.compiled_for(variant.spec, target, variant.kernel)
 
 
-def tile_text(spec: launch.Spec, tile: launch.Tile) -> str:
-    """The tile of a kernel in words, and what is special about it."""
-    text = f"{tile.rows}x{tile.columns} {tile.warps}w"
+def tile_text(variant: Variant) -> str:
+    """The tile of a kernel in a few words, and what is special about it."""
+    spec = variant.spec
+    if spec is None:
+        return "one program"
+    tile = _norm_tile(spec) if variant.kernel == "norm" else spec.built
+    words = [f"{tile.rows}x{tile.columns} {tile.warps}w"]
     if tile.reduction != "none":
-        text += f" {tile.reduction}"
+        words.append(tile.reduction)
     if spec.vector == 1:
-        text += " strided" if spec.inner else " unaligned"
-    return text
+        words.append("strided" if spec.inner else "unaligned")
+    return " ".join(words)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from . import architectures, profile_steps, tables
-from .architectures import Model
 from .baselines import SUBJECTS
 from .case import DTYPES
 from .plan_costs import GPUS
@@ -129,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.plot:
             from . import profile_plot
 
-            profile_plot.draw(results, options.plot)
+            (profile_plot.draw_measured if target is None else profile_plot.draw)(results, options.plot)
     except ImportError as error:
         return _failed(f"this needs {error.name}: pip install {error.name}")
     except (OSError, ValueError) as error:
@@ -183,11 +182,15 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fusedcalib profile", description=(__doc__ or "").split("\n")[0])
     architectures.add_arguments(parser, "gpt2")
-    parser.add_argument("--arch", choices=list(TARGETS), help=f"compile for it ({DEFAULT}, if no GPU is here)")
+    parser.add_argument(
+        "--arch", choices=list(TARGETS), help=f"compile for it ({DEFAULT}, if no GPU is here)"
+    )
     parser.add_argument("--gpu", choices=list(GPUS), help="whose bandwidth (the first of the architecture)")
     parser.add_argument("--optimizer", nargs="+", default=["AdamW"], help="names, or all (AdamW)")
     parser.add_argument("--options", type=_named(OPTIONS), default=(), help=f"of {', '.join(OPTIONS)}")
-    parser.add_argument("--everything", action="store_true", help="each once more with all that goes together")
+    parser.add_argument(
+        "--everything", action="store_true", help="each once more with all that goes together"
+    )
     parser.add_argument("--dtypes", type=_named(DTYPES), default=("fp32",), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything as data")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draws what binds each kernel")

@@ -21,8 +21,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 # What `decide` of kernels/control.py takes, with everything there can be.
-CONTROL = ("*i32", "*fp64", "*i64", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp64")
-CONTROL += ("*fp32", "*fp64")
+CONTROL = ("*i32", "*fp64", "*i64", "*i32", "*i32", *["*fp32"] * 5, "*fp64", "*fp32", "*fp64")
 # Bytes of an access, by the end of its name in amdgcn.
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
@@ -85,8 +84,15 @@ class Compiled(NamedTuple):
         which elements in fp64 alone are too.
         """
         found = self.accesses(kind)
-        if kind == "ld" and "ptx" in self.asm and self.spec is not None and "64" not in str(self.spec.compute):
-            found[8] -= sum(n for name, n in self.ptx.items() if re.search(r"^ld\.global(?!.*\.v\d).*64$", name))
+        if (
+            kind == "ld"
+            and "ptx" in self.asm
+            and self.spec is not None
+            and "64" not in str(self.spec.compute)
+        ):
+            found[8] -= sum(
+                n for name, n in self.ptx.items() if re.search(r"^ld\.global(?!.*\.v\d).*64$", name)
+            )
         left, used = moved * self.elements if moved else 0, []
         for width, count in sorted(found.items(), reverse=True):
             if left > 0 and count > 0:
@@ -123,9 +129,7 @@ def compiled_for(spec: Spec, target: str = "sm_90", kernel: str = "step") -> Com
     """One of launch.KERNELS."""
     scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
     tables = {"table": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
-    asm, shared = _compiled(
-        launch.KERNELS[kernel], tables, spec.constants(), spec.built.warps, target
-    )
+    asm, shared = _compiled(launch.KERNELS[kernel], tables, spec.constants(), spec.built.warps, target)
     return Compiled(spec, target, asm, spec.built, shared)
 
 

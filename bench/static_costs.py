@@ -32,8 +32,8 @@ PROCESSORS = {
     "sm_100": Processor(32, 16_384, 16, 32, 228 * 1024, 1024, 4, _CUDA),
     "gfx942": Processor(
         *(64, 32_768, 8, 32, 64 * 1024, 0, 1),
-        "LLVM AMDGPU usage: 512 vector registers of 64 lanes and 8 waves each SIMD, 64 KiB of LDS; CDNA 3 ISA: "
-        "a vector instruction of a wave takes four cycles of one of four SIMDs",
+        "LLVM AMDGPU usage: 512 vector registers of 64 lanes and 8 waves each SIMD, 64 KiB of LDS; "
+        "CDNA 3 ISA: a vector instruction of a wave takes four cycles of one of four SIMDs",
     ),
 }
 
