@@ -41,13 +41,17 @@ class Event(NamedTuple):
     took: float
 
 
-def profile(cases: Sequence[Case], model: Model, device: torch.device | None = None) -> Results:
+def here() -> torch.device | None:
+    """The GPU to measure on, if there is one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def profile(cases: Sequence[Case], model: Model, device: torch.device) -> Results:
     """Steps a model's parameters on a GPU under the profiler.
 
     Raises:
         ValueError: the model does not fit, or the profiler saw something else than the engine launched.
     """
-    device = device or torch.device("cuda", torch.cuda.current_device())
     copy = ceilings.measure(device)["copy_gbs"]
     return {
         **machine.describe(device),
@@ -143,8 +147,8 @@ def attributed(events: Sequence[Event], expected: Sequence[Variant], steps: int)
         event.name.startswith(name) for event, name in zip(kernels, wanted, strict=True)
     ):
         raise ValueError(
-            f"the profiler saw {len(kernels)} of our kernels in {steps} steps, where {len(wanted)} were launched "
-            "or in another order: are other optimizers at work, or is CUPTI missing?"
+            f"the profiler saw {len(kernels)} of our kernels in {steps} steps, where {len(wanted)} were "
+            "launched, or in another order: are other optimizers at work, or is CUPTI missing?"
         )
     times = np.array([event.took for event in kernels]).reshape(steps, len(expected))
     other = sum(event.took for event in events if not event.name.startswith(own))
@@ -210,8 +214,8 @@ def show(results: Results) -> None:
         print(f"\n{case.title}:")
         tables.show(table(found))
         print(
-            f"a step: {found['device_us']:.1f} us on the GPU ({found['other_us']:.1f} of other kernels and copies), "
-            f"{found['host_us']:.1f} us on the host"
+            f"a step: {found['device_us']:.1f} us on the GPU ({found['other_us']:.1f} of other kernels "
+            f"and copies), {found['host_us']:.1f} us on the host"
         )
         if found["moved"] < CACHED:
             print("So few bytes lie partly in the L2 cache: GB/s may be more than the memory's.")

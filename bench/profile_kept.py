@@ -39,13 +39,23 @@ def kept_of(results: Results) -> Results:
     for found in results["cases"]:
         case = Case(found["optimizer"], tuple(found["options"]), found["dtypes"])
         for kernel in found["kernels"]:
-            rows[f"{case.title}: {kernel['kernel']} {kernel['tile']}"] = {key: kernel[key] for key in KEPT}
+            rows[name_of(case, kernel["kernel"], kernel["tile"])] = kept_row(kernel)
     return {"schema": 1, "target": results["gpu"]["target"], "triton": results["triton"], "kernels": rows}
 
 
-def profile(cases: Sequence[Case] = CASES) -> Results:
+def name_of(case: Case, kernel: str, tile: str) -> str:
+    """What a kernel is called in the file."""
+    return f"{case.title}: {kernel} {tile}"
+
+
+def kept_row(kernel: Results) -> Row:
+    """What is kept of a kernel."""
+    return {key: kernel[key] for key in KEPT}
+
+
+def profile(cases: Sequence[Case] = CASES, workers: int = profile_steps.WORKERS) -> Results:
     """The kept part of a profile made now."""
-    return kept_of(profile_steps.profile(cases, architectures.get(MODEL), GPU))
+    return kept_of(profile_steps.profile(cases, architectures.get(MODEL), GPU, workers))
 
 
 def read(path: Path = PATH) -> Results:

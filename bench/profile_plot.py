@@ -21,7 +21,7 @@ INSIDE: Any = {"ha": "right", "va": "center", "color": "white", "fontsize": 9}
 
 
 def draw(results: Results, path: Path) -> Path:
-    """Instructions over bytes of an element; both axes are logarithmic, the line is what the GPU does of both."""
+    """Instructions over bytes of an element; on the line the GPU takes as long for both."""
     with mpl.rc_context(plots.STYLE):
         figure = Figure(figsize=(9.5, 5.6))
         axes = figure.subplots(1, 1, gridspec_kw={"left": 0.09, "top": 0.93, "right": 0.7})

@@ -193,7 +193,7 @@ def profile(cases: Sequence[Case], model: Model, gpu_name: str, workers: int = W
 def profile_case(case: Case, model: Model, gpu_name: str) -> Results:
     """One step: its kernels, and its totals."""
     device = GPUS[gpu_name]
-    kernels = [_measured(variant, device) for variant in variants(case, model)]
+    kernels = [measured(variant, device) for variant in variants(case, model)]
     seconds = {
         name: sum(kernel["seconds"][name] for kernel in kernels) for name in ("memory", "issue", "bound")
     }
@@ -210,7 +210,7 @@ def profile_case(case: Case, model: Model, gpu_name: str) -> Results:
     }
 
 
-def _measured(variant: Variant, device: Gpu) -> Results:
+def measured(variant: Variant, device: Gpu) -> Results:
     """What one kernel takes."""
     built = compiled(variant, device.target)
     used = static.usage(built)

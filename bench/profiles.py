@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import architectures, profile_steps, tables
+from . import architectures, profile_gpu, profile_steps, tables
 from .baselines import SUBJECTS
 from .case import DTYPES
 from .plan_costs import GPUS
@@ -115,12 +115,16 @@ def main(arguments: list[str] | None = None) -> int:
             return profile_kept.main(options.accept)
         model = architectures.chosen(options)
         target = _target(options)
-        if target is None:
-            from . import profile_gpu as measured
-
-            results: Results = measured.profile(_cases(options), model)
-            measured.show(results)
+        device = None if target else profile_gpu.here()
+        if device is not None:
+            results = profile_gpu.profile(_cases(options), model, device)
+            profile_gpu.show(results)
         else:
+            if target is None:
+                target = DEFAULT
+                print(
+                    f"No GPU is here to measure on: this is the static profile, compiled for {target} (--arch)."
+                )
             results = profile_steps.profile(_cases(options), model, _gpu(options, target))
             show(results)
         if options.json:
@@ -128,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.plot:
             from . import profile_plot
 
-            (profile_plot.draw_measured if target is None else profile_plot.draw)(results, options.plot)
+            (profile_plot.draw if device is None else profile_plot.draw_measured)(results, options.plot)
     except ImportError as error:
         return _failed(f"this needs {error.name}: pip install {error.name}")
     except (OSError, ValueError) as error:
@@ -142,16 +146,9 @@ def _failed(why: str) -> int:
 
 
 def _target(options: argparse.Namespace) -> str | None:
-    """What is compiled for; None to measure on the GPU that is there."""
-    import torch
-
-    if options.arch or options.gpu:
-        target: str = options.arch or GPUS[options.gpu].target
-        return target
-    if torch.cuda.is_available():
-        return None
-    print(f"No GPU is here to measure on: this is the static profile, compiled for {DEFAULT} (--arch).")
-    return DEFAULT
+    """What is compiled for, where that is named; else a GPU is measured, if one is here."""
+    target: str | None = options.arch or (options.gpu and GPUS[options.gpu].target)
+    return target
 
 
 def _gpu(options: argparse.Namespace, target: str) -> str:
