@@ -36,7 +36,8 @@ def required(package: str, of: str) -> str:
         lines = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
         return ""
-    found = (re.match(rf"{of}\s*\(?((?:[<>=!~][^;)]*)?)\)?\s*(?:;|$)", line) for line in lines if "extra ==" not in line)
+    pattern = rf"{of}\s*\(?((?:[<>=!~][^;)]*)?)\)?\s*(?:;|$)"
+    found = (re.match(pattern, line) for line in lines if "extra ==" not in line)
     return next((match[1].strip() for match in found if match), "")
 
 

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import architectures, profile_steps
+from . import architectures, profile_steps, tables
 from .baselines import SUBJECTS
+from .plan_costs import GPUS
 from .profile_steps import OPTIONS, Case, everything
+from .static_costs import bound, occupancy
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -98,8 +100,6 @@ def heavier(before: Results, now: Results) -> list[str]:
 
 def register_class(registers: int) -> int:
     """Warps of a part of a processor that have room, of 16."""
-    from .static_costs import occupancy
-
     return occupancy("sm_90", registers, 4, 0).warps // 4
 
 
@@ -117,6 +117,36 @@ def _heavier(old: Row | None, new: Row) -> Iterator[str]:
         yield f"{new['bytes']} bytes an element, {old['bytes']} before"
     if (new["narrowest"] or 0) < (old["narrowest"] or 0):
         yield f"accesses of {new['narrowest']} bytes, none below {old['narrowest']} before"
+
+
+def table(results: Results) -> tables.Table:
+    """Each kernel of each case, over its row classes; what is unaligned apart."""
+    header = ["step", "kernel", "bytes", "instructions", "of the memory's time", "registers", "spilled bytes"]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for name, row in results["kernels"].items():
+        title, _, about = name.partition(": ")
+        kernel = about.split()[0] + (", unaligned" if about.endswith("unaligned") else "")
+        if row["bytes"]:  # control_kernel is one program
+            groups.setdefault((title, kernel), []).append(row)
+    gpu = GPUS[GPU]
+    rows = []
+    for (title, kernel), found in groups.items():
+        taken = [bound(gpu, row["bytes"], row["instructions"]) for row in found]
+        shares = [100 * time.issue / time.memory for time in taken]
+        numbers = [
+            str(found[0]["bytes"]),
+            _span([row["instructions"] for row in found]),
+            f"{_span(shares)} %",
+        ]
+        numbers += [_span([row[key] for row in found]) for key in ("registers", "spilled")]
+        rows.append([title, kernel, *numbers])
+    return header, rows
+
+
+def _span(values: Sequence[float]) -> str:
+    """The least and the most of them, in whole numbers."""
+    ends = dict.fromkeys(f"{end(values):.0f}" for end in (min, max))
+    return " to ".join(ends)
 
 
 def main(accept: bool) -> int:

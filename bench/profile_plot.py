@@ -17,7 +17,8 @@ Results = dict[str, Any]
 MARKS = {"step": "o", "norm": "s", "sums": "^", "finish": "v"}
 NAMED = 8  # colours; further steps are grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5FA8", "#8C6D31")
-INSIDE: Any = {"ha": "right", "va": "center", "color": "white", "fontsize": 9}
+INSIDE: Any = {"xytext": (-6, 0), "ha": "right", "va": "center", "color": "white"}
+BESIDE: Any = {"xytext": (6, 0), "ha": "left", "va": "center"}
 
 
 def draw(results: Results, path: Path) -> Path:
@@ -47,9 +48,9 @@ def draw_measured(results: Results, path: Path) -> Path:
     """Bytes a second of each kernel, beside a copy's."""
     bars = [(found, row) for found in results["cases"] for row in found["kernels"] if row["moved"]]
     with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9.5, 1.6 + 0.42 * len(bars)))
-        axes = figure.subplots(1, 1, gridspec_kw={"left": 0.42, "top": 0.97, "right": 0.95})
-        names = [f"{profiles.case_title(found)}: {row['kernel']} {row['tile']}" for found, row in bars]
+        figure = Figure(figsize=(9.5, 1.6 + 0.5 * len(bars)))
+        axes = figure.subplots(1, 1, gridspec_kw={"left": 0.36, "top": 0.97, "right": 0.95})
+        names = [f"{profiles.case_title(found)}:\n{row['kernel']} {row['tile']}" for found, row in bars]
         heights = range(len(bars))
         axes.barh(heights, [row["gbs"] for _, row in bars], color=COLOURS[0], height=0.62)
         axes.set_yticks(heights, names)
@@ -57,8 +58,10 @@ def draw_measured(results: Results, path: Path) -> Path:
         axes.axvline(results["copy_gbs"], color=plots.INK, linewidth=1.6)
         for height, (_, row) in zip(heights, bars, strict=True):
             text = f"{row['pct_copy']:.0f} %, {row['us']:,.0f} us"
-            axes.annotate(text, (row["gbs"], height), xytext=(-6, 0), textcoords="offset points", **INSIDE)
-        axes.set(xlabel="GB/s; the line is a copy in the same run", xlim=(0, None))
+            place = INSIDE if row["pct_copy"] > 30 else BESIDE
+            axes.annotate(text, (row["gbs"], height), textcoords="offset points", fontsize=9, **place)
+        axes.set(xlabel="GB/s; the line is a copy in the same run")
+        axes.set_xlim(0, 1.05 * max(results["copy_gbs"], *(row["gbs"] for _, row in bars)))
         slowest = min(row["pct_copy"] for _, row in bars)
         head = f"Every kernel moves at least {slowest:.0f} % of what a copy does"
         plots.heading(figure, head, profile_gpu.title(results))

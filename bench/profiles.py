@@ -122,9 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             if target is None:
                 target = DEFAULT
-                print(
-                    f"No GPU is here to measure on: this is the static profile, compiled for {target} (--arch)."
-                )
+                print(f"No GPU is here to measure on: this is the static profile, compiled for {target}.")
             results = profile_steps.profile(_cases(options), model, _gpu(options, target))
             show(results)
         if options.json:
