@@ -159,6 +159,8 @@ def test_a_compiler_is_found_as_triton_finds_it(monkeypatch):
 
 def test_a_cache_is_where_triton_has_it(monkeypatch, tmp_path):
     triton = pytest.importorskip("triton")
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
     assert env.caches()["triton"] == triton.knobs.cache.dir
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     assert env.caches()["triton"] == triton.knobs.cache.dir == str(tmp_path / ".triton" / "cache")
