@@ -5,6 +5,7 @@ Linear weights are `(out, in)`. Names are those of the model in transformers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -84,7 +85,12 @@ LLAMAS = {
     "llama3-405b": Llama(16_384, 126, 128, 8, 53_248),
 }
 GPT2 = (12, 768, 50_257, 1024)
-NAMES = ("gpt2", *LLAMAS)
+# A tensor of every row class that kernels/launch.py can choose; rows of 1023 elements are unaligned.
+ROW_CLASSES: tuple[Shape, ...] = (
+    *((65_536, 64), (16_384, 256), (4096, 1024), (1024, 4096), (512, 8192), (128, 32_768)),
+    *((32, 131_072), (4096, 1023)),
+)
+NAMES = ("gpt2", *LLAMAS, "row-classes")
 
 
 def gpt2(layers: int, width: int, vocab: int, context: int) -> Iterator[Param]:
@@ -114,6 +120,9 @@ def get(name: str) -> Model:
     """
     if name == "gpt2":
         return Model(name, tuple(gpt2(*GPT2)))
+    if name == "row-classes":
+        rows = (Param(f"rows-of-{shape[1]}.weight", shape) for shape in ROW_CLASSES)
+        return Model(name, (*rows, Param("bias", (4096,))))
     if name not in LLAMAS:
         raise ValueError(
             f"no model is named {name!r}; there are {', '.join(NAMES)}; others: --hf-config or --shapes"
@@ -166,6 +175,27 @@ def from_shapes(path: Path) -> Model:
             raise ValueError(f"{path}: entry {index} is {json.dumps(entry)[:80]}; {form}")
         params.append(Param(entry["name"], tuple(shape)))
     return Model(path.stem, tuple(params))
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """The arguments of a command that say which model it is about; see `chosen`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default=default, help=f"{', '.join(NAMES)} ({default})")
+    which.add_argument("--hf-config", type=Path, metavar="FILE", help="config.json of a llama-like model")
+    which.add_argument("--shapes", type=Path, metavar="FILE", help='JSON: [{"name", "shape"}, ...]')
+
+
+def chosen(options: argparse.Namespace) -> Model:
+    """The model that the arguments name.
+
+    Raises:
+        OSError, ValueError: there is no such model, or the file holds none.
+    """
+    if options.hf_config:
+        return from_config(options.hf_config)
+    if options.shapes:
+        return from_shapes(options.shapes)
+    return get(options.model)
 
 
 def _counts(value: Any) -> bool:

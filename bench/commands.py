@@ -5,6 +5,8 @@ Read also by a Python that has nothing installed.
 
 COMMANDS = {  # name: (module in fusedcalib whose main(arguments) it is, what it does)
     "plan": ("bench.plan", "what a step costs on so many GPUs, on paper"),
+    "profile": ("bench.profiles", "what the kernels of a step take of a GPU, on paper or measured"),
+    "env": ("bench.env", "versions, devices and what is missing here"),
     "papers": ("bench.papers", "what the papers claim, in miniature"),
     "cifar": ("bench.cifar", "trains the networks of the papers on CIFAR"),
 }

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
-import shutil
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import timing
+from . import system, timing
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,12 +32,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "device": _gpu(device),
-        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cpu": {"name": system.cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
-            "numba": _version("numba"),
+            "triton": system.version("triton"),
+            "numba": system.version("numba"),
             "cuda": torch.version.cuda,
         },
     }
@@ -62,7 +59,7 @@ def slug(head: dict[str, Any]) -> str:
 
 def sensors() -> dict[str, float] | None:
     """Clock in MHz and power in W of the first GPU now; None where nothing tells them."""
-    values = _nvidia("clocks.sm", "power.draw")
+    values = system.nvidia("clocks.sm", "power.draw")
     try:
         return {"mhz": float(values[0]), "watt": float(values[1])} if values else None
     except ValueError:  # "[N/A]"
@@ -73,7 +70,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     if not timing.on_gpu(device):
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    driver = _nvidia("driver_version")
+    driver = system.nvidia("driver_version")
     return {
         "name": torch.cuda.get_device_name(device),
         "sm": f"{major}.{minor}",
@@ -83,40 +80,9 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     }
 
 
-def _nvidia(*fields: str) -> list[str] | None:
-    query = f"--query-gpu={','.join(fields)}"
-    lines = _output("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
-    return [value.strip() for value in lines[0].split(",")] if lines else None
-
-
 def _commit() -> tuple[str | None, bool | None]:
     """The commit these files are of, and whether they were changed since; None outside of git."""
-    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD").strip()
+    commit = system.output("git", "-C", str(HERE), "rev-parse", "HEAD").strip()
     if not commit:
         return None, None
-    return commit, bool(_output("git", "-C", str(HERE), "status", "--porcelain", "-uno").strip())
-
-
-def _output(*command: str) -> str:
-    """What a command prints; nothing if it is not there or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return commit, bool(system.output("git", "-C", str(HERE), "status", "--porcelain", "-uno").strip())

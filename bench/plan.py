@@ -98,10 +98,6 @@ def _priced(
 # -- tables
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 0.9995 else f"{1e3 * seconds:.0f}"
-
-
 def steps_table(found: dict[str, Any]) -> tables.Table:
     """Each step on one layout."""
     header = ["step", "bytes a parameter", "GB moved", "launches", "all-reduces (bytes)"]
@@ -118,7 +114,7 @@ def steps_table(found: dict[str, Any]) -> tables.Table:
                 f"{step['moved'] / 1e9:.3g}",
                 f"{step['launches']}",
                 f"{len(sent)} ({total})" if sent else "0",
-                *(_ms(seconds[part]) for part in ("memory", "host", "collectives", "total")),
+                *(tables.milliseconds(seconds[part]) for part in ("memory", "host", "collectives", "total")),
                 step["bound"],
             ]
         )
@@ -141,7 +137,9 @@ def sizes_table(results: Results) -> tables.Table:
         cells += [str(found["empty"]), f"{own['kept'] / 1e9:.3g}{' (too much)' * too_much}"]
         for name in names:
             step = _step(found, name)
-            cells.append(f"{_ms(step['seconds']['total'])} ({step['bound']})" if step else "-")
+            cells.append(
+                f"{tables.milliseconds(step['seconds']['total'])} ({step['bound']})" if step else "-"
+            )
         rows.append(cells)
     return header, rows
 
@@ -176,28 +174,14 @@ def show(results: Results) -> None:
     """Prints the tables."""
     print(title(results))
     if len(results["plans"]) > 1:
-        _print(sizes_table(results))
+        tables.show(sizes_table(results))
     for found in results["plans"] if len(results["plans"]) == 1 else ():
         print(split(found))
-        _print(steps_table(found))
+        tables.show(steps_table(found))
         for reason in dict.fromkeys(found["left_out"].values()):
             names = [name for name, why in found["left_out"].items() if why == reason]
             print(f"not counted: {', '.join(names)}: {reason}")
     print(NOTE)
-
-
-def _print(table: tables.Table) -> None:
-    header, rows = table
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(tables.markdown(table))
-        return
-    made = Table(*header)
-    for row in rows:
-        made.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(made)
 
 
 # -- the command
@@ -206,7 +190,7 @@ def _print(table: tables.Table) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     try:
-        model = _model(options)
+        model = architectures.chosen(options)
         sizes = [
             layouts.layout_of(gpus, options.fsdp, options.tp, options.replicate) for gpus in options.gpus
         ]
@@ -228,20 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _model(options: argparse.Namespace) -> Model:
-    if options.hf_config:
-        return architectures.from_config(options.hf_config)
-    if options.shapes:
-        return architectures.from_shapes(options.shapes)
-    return architectures.get(options.model)
-
-
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fusedcalib plan", description=(__doc__ or "").split("\n")[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default="llama3-8b", help=f"{', '.join(architectures.NAMES)} (llama3-8b)")
-    which.add_argument("--hf-config", type=Path, metavar="FILE", help="config.json of a llama-like model")
-    which.add_argument("--shapes", type=Path, metavar="FILE", help='JSON: [{"name", "shape"}, ...]')
+    architectures.add_arguments(parser, "llama3-8b")
     parser.add_argument("--gpus", type=_counts, default=[8], help="how many, or several: 8,64,512 (8)")
     parser.add_argument("--fsdp", type=_count, help="GPUs that share a copy's parts (what the others leave)")
     parser.add_argument("--tp", type=_count, default=1, help="GPUs of tensor parallel (1)")

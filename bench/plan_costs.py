@@ -20,17 +20,36 @@ class Gpu(NamedTuple):
     bandwidth: float  # of its memory, bytes a second
     link: float  # to the others of its node
     network: float  # to other nodes: a network card for each GPU, as in the makers' own systems
+    target: str  # what kernels are compiled for
+    processors: int
+    clock: float  # the highest, Hz: on NVIDIA where 2 * lanes * processors * clock is the sheet's fp32 rate
     source: str
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80e9, 2.039e12, 300e9, 25e9, "A100 80 GB SXM data sheet; DGX A100: 200 Gb/s"),
-        Gpu("h100", 80e9, 3.35e12, 450e9, 50e9, "H100 SXM data sheet; DGX H100: 400 Gb/s"),
-        Gpu("h200", 141e9, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200: 400 Gb/s"),
-        Gpu("b200", 180e9, 8e12, 900e9, 50e9, "DGX B200 data sheet: 64 TB/s and 1440 GB for 8; 400 Gb/s"),
-        Gpu("mi300x", 192e9, 5.3e12, 448e9, 50e9, "MI300X data sheet: 7 links of 64 GB/s; 400 Gb/s assumed"),
+        Gpu(
+            *("a100", 80e9, 2.039e12, 300e9, 25e9, "sm_80", 108, 1.41e9),
+            "A100 80 GB SXM data sheet: 19.5 TFLOPS, 64 lanes; DGX A100: 200 Gb/s",
+        ),
+        Gpu(
+            *("h100", 80e9, 3.35e12, 450e9, 50e9, "sm_90", 132, 1.98e9),
+            "H100 SXM data sheet: 67 TFLOPS, 128 lanes; DGX H100: 400 Gb/s",
+        ),
+        Gpu(
+            *("h200", 141e9, 4.8e12, 450e9, 50e9, "sm_90", 132, 1.98e9),
+            "H200 SXM data sheet: 67 TFLOPS, 128 lanes; DGX H200: 400 Gb/s",
+        ),
+        Gpu(
+            *("b200", 180e9, 8e12, 900e9, 50e9, "sm_100", 148, 1.98e9),
+            "DGX B200 data sheet: 64 TB/s and 1440 GB for 8; 400 Gb/s; HGX B200: 75 TFLOPS, 128 lanes; "
+            "the 148 processors are not the maker's own number",
+        ),
+        Gpu(
+            *("mi300x", 192e9, 5.3e12, 448e9, 50e9, "gfx942", 304, 2.1e9),
+            "MI300X data sheet: 7 links of 64 GB/s, 304 compute units, 2100 MHz; 400 Gb/s assumed",
+        ),
     )
 }
 

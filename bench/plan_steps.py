@@ -10,6 +10,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,14 +24,20 @@ from fusedcalib.row_totals import RowTotals
 from fusedcalib.states import make_state, states_of
 from fusedcalib.tables import Scalars, Slot, build_buckets
 
-from .baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of, step_bytes
+from .baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of
 from .case import DTYPES
 from .layouts import Layout, Mesh, Shard
+from .traffic import traffic
 
 ROWS = (
     *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
     *("eager_clip", "own_clip", "eager_chain", "own_chain"),
 )
+KINDS: dict[str, dict[str, Any]] = {  # of layouts.kind_of, as fusedcalib.param_groups has them
+    "weight": {},
+    "embedding": {"centralize": False},
+    "vector": {"weight_decay": 0.0, "centralize": False},
+}
 SQUARES = 8  # bytes of the sum of all squares, in fp64
 
 
@@ -83,8 +90,9 @@ class Part(NamedTuple):
 
 def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], layout: Layout) -> Step:
     """Our step, as the engine lays it out."""
-    parts, measures = parts_of(method, subject, dtypes, found, layout)
-    slots = [part.slot for part in parts]
+    options = {**subject.options, **options_of(method.extras, method.gc)}
+    laid = parts_of(subject.cls, options, DTYPES[dtypes], found, layout)
+    parts, slots = laid.parts, [part.slot for part in laid.parts]
     totals = RowTotals(slots)
     buckets = build_buckets(slots, Scalars(), totals=totals.parts)
     moved = launches = 0
@@ -92,14 +100,12 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], la
         flags = bucket.key.recipe.flags
         kernels = launch.parts_of(cast(launch.Tile, bucket.key.row_class), flags)
         launches += len(kernels)
-        param, grad, *states = (dtype.itemsize for dtype in bucket.key.dtypes)
-        width = step_bytes(param, grad, states) + grad * measures
-        if "sums" in kernels:  # a launch before reads what the mean is taken of
-            width += grad + param * (flags.decay == "coupled")
+        sizes = [dtype.itemsize for dtype in bucket.key.dtypes]
+        width = sum(traffic(part, flags, sizes).memory for part in (*kernels, *["norm"] * laid.measures))
         moved += sum(width * parts[i].size for i in bucket.indices)
     mesh = layout.mesh or Mesh(())
     collectives: list[Collective] = []
-    if measures:  # a launch for each list of tiles; over ranks one more, which decides
+    if laid.measures:  # a launch for each list of tiles; over ranks one more, which decides
         launches += len(buckets) + bool(mesh.ndim)
         collectives += [Collective(over, SQUARES) for over, _ in mesh.dims]
     of_rows = [
@@ -113,29 +119,43 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], la
     return Step(method.name, method.title, moved, kept, launches, tuple(collectives))
 
 
+class Laid(NamedTuple):
+    """The slots of our optimizer, on parameters without memory.
+
+    Attributes:
+        groups: its param groups.
+        measures: whether a step needs the norm of all gradients.
+        decides: whether the GPU decides it.
+    """
+
+    parts: list[Part]
+    groups: list[dict[str, Any]]
+    measures: bool
+    decides: bool = False
+
+
 def parts_of(
-    method: Method, subject: Subject, dtypes: str, found: Counter[Shard], layout: Layout
-) -> tuple[list[Part], bool]:
-    """The slots of our optimizer on parameters without memory, and whether it measures the norm."""
-    dtype, state_dtype = DTYPES[dtypes]
-    options = {**subject.options, **options_of(method.extras, method.gc)}
+    cls: str,
+    options: dict[str, Any],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    found: Counter[Shard],
+    layout: Layout,
+) -> Laid:
+    """Lays out an optimizer of that name; `dtypes` are those of parameters and of states."""
+    dtype, state_dtype = dtypes
     if state_dtype != dtype:
-        options["state_dtype"] = state_dtype
-    kinds: dict[str, dict[str, Any]] = {  # as fusedcalib.param_groups has them
-        "weight": {},
-        "embedding": {"centralize": False},
-        "vector": {"weight_decay": 0.0, "centralize": False},
-    }
-    shards = {kind: [shard for shard in found if shard.kind == kind] for kind in kinds}
-    params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in kinds}
+        options = {**options, "state_dtype": state_dtype}
+    shards = {kind: [shard for shard in found if shard.kind == kind] for kind in KINDS}
+    params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in KINDS}
     groups: list[dict[str, Any]] = [
-        {"params": params[kind], **own} for kind, own in kinds.items() if params[kind]
+        {"params": params[kind], **own} for kind, own in KINDS.items() if params[kind]
     ]
-    optimizer = getattr(fusedcalib, subject.cls)(groups, **options)
+    optimizer = getattr(fusedcalib, cls)(groups, **options)
     demand = demand_of(optimizer.param_groups, None, None)
-    recipes = merged([recipe_of(optimizer.rule, group, demand) for group in optimizer.param_groups])
+    asked = merged([recipe_of(optimizer.rule, group, demand) for group in optimizer.param_groups])
+    recipes = [replace(r, flags=r.flags._replace(skips=demand.tentative)) for r in asked]
     parts = []
-    for index, kind in enumerate(kind for kind in kinds if params[kind]):
+    for index, kind in enumerate(kind for kind in KINDS if params[kind]):
         group, recipe = optimizer.param_groups[index], recipes[index]
         for shard, param in zip(shards[kind], params[kind], strict=True):
             make_state(optimizer.state, optimizer._versions, param, recipe, group)
@@ -143,7 +163,8 @@ def parts_of(
             place = _place(shard, layout.mesh)
             slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)
             parts.append(Part(slot, found[shard]))
-    return parts, demand.measure
+    decides = demand.remote or demand.measure or demand.scaled or demand.tentative
+    return Laid(parts, optimizer.param_groups, demand.measure, decides)
 
 
 def _tensor(shard: Shard, dtype: torch.dtype) -> torch.nn.Parameter:

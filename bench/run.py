@@ -1,8 +1,9 @@
 """Do all set-up, then run the main job: python3 bench/run.py [arguments of the job].
 
 `python3 bench/run.py papers` does what the papers claim in miniature, `python3 bench/run.py cifar` trains
-their networks on CIFAR, `python3 bench/run.py plan` says on paper what a step costs on so many GPUs; each has
---help, and is `python -m fusedcalib ...` where all is installed.
+their networks on CIFAR, `python3 bench/run.py plan` says on paper what a step costs on so many GPUs,
+`python3 bench/run.py profile` what its kernels take of one, `python3 bench/run.py env` what is installed;
+each has --help, and is `python -m fusedcalib ...` where all is installed.
 """
 
 import subprocess

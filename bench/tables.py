@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from . import machine
@@ -127,6 +128,26 @@ def markdown(table: Table) -> str:
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def show(table: Table, width: int = 140) -> None:
+    """Prints a table: by rich, if that is there; `width` in characters where there is no terminal."""
+    header, rows = table
+    try:
+        from rich.console import Console
+        from rich.table import Table as Drawn
+    except ImportError:
+        print(markdown(table))
+        return
+    made = Drawn(*header)
+    for row in rows:
+        made.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else width).print(made)
+
+
+def milliseconds(seconds: float) -> str:
+    """In three digits."""
+    return f"{1e3 * seconds:.3g}" if seconds < 0.9995 else f"{1e3 * seconds:.0f}"
 
 
 def case_title(case: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Writes the pages of the optimizers, the README's table of them and the tables of plans, from the code.
+"""Writes the pages of the optimizers, the README's table of them, and tables of plans and profiles.
 
 python docs/build.py           writes them
 python docs/build.py --check   only says which are out of date
@@ -22,11 +22,12 @@ import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
 from fusedcalib.arguments import EXTRAS  # noqa: E402
-from fusedcalib.bench import architectures, layouts, plan, readme, tables  # noqa: E402
+from fusedcalib.bench import architectures, layouts, plan, profile_kept, readme, tables  # noqa: E402
 from fusedcalib.bench.baselines import step_bytes  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
 
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
+PROFILE = ("<!-- profile:begin -->", "<!-- profile:end -->")
 SCALING = ("<!-- plan:begin -->", "<!-- plan:end -->")
 GPUS = (8, 64, 512, 4096, 16_384)
 SECTIONS = ("Args", "State", "Use it", "Raises", "Source", "Sources")
@@ -152,10 +153,21 @@ def scaling() -> str:
     return "\n\n".join(blocks)
 
 
+def profile() -> str:
+    """The table of docs/profile.md: the static profile that is kept."""
+    kept = profile_kept.read()
+    head = f"{kept['target']}, Triton {kept['triton']}; as compiled, no GPU was measured:"
+    return f"{head}\n\n{tables.markdown(profile_kept.table(kept))}"
+
+
 def files() -> dict[Path, str]:
     """What every generated file should hold."""
     pages = {HERE / f"{name.lower()}.md": page(name, cls) for name, cls in fusedcalib.optimizers().items()}
-    regions = {ROOT / "README.md": (table(), (BEGIN, END)), HERE / "scaling.md": (scaling(), SCALING)}
+    regions = {
+        ROOT / "README.md": (table(), (BEGIN, END)),
+        HERE / "scaling.md": (scaling(), SCALING),
+        HERE / "profile.md": (profile(), PROFILE),
+    }
     for path, (text, markers) in regions.items():
         pages[path] = readme.insert(path.read_text(), text, markers, path.name)
     return {**pages, HERE / "options.md": options_page()}

@@ -297,7 +297,7 @@ def test_an_unknown_command_is_told_the_known_ones(arguments, capsys):
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "the commands are plan, papers, cifar" in error
+    assert "the commands are plan, profile, env, papers, cifar" in error
 
 
 def test_help_names_every_command(capsys):

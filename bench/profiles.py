@@ -1,0 +1,212 @@
+"""What the kernels of a step take of a GPU: compiled for one that need not be there, or measured on one.
+
+python -m fusedcalib profile --arch sm_90 --model llama3-8b --options centralize,max_grad_norm
+python3 bench/run.py profile --arch sm_90 --optimizer all --everything --json profile.json --plot profile.png
+
+docs/profile.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import architectures, profile_gpu, profile_steps, tables
+from .baselines import SUBJECTS
+from .case import DTYPES
+from .plan_costs import GPUS
+from .profile_steps import OPTIONS, Case, everything
+from .static import TARGETS
+
+Results = dict[str, Any]
+DEFAULT = "sm_90"
+NOTE = (
+    "On paper: registers, accesses and instructions are those of the compiled code, bytes what the step must "
+    "move, times the published bandwidth and issue rate of bench/plan_costs.py; no GPU was measured."
+)
+
+
+def title(results: Results) -> str:
+    """Model, GPU and compiler."""
+    gpu = results["gpu"]
+    return (
+        f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
+        f"{gpu['name']} ({gpu['target']}) at {gpu['bandwidth'] / 1e12:.3g} TB/s, Triton {results['triton']}"
+    )
+
+
+def case_title(found: Results) -> str:
+    """Optimizer, storage and options of a case."""
+    return Case(found["optimizer"], tuple(found["options"]), found["dtypes"]).title
+
+
+def kernels_table(found: Results) -> tables.Table:
+    """Each kernel of a step."""
+    header = ["kernel", "tile", "tensors", "elements", "registers", "spilled B", "warps", "KB in flight"]
+    header += ["access B", "bytes", "instr.", "memory ms", "issue ms", "bound by"]
+    rows = []
+    for kernel in found["kernels"]:
+        widths = sorted({kernel["narrowest"], kernel["widest"]} - {None}, reverse=True)
+        room, seconds = kernel["occupancy"], kernel["seconds"]
+        rows.append(
+            [
+                kernel["kernel"],
+                kernel["tile"],
+                str(kernel["tensors"]),
+                f"{kernel['elements'] / 1e6:,.3g}M",
+                str(kernel["registers"]),
+                str(kernel["spilled"]),
+                f"{room['warps']}/{room['most']}",
+                f"{kernel['in_flight'] / 1024:.0f}",
+                " to ".join(map(str, widths)) or "-",
+                str(kernel["bytes"]),
+                f"{kernel['instructions']:.1f}",
+                *(tables.milliseconds(seconds[part]) for part in ("memory", "issue")),
+                kernel["bound"] if kernel["elements"] else "-",
+            ]
+        )
+    return header, rows
+
+
+def totals_table(results: Results) -> tables.Table:
+    """Each step."""
+    header = ["step", "launches", "bytes a parameter", "GB moved", "most registers", "spilled B"]
+    header += ["memory ms", "issue ms", "at least ms"]
+    rows = []
+    for found in results["cases"]:
+        kernels, seconds = found["kernels"], found["seconds"]
+        rows.append(
+            [
+                case_title(found),
+                str(found["launches"]),
+                f"{found['moved_per_param']:.1f}",
+                f"{found['moved'] / 1e9:.3g}",
+                str(max(kernel["registers"] for kernel in kernels)),
+                str(sum(kernel["spilled"] for kernel in kernels)),
+                *(tables.milliseconds(seconds[part]) for part in ("memory", "issue", "bound")),
+            ]
+        )
+    return header, rows
+
+
+def show(results: Results) -> None:
+    """Prints the tables."""
+    print(title(results))
+    for found in results["cases"]:
+        print(f"\n{case_title(found)}:")
+        tables.show(kernels_table(found), width=170)
+    print("\nEach step:")
+    tables.show(totals_table(results))
+    print(NOTE)
+
+
+# -- the command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    try:
+        if options.accept or options.check:
+            from . import profile_kept
+
+            return profile_kept.main(options.accept)
+        model = architectures.chosen(options)
+        target = _target(options)
+        device = None if target else profile_gpu.here()
+        if device is not None:
+            results = profile_gpu.profile(_cases(options), model, device)
+            profile_gpu.show(results)
+        else:
+            if target is None:
+                target = DEFAULT
+                print(f"No GPU is here to measure on: this is the static profile, compiled for {target}.")
+            results = profile_steps.profile(_cases(options), model, _gpu(options, target))
+            show(results)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if options.plot:
+            from . import profile_plot
+
+            (profile_plot.draw if device is None else profile_plot.draw_measured)(results, options.plot)
+    except ImportError as error:
+        return _failed(f"this needs {error.name}: pip install {error.name}")
+    except (OSError, ValueError) as error:
+        return _failed(str(error))
+    return 0
+
+
+def _failed(why: str) -> int:
+    print(f"fusedcalib profile: {why}", file=sys.stderr)
+    return 2
+
+
+def _target(options: argparse.Namespace) -> str | None:
+    """What is compiled for, where that is named; else a GPU is measured, if one is here."""
+    target: str | None = options.arch or (options.gpu and GPUS[options.gpu].target)
+    return target
+
+
+def _gpu(options: argparse.Namespace, target: str) -> str:
+    """The GPU whose bandwidth is taken: the one that is named, or the first of the architecture."""
+    if options.gpu is None:
+        return next(name for name, gpu in GPUS.items() if gpu.target == target)
+    if GPUS[options.gpu].target != target:
+        of_target = ", ".join(name for name, gpu in GPUS.items() if gpu.target == target)
+        raise ValueError(f"--gpu {options.gpu} is no {target}; of that are {of_target}")
+    name: str = options.gpu
+    return name
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    names = list(SUBJECTS) if options.optimizer == ["all"] else options.optimizer
+    unknown = [name for name in names if name not in SUBJECTS]
+    if unknown:
+        raise ValueError(f"--optimizer {unknown[0]!r} is not known; there are all, {', '.join(SUBJECTS)}")
+    cases = []
+    for dtypes in options.dtypes:
+        for name in names:
+            cases.append(Case(name, options.options, dtypes))
+            if options.everything:
+                cases.append(Case(name, everything(dtypes), dtypes))
+    return cases
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fusedcalib profile", description=(__doc__ or "").split("\n")[0])
+    architectures.add_arguments(parser, "gpt2")
+    parser.add_argument(
+        "--arch", choices=list(TARGETS), help=f"compile for it ({DEFAULT}, if no GPU is here)"
+    )
+    parser.add_argument("--gpu", choices=list(GPUS), help="whose bandwidth (the first of the architecture)")
+    parser.add_argument("--optimizer", nargs="+", default=["AdamW"], help="names, or all (AdamW)")
+    parser.add_argument("--options", type=_named(OPTIONS), default=(), help=f"of {', '.join(OPTIONS)}")
+    parser.add_argument(
+        "--everything", action="store_true", help="each once more with all that goes together"
+    )
+    parser.add_argument("--dtypes", type=_named(DTYPES), default=("fp32",), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes everything as data")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws what binds each kernel")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--check", action="store_true", help="compare with the profile that is kept")
+    kept.add_argument("--accept", action="store_true", help="write the profile that is kept anew")
+    return parser.parse_args(arguments)
+
+
+def _named(known: dict[str, Any]) -> Any:
+    """A parser of names between commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(filter(None, text.split(","))))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())
