@@ -110,7 +110,12 @@ class Compiled(NamedTuple):
 
 
 def _compiled(
-    kernel: Any, tables: dict[str, Any], constants: dict[str, Any], warps: int, target: str
+    kernel: Any,
+    tables: dict[str, Any],
+    constants: dict[str, Any],
+    warps: int,
+    target: str,
+    options: dict[str, Any] = launch.OPTIONS,
 ) -> tuple[dict[str, Any], int]:
     """Its code, and the bytes of shared memory that it takes."""
     from triton import compile as compile_for
@@ -119,8 +124,7 @@ def _compiled(
 
     signature = {**tables, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": warps, **launch.OPTIONS}
-    built = compile_for(source, target=GPUTarget(*TARGETS[target]), options=options)
+    built = compile_for(source, GPUTarget(*TARGETS[target]), {"num_warps": warps, **options})
     return dict(built.asm), built.metadata.shared
 
 
@@ -140,7 +144,8 @@ def compiled_norm(spec: Spec, decision: Decision, target: str = "sm_90", decide:
     constants = {**launch.norm_constants(spec), **decision.constants(), "DECIDE": decide}
     warps: int = constants.pop("num_warps")
     tile = Tile(constants["R"], constants["C"], warps, constants["REDUCTION"])
-    asm, shared = _compiled(norm_kernel, {**tables, "control": CONTROL}, constants, warps, target)
+    options = launch.NORM_OPTIONS[TARGETS[target][0]]
+    asm, shared = _compiled(norm_kernel, {**tables, "control": CONTROL}, constants, warps, target, options)
     return Compiled(spec, target, asm, tile, shared)
 
 
@@ -199,8 +204,8 @@ def instructions(built: Compiled) -> list[str]:
     return re.findall(r"^\s+(v_\w+|(?:global|buffer|flat|ds)_\w+)\s", built.asm["amdgcn"], re.M)
 
 
-def spilled_in_loops(built: Compiled) -> int:
-    """Accesses of spilled registers in the loops of the machine code; on AMD spilled registers anywhere."""
+def spilled_in_loops(built: Compiled, which: slice = slice(None)) -> int:
+    """Accesses of spilled registers in loops, in their order; on AMD spilled registers anywhere."""
     if "cubin" not in built.asm:
         return spilled(built)
     text = _tool("nvdisasm", "-c", cubin=built.asm["cubin"])
@@ -209,7 +214,7 @@ def spilled_in_loops(built: Compiled) -> int:
     ends = [
         (labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*\((\.L_x_\d+)\)", line))
     ]
-    loops = [range(start, end) for start, end in ends if start < end]
+    loops = sorted((range(start, end) for start, end in ends if start < end), key=lambda r: r.start)[which]
     assert loops
     return sum(bool(re.search(r"\b(STL|LDL)", lines[i])) for i in {i for loop in loops for i in loop})
 

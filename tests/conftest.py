@@ -1,6 +1,7 @@
 """Fixtures of every test file; the tables behind them are in cases.py."""
 
 import random
+import re
 import zlib
 
 import numpy
@@ -32,12 +33,32 @@ def on_device():
         yield
 
 
-@pytest.fixture(params=list(RULES))
+# Loops take a second or more to compile for each rule and option, and what wraps a rule does not care which
+# it is: one of each kind of state. Every rule in its loops is tests/test_kernels.py's.
+BY_LOOPS = ("SGD", "AdamW", "NAdam", "Lion")
+PAIRS = [(rule, b) for rule in RULES for b in BACKENDS if b != "numba" or rule in BY_LOOPS]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where a test says nothing else of them: every rule, every backend, both together where it has both."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    said = " ".join(str(mark.args[0]) for mark in marks)
+    open_ = [
+        n for n in ("rule", "backend") if n in metafunc.fixturenames and not re.search(rf"\b{n}\b", said)
+    ]
+    values = {"rule": list(RULES), "backend": BACKENDS}
+    if len(open_) == 2:
+        metafunc.parametrize(open_, PAIRS, indirect=True)
+    for name in open_ if len(open_) == 1 else ():
+        metafunc.parametrize(name, values[name], indirect=True)
+
+
+@pytest.fixture
 def rule(request: pytest.FixtureRequest) -> Rule:
     return RULES[request.param]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

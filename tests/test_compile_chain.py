@@ -9,6 +9,7 @@ from kernel_kinds import CLASSES, config
 
 import fusedcalib
 from fusedcalib import GradientNoise
+from fusedcalib.bench.static import spilled_in_loops, usage
 from fusedcalib.kernels.stages import Flags
 
 pytest.importorskip("triton")
@@ -55,10 +56,14 @@ def test_the_chain_spills_no_register(kind: str, row_class: str, target: str):
     [(r, t) for r in fusedcalib.optimizers() for t in TARGETS if t == "sm_90" or r in ("NAdam", "RAdam")],
 )
 def test_scalars_are_computed_in_registers(rule: str, target: str):
-    """By the last program that measures, and by one of its own; powers in fp64, not by approximation."""
+    """In fp64. By one program of its own; by the last that measures, whose loop does not spill."""
     for row_class in (None, "longest rows"):
         built = compiled_control(rule, target, config("AdamW plain", row_class) if row_class else None)
-        assert spilled(built) == 0
+        if row_class and target != "gfx942":  # many programs at once; the first loop reads gradients
+            assert usage(built).registers <= 64
+            assert spilled_in_loops(built, slice(1)) == 0
+        else:
+            assert spilled(built) == 0
         if target != "gfx942":
             assert not [name for name in built.ptx if "approx" in name and ".f32" in name]
 
