@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from . import shapes
 from .baselines import GAMMA, NONE, Extras, Method, Subject
+from .rivals import sentence
 from .shapes import ParamList
 from .timing import one_thread
 
@@ -53,6 +55,7 @@ class Verdict:
     max_err: float = 0.0
     of_bound: float = 0.0
     reason: str | None = None  # why it could not take its steps
+    seconds: float = 0.0  # that its steps took, compiling among them
 
     @property
     def passed(self) -> bool:
@@ -93,16 +96,23 @@ def check(spec: ParamList, methods: dict[str, Entry], subject: Subject, every: i
         for kind, of_steps in factors.items():
             of_steps.append(_factor(*kind[1:], next(iter(methods.values())).params))
         for name, row in methods.items():
-            try:
-                row.step()
-            except Exception as error:  # another library's, of any kind: it costs that method only
-                verdicts[name].reason = f"{type(error).__name__}: {error}"
+            if verdicts[name].reason is None:
+                _take(row, verdicts[name])
     able = {name: row for name, row in methods.items() if verdicts[name].reason is None}
     if able:
         with one_thread():
             for batch in _batches(spec, BATCH[next(iter(able.values())).params[0].device.type]):
                 _judge(spec, batch, able, subject, verdicts, factors, every)
     return verdicts
+
+
+def _take(row: Entry, verdict: Verdict) -> None:
+    start = time.perf_counter()
+    try:
+        row.step()
+    except Exception as error:  # another library's, of any kind: it costs that method only
+        verdict.reason = sentence(error)
+    verdict.seconds += time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -212,6 +222,12 @@ def _path(start: Tensor, grads: list[Tensor], gc: bool, subject: Subject) -> lis
         param, state = oracle(subject)(path[-1], grad, state, **subject.options, centralize=gc)
         path.append(param)
     return path
+
+
+def shows_gradient(subject: Subject) -> bool:
+    """Whether the gradient that the rule was given can be read from what the step left: see `Spare`."""
+    simple = {"lr", "betas", "eps", "weight_decay"}
+    return subject.cls in ("AdamW", "SGD") and subject.options.keys() <= simple
 
 
 class Spare:

@@ -253,7 +253,7 @@ def made(key, side, params):
     """A step with extras, without its noise, as the case has it in the gate."""
     name = f"{side}_{key}"
     built = baselines.METHODS[name].make(LITTLE, params)
-    return built, case._entry(name, params, built)
+    return built, case._entry(baselines.METHODS[name], params, built)
 
 
 @pytest.mark.parametrize("key", baselines.EXTRAS)
@@ -273,7 +273,7 @@ def test_composed_and_ours_agree_and_pass(key):
 def altered(side, gc, **changed):
     """A method of the whole chain that is not quite that."""
     extras = replace(baselines.EXTRAS["chain"], **changed)
-    make = (baselines._composed if side == "eager" else baselines._own_extras)(extras, gc)
+    make = (baselines.composed if side == "eager" else baselines.own_extras)(extras, gc)
     return replace(baselines.METHODS[f"{side}_chain"], make=make)
 
 

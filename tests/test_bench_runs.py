@@ -15,10 +15,12 @@ from fusedcalib.bench import (
     baselines,
     case,
     ceilings,
+    clocks,
     digits,
     goals,
     host,
     machine,
+    rivals,
     schema,
     shapes,
     suite,
@@ -40,7 +42,9 @@ def measured(monkeypatch):
     quiet_machine(monkeypatch)
     monkeypatch.setitem(shapes.LISTS, "little", lambda: LITTLE)
     wrong = baselines.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
-    absent = baselines.Method("absent", "absent", False, baselines._rival("no_such_module", "X"))
+    absent = baselines.Method(
+        "absent", "absent", False, baselines.rival(rivals.Rival("absent", "no_such_module", {}))
+    )
     monkeypatch.setitem(baselines.METHODS, "wrong", wrong)
     monkeypatch.setitem(baselines.METHODS, "absent", absent)
     return lambda dtypes="fp32": case.run(case.Case("little", METHODS, dtypes), CPU, QUICK)
@@ -78,7 +82,7 @@ def test_extras_are_gated_timed_and_given_new_gradients(measured, monkeypatch):
         return clip(params, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
-    monkeypatch.setattr(case, "repeats_for", lambda seconds: 1)
+    monkeypatch.setattr(clocks, "repeats_for", lambda seconds: 1)
     methods = ("torch_fused", "own_plain", "eager_chain", "own_chain")
     one = case.run(case.Case("little", methods, extras="chain"), CPU, QUICK)
     assert (one["extras"], one["bytes_per_param"]) == ("chain", 40)
