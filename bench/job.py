@@ -61,7 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    from . import machine, plots, report, schema
+    from . import machine, plot_steps, plots, report, schema
 
     start = time.monotonic()
     device = machine.pick_device(options.device)
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     files = [
         schema.save(everything, options.out / "results.json"),
         plots.training(everything, options.out / "training.png"),
-        plots.steps(everything, options.out / "steps.png"),
+        plot_steps.steps(everything, options.out / "steps.png"),
         report.write(everything, options.out / "report.md"),
     ]
     _show(everything, console)

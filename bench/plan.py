@@ -176,28 +176,14 @@ def show(results: Results) -> None:
     """Prints the tables."""
     print(title(results))
     if len(results["plans"]) > 1:
-        _print(sizes_table(results))
+        tables.show(sizes_table(results))
     for found in results["plans"] if len(results["plans"]) == 1 else ():
         print(split(found))
-        _print(steps_table(found))
+        tables.show(steps_table(found))
         for reason in dict.fromkeys(found["left_out"].values()):
             names = [name for name, why in found["left_out"].items() if why == reason]
             print(f"not counted: {', '.join(names)}: {reason}")
     print(NOTE)
-
-
-def _print(table: tables.Table) -> None:
-    header, rows = table
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(tables.markdown(table))
-        return
-    made = Table(*header)
-    for row in rows:
-        made.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(made)
 
 
 # -- the command

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -52,7 +55,7 @@ def launches(step: Step, device: torch.device) -> int | None:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with _silence(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize(device)
     events = profiler.events() or []
@@ -77,7 +80,8 @@ def _peak_on_cpu(step: Step) -> int:
     """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+    activities = [ProfilerActivity.CPU]
+    with _silence(), profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
         step()
     kineto = profiler.profiler
     assert kineto is not None
@@ -86,3 +90,16 @@ def _peak_on_cpu(step: Step) -> int:
         (e.start_ns(), e.nbytes()) for e in events.events() if e.name() == "[memory]"
     ]
     return max(accumulate((size for _, size in sorted(changes)), initial=0))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The profiler's library tells stderr that it starts and stops, and has no setting against it."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -138,7 +138,7 @@ def _say(work: Run, log: Log) -> int:
     if tables.chain_cases(whole):
         print("\n".join(_aligned(tables.chain_table(whole))), flush=True)
     for title in work.more["left_out"]:
-        log(f"left out for want of time: {title}")
+        log(f"left out{' by the interrupt' if work.interrupted else ' for want of time'}: {title}")
     for line in work.wrong():
         log(f"FAILED: {line}")
     log(f"wrote {work.path}")
