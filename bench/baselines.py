@@ -208,7 +208,7 @@ METHODS: dict[str, Method] = {
         Method("torch_fused", "torch fused", False, of_torch(fused=True), reference=True),
         Method("torch_foreach", "torch foreach", False, of_torch(foreach=True), reference=True),
         Method("torch_forloop", "torch for-loop", False, of_torch(foreach=False, fused=False)),
-        Method("torch_compiled", "torch.compile", False, compiled_step),
+        Method("torch_compiled", "torch.compile", False, compiled_step, narrow=True),
         Method(
             "eager_gc_fused",
             "eager GC + torch fused",
@@ -235,7 +235,7 @@ METHODS: dict[str, Method] = {
         *_pair("clip", "clip_grad_norm_", "clip"),
         *_pair("ema", "foreach lerp", "EMA"),
         *_pair("chain", "clip, noise, eager GC, EMA", "clip, noise, GC, EMA", gc=True),
-        *(Method(name, of.title, False, rival(of)) for name, of in rivals.RIVALS.items()),
+        *(Method(name, of.title, False, rival(of), narrow=of.narrow) for name, of in rivals.RIVALS.items()),
     )
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import clocks, gate, shapes, timing
+from . import clocks, gate, shapes, spare, timing
 from .baselines import ADAMW, METHODS, SUBJECTS, Built, Method, NotAvailableError, Subject, step_bytes
 from .clocks import Effort, Tell
 from .rivals import sentence
@@ -127,13 +127,13 @@ class _Work:
         if built.set_noise and method.extras.noise is not None:
             built.set_noise(method.extras.noise)
         subject = self.subject
-        if method.like is not None or not gate.shows_gradient(subject):
+        if method.like is not None or not spare.shows_gradient(subject):
             method, subject = (
                 replace(method, make=method.like or method.make),
                 replace(ADAMW, own=subject.own),
             )
         try:
-            return gate.fault(method, subject, self.device, self.dtype)
+            return spare.fault(method, subject, self.device, self.dtype)
         except Exception as error:  # as in the gate
             return sentence(error)
 
@@ -200,7 +200,7 @@ def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
     torch_norm = built.spoils and extras.clip is not None
-    return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages)
+    return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages, method.narrow)
 
 
 @torch.no_grad()

@@ -145,6 +145,7 @@ class Method:
         extras: what it does besides.
         reference: whether the times of others are written as ratios to this one's.
         like: makes the same extras around torch's step, where they are judged in its place.
+        narrow: whether it makes the numbers of a step, as bias corrections, in fp32.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Method:
     extras: Extras = NONE
     reference: bool = False
     like: Maker | None = None
+    narrow: bool = False
 
     @property
     def options(self) -> dict[str, Any]:

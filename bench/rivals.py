@@ -21,6 +21,7 @@ class Rival(NamedTuple):
         options: more arguments for every class of it that takes them.
         on_gpu: the same, on a GPU.
         renamed: its names for options of ours.
+        narrow: whether it makes the numbers of a step in fp32, as torch.compile does.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Rival(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - of a tuple, not of a class
     on_gpu: dict[str, Any] = {}  # noqa: RUF012
     renamed: dict[str, str] = {}  # noqa: RUF012
+    narrow: bool = False
 
     def find(self, subject: Subject, gpu: bool) -> tuple[type, dict[str, Any], str]:
         """Its class, the arguments that make it the subject, and a note: which version.
@@ -100,7 +102,7 @@ RIVALS = {
         {name: f"Flash{name}" for name in ("Adam", "AdamW", "Lion", "SGD", "SGDW")},
         {"quantize": False, "master_weight_bits": None},
     ),
-    "torchao": Rival("torchao", "torchao.optim.adam", {"AdamW": "_AdamW"}),
+    "torchao": Rival("torchao", "torchao.optim.adam", {"AdamW": "_AdamW"}, narrow=True),
     "pytorch_optimizer": Rival(
         "pytorch_optimizer",
         "pytorch_optimizer",

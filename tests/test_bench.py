@@ -9,7 +9,7 @@ import torch
 from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
 import fusedcalib
-from fusedcalib.bench import baselines, case, gate, load, shapes, suite, timing
+from fusedcalib.bench import baselines, case, gate, load, shapes, spare, suite, timing
 
 # -- parameter lists --------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ def test_composed_and_ours_agree_and_pass(key):
         for one, other in zip(entries["eager"].averages(), entries["own"].averages(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
     for side in entries:
-        assert gate.fault(baselines.METHODS[f"{side}_{key}"], baselines.ADAMW, CPU, torch.float32) is None
+        assert spare.fault(baselines.METHODS[f"{side}_{key}"], baselines.ADAMW, CPU, torch.float32) is None
 
 
 def altered(side, gc, **changed):
@@ -301,20 +301,20 @@ def test_gate_refuses_a_wrong_chain(monkeypatch, side, gc, changed):
     ],
 )
 def test_wrong_clip_and_noise_are_seen(side, changed, message):
-    found = gate.fault(altered(side, True, **changed), baselines.ADAMW, CPU, torch.float32)
+    found = spare.fault(altered(side, True, **changed), baselines.ADAMW, CPU, torch.float32)
     assert message in found
 
 
 def test_noise_that_repeats_or_is_not_centred_is_seen(monkeypatch):
     judged = (baselines.ADAMW, CPU, torch.float32)
     method = baselines.METHODS["eager_noise"]
-    assert "not centred" in gate.fault(replace(method, gc=True), *judged)
-    noise = torch.randn(gate.SPARE)
+    assert "not centred" in spare.fault(replace(method, gc=True), *judged)
+    noise = torch.randn(spare.SPARE)
     monkeypatch.setattr(torch, "randn_like", lambda grad: noise)
-    assert "correlate by 1" in gate.fault(method, *judged)
+    assert "correlate by 1" in spare.fault(method, *judged)
     monkeypatch.undo()
-    monkeypatch.setattr(gate, "GAMMA", 0.0)
-    assert "in step 1" in gate.fault(method, *judged)
+    monkeypatch.setattr(spare, "GAMMA", 0.0)
+    assert "in step 1" in spare.fault(method, *judged)
 
 
 def test_extras_move_more_bytes():
