@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,15 +56,20 @@ def _class_of(subject: Subject, flags: dict[str, Any]) -> Callable[..., torch.op
     cls: type[torch.optim.Optimizer] | None = getattr(torch.optim, subject.cls, None)
     if cls is None:
         raise NotAvailableError(f"torch.optim has no {subject.cls}")
-    for flag in flags:
-        if flag not in inspect.signature(cls).parameters:
+    for flag, value in flags.items():
+        if value and flag not in inspect.signature(cls).parameters:
             raise NotAvailableError(f"torch.optim.{subject.cls} has no {flag} form")
+    for option in subject.options:
+        if option not in inspect.signature(cls).parameters:
+            raise NotAvailableError(f"torch.optim.{subject.cls} has no option {option!r}")
     return cls
 
 
 def of_torch(**flags: Any) -> Maker:
     def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
-        optimizer = _class_of(subject, flags)(groups_of(spec, params), **subject.options, **flags)
+        cls = _class_of(subject, flags)
+        asked = {flag: value for flag, value in flags.items() if flag in inspect.signature(cls).parameters}
+        optimizer = cls(groups_of(spec, params), **subject.options, **asked)
         return Built(optimizer.step, optimizer)
 
     return make
@@ -93,6 +99,9 @@ def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
     """What users put around a step (torch's fused): clip, noise, centring, and the average after it."""
 
     def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
+        decay = subject.coupled_decay() if gc else 0.0
+        if decay:  # is part of what is centred, and so added before
+            subject = replace(subject, options={**subject.options, "weight_decay": 0.0})
         around = (inner or of_torch(fused=True))(spec, params, subject)
         averages = [param.detach().float().clone() for param in params] if extras.ema is not None else []
         eta, taken = extras.noise, 0
@@ -111,6 +120,8 @@ def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
                 for param in params:
                     assert param.grad is not None
                     param.grad.add_(torch.randn_like(param.grad), alpha=sigma)
+            if decay:
+                torch._foreach_add_([p.grad for p in params if p.grad is not None], params, alpha=decay)
             if gc:
                 centralize_(params)
             around.step()
@@ -125,7 +136,7 @@ def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
             averages=(lambda: averages) if averages else None,
             set_noise=set_noise if extras.noise is not None else None,
             # Centring alone is done again without effect.
-            spoils=extras.clip is not None or extras.noise is not None,
+            spoils=extras.clip is not None or extras.noise is not None or decay > 0,
         )
 
     return make

@@ -172,6 +172,7 @@ def run(
         "params": work.spec.params,
         "dtypes": case.dtypes,
         "subject": case.subject_title,
+        "hyper": dict(work.subject.options),
         "extras": case.extras,
         "base": next((name for name in case.bases if name in rows), None),
         "bytes_per_param": width,

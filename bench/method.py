@@ -40,23 +40,25 @@ class Subject:
 
     def rule_options(self) -> dict[str, Any]:
         """All options of the rule with their values: another library's defaults may be others."""
-        from fusedcalib.factory import optimizers, options_of
+        return reference_options(self.cls) | self.options
 
-        ours = options_of(optimizers()[self.cls])
-        known = {name: ours.get(name, default) for name, default in reference_options(self.cls).items()}
-        return known | self.options
+    def coupled_decay(self) -> float:
+        """The weight decay that is added to the gradient."""
+        options = self.rule_options()
+        return float(options["weight_decay"]) if options.get("decoupled_weight_decay") is False else 0.0
 
 
 def reference_options(cls: str) -> dict[str, Any]:
-    """What the reference of a class knows of its rule, with defaults; centring is a matter of the method."""
+    """What the reference of a class can be told of its rule, with the defaults of our class."""
+    from fusedcalib.arguments import EXTRAS
+    from fusedcalib.factory import optimizers, options_of
     from fusedcalib.reference import ORACLES
 
-    found = inspect.signature(ORACLES[cls]).parameters
-    return {
-        name: p.default
-        for name, p in found.items()
-        if p.kind is p.KEYWORD_ONLY and not name.startswith("centralize")
-    }
+    aside = {*EXTRAS, "backend", "foreach", "fused", "capturable", "differentiable"} - {"l1", "max_row_norm"}
+    known = inspect.signature(ORACLES[cls]).parameters.values()
+    around = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    found = around | options_of(optimizers()[cls])
+    return {name: default for name, default in found.items() if name not in aside}
 
 
 _DECAY = {"lr": 1e-3, "weight_decay": 1e-2}

@@ -13,6 +13,8 @@ from . import tables
 from .plots import COLOURS, INK, SOFT, STYLE, heading, ratio_axis
 from .schema import Results, extras_of
 
+BUSY = "Step times on a busy machine: do not rely on them"
+
 
 def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
@@ -43,9 +45,10 @@ def _compared_title(shown: list[Shown]) -> str:
     for case, base, _ in shown:
         for name, title, spread in _ratios(case, base):
             if name.startswith("own"):
+                if spread["disturbed"]:
+                    return BUSY
                 names = {row["name"]: row["title"] for row in case["methods"]}
-                mark = tables.DISTURBED if spread["disturbed"] else ""
-                return f"{title} / {names[base]}: {mark}{spread['median']:.2f} on {case['list']}"
+                return f"{title} / {names[base]}: {spread['median']:.2f} on {case['list']}"
     return "Step times"
 
 
@@ -113,7 +116,7 @@ def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
 
 def _steps_title(cases: list[dict[str, Any]]) -> str:
     if any(tables.was_disturbed(case) for case in cases):
-        return "Step times on a busy machine: do not rely on them"
+        return BUSY
     parts = []
     for case in cases:
         spread = next((s for name, _, s in _ratios(case) if name == "own_gc"), None)

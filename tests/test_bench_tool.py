@@ -1,0 +1,370 @@
+"""The benchmark tool: what it compares, what becomes of what breaks, what it writes. No speed is asserted."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from bench_subjects import CPU, LITTLE, quiet_machine
+
+import fusedcalib
+import fusedcalib.reference
+from fusedcalib import __main__ as command
+from fusedcalib.bench import (
+    baselines,
+    case,
+    ceilings,
+    choose,
+    clocks,
+    gate,
+    machine,
+    plot_steps,
+    probe,
+    rivals,
+    schema,
+    shapes,
+    tables,
+)
+
+SHAPES = [{"name": f"p{i}", "shape": list(shape)} for i, shape in enumerate(LITTLE.shapes)]
+EAGER = ("--set", "backend=eager")  # nothing is compiled
+
+
+class Fake(torch.optim.AdamW):
+    """Another library's AdamW; `breaks` names what becomes of it in which step."""
+
+    breaks: tuple[int, BaseException] | None = None
+    scale = 1.0
+    made: list["Fake"] = []  # noqa: RUF012
+
+    def __init__(self, params, lr, betas, eps, weight_decay, triton=None):
+        super().__init__(params, self.scale * lr, betas, eps, weight_decay)
+        self.triton, self.steps = triton, 0
+        Fake.made.append(self)
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.breaks and self.steps >= self.breaks[0]:
+            raise self.breaks[1]
+        return super().step(closure)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """optimi, as it were; its class, whose behaviour a test may change."""
+    module = types.ModuleType("optimi")
+    module.AdamW = type("AdamW", (Fake,), {"__module__": "optimi"})
+    module.__version__ = "9.9"
+    monkeypatch.setitem(sys.modules, "optimi", module)
+    return module.AdamW
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """`bench(...)`: the tool on a little list; its exit status and what it wrote."""
+    quiet_machine(monkeypatch)
+    monkeypatch.setattr(
+        ceilings, "measure", lambda device: {"copy_gbs": 2.0, "stream_4r3w_gbs": 4.0, "how": ""}
+    )
+    monkeypatch.setattr(clocks, "repeats_for", lambda seconds: 1)
+    (tmp_path / "little.json").write_text(json.dumps(SHAPES))
+
+    def run(*more, against="fused,optimi"):
+        out = tmp_path / "out.json"
+        given = ["--shapes", str(tmp_path / "little.json"), "--rounds", "6", "--seconds", "20", *EAGER]
+        code = command.main(["bench", *given, "--against", against, "--json", str(out), *more])
+        return code, schema.load(out) if out.exists() else None
+
+    return run
+
+
+def row_of(results, name, index=0):
+    return next(row for row in results["cases"][index]["methods"] if row["name"] == name)
+
+
+def has_no_number(row):
+    keys = (*schema.SPEEDS, "launches", "peak_extra_bytes", "kept")
+    return row["ratio_to"] == {} and all(row.get(key) is None for key in keys)
+
+
+# -- what is measured
+
+
+def test_a_run_is_valid_and_complete(bench, fake, capsys):
+    code, results = bench("--with", "centralize", "--optimizer", "AdamW", "--set", "lr=0.01", "betas=0.8,0.9")
+    assert code == 0
+    assert "incomplete" not in results
+    (one,) = results["cases"]
+    assert one["subject"] == "AdamW lr=0.01, betas=(0.8, 0.9), backend=eager"
+    assert one["hyper"]["betas"] == [0.8, 0.9]
+    names = ["torch_fused", "own_plain", "own_centralize", "eager_centralize_torch_fused"]
+    assert [row["name"] for row in one["methods"]] == [*names, "eager_centralize_optimi"]
+    assert [row["reason"] for row in one["methods"]] == [None] * 5
+    own = row_of(results, "own_centralize")
+    assert own["ratio_to"]["eager_centralize_torch_fused"]["n"] == 6
+    assert own["note"] == "backend eager"
+    assert own["gbs"] == pytest.approx(1e-6 * 28 * LITTLE.params / own["wall_ms"])
+    assert own["pct_copy"] == pytest.approx(50 * own["gbs"])
+    assert own["pct_4r3w"] == pytest.approx(25 * own["gbs"])
+    assert own["launches"] is None
+    assert fake.made[-1].defaults["betas"] == (0.8, 0.9)
+    assert "optimi.AdamW 9.9" in row_of(results, "eager_centralize_optimi")["note"]
+    assert "| fusedcalib with GC" in capsys.readouterr().out.replace("│", "|")
+
+
+def test_two_rules_are_two_cases_and_an_option_goes_to_those_that_have_it(bench):
+    code, results = bench(
+        "--optimizer", "sgd", "--optimizer", "AdamW", "--set", "momentum=0.9", against="foreach"
+    )
+    assert code == 0
+    subjects = [one["subject"] for one in results["cases"]]
+    assert subjects == ["SGD momentum=0.9, backend=eager", "AdamW backend=eager"]
+
+
+@pytest.mark.parametrize("name", ["Lion", "SGD momentum", "Adan", "RMSprop centered momentum"])
+def test_features_stand_around_any_rule(bench, name):
+    """Of a rule that torch.optim has not, nothing is composed, and it is said."""
+    against = "for-loop" if hasattr(torch.optim, baselines.SUBJECTS[name].cls) else "fused"
+    code, results = bench(
+        "--optimizer", name, "--with", "clip,noise,ema", "--set", "centralize=True", against=against
+    )
+    assert code == 0
+    key = "clip+noise+centralize+ema"
+    assert row_of(results, f"own_{key}")["reason"] is None
+    assert row_of(results, f"own_{key}")["wall_ms"] > 0
+    composed = row_of(results, f"eager_{key}_{choose.AGAINST[against]}")
+    cls = baselines.SUBJECTS[name].cls
+    assert composed["reason"] == (None if against == "for-loop" else f"torch.optim has no {cls}")
+
+
+def test_figure_and_table_are_of_what_was_measured(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, results = bench("--plot", str(tmp_path / "plot.png"), against="fused,foreach")
+    assert code == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_steps.compared(results, tmp_path / "again.png").exists()
+    header, rows = tables.full_table(results["cases"][0])
+    assert header[2] == "/ torch fused (10-90 %)"
+    assert [row[0] for row in rows] == ["fusedcalib", "torch fused", "torch foreach"]
+    assert rows[1][2] == "1"
+
+
+def test_memory_of_a_step_is_seen_on_a_cpu(capfd):
+    params = [torch.ones(1000, requires_grad=True) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones(1000)
+    peaks = {}
+    for flag in ("foreach", "fused"):
+        optimizer = torch.optim.AdamW(params, **{flag: True})
+        optimizer.step()
+        peaks[flag] = probe.measure(optimizer.step, CPU).peak_extra_bytes
+    assert 12_000 <= peaks["foreach"] < 24_000  # a temporary of all parameters, at least
+    assert peaks["fused"] < 100
+    assert "profiler" not in capfd.readouterr().err
+
+
+# -- what breaks
+
+
+def test_a_missing_rival_is_null_with_its_reason(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optimi", None)
+    code, results = bench()
+    assert code == 0
+    row = row_of(results, "optimi")
+    assert row["reason"] == "optimi is not installed"
+    assert has_no_number(row)
+
+
+def test_a_rival_that_breaks_when_imported_is_null(bench, monkeypatch):
+    def broken(name):
+        raise RuntimeError("built for another torch\nand more")
+
+    monkeypatch.setattr(rivals.importlib, "import_module", broken)
+    code, results = bench()
+    assert code == 0
+    reason = "optimi cannot be imported: RuntimeError: built for another torch..."
+    assert row_of(results, "optimi")["reason"] == reason
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["gate", "timed"])
+def test_a_rival_that_raises_costs_itself_only(bench, fake, step):
+    fake.breaks = (step, RuntimeError("no such kernel"))
+    code, results = bench()
+    assert code == 0
+    row = row_of(results, "optimi")
+    assert row["reason"] == "RuntimeError: no such kernel"
+    assert has_no_number(row)
+    assert row_of(results, "own_plain")["ratio_to"]["torch_fused"]["n"] == 6
+    assert "optimi" not in row_of(results, "own_plain")["ratio_to"]
+
+
+def test_no_number_without_a_right_result(bench, fake):
+    fake.scale = 1.001
+    code, results = bench()
+    assert code == 0  # of others it is news
+    assert "wrong result" in row_of(results, "optimi")["reason"]
+    assert has_no_number(row_of(results, "optimi"))
+
+
+def test_our_own_wrong_result_is_a_failure(bench, monkeypatch, capsys):
+    wrong = baselines.Method("own_plain", "fusedcalib", True, baselines.METHODS["own_plain"].make)
+    monkeypatch.setitem(baselines.METHODS, "own_plain", wrong)
+    code, results = bench()
+    assert code == 1
+    assert has_no_number(row_of(results, "own_plain"))
+    assert "FAILED: fusedcalib on little" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [2, 9], ids=["gate", "timed"])
+def test_interrupted_leaves_what_was_measured(bench, fake, step, capsys):
+    """A case under way is there as far as its rounds went; one that was not yet timed is not."""
+    fake.breaks = (step, KeyboardInterrupt())
+    code, results = bench("--optimizer", "SGD", "--optimizer", "AdamW", "--optimizer", "Lion")
+    assert code == 130
+    assert results["incomplete"] is True
+    assert [one["subject"].split()[0] for one in results["cases"]] == ["SGD", "AdamW"][: 1 + (step == 9)]
+    if step == 9:
+        assert results["cases"][1]["incomplete"] is True
+        assert 1 <= row_of(results, "own_plain", 1)["ratio_to"]["torch_fused"]["n"] < 6
+    assert "incomplete" in capsys.readouterr().out
+
+
+def test_no_case_begins_after_the_time(bench, capsys):
+    code, results = bench(
+        "--optimizer", "SGD", "--optimizer", "Lion", "--seconds", "0.001", against="foreach"
+    )
+    assert code == 0
+    assert len(results["cases"]) == 1
+    assert results["left_out"] == ["little Lion backend=eager fp32"]
+    assert "--seconds" in capsys.readouterr().out
+
+
+# -- rivals
+
+
+def test_a_rival_is_told_all_of_the_rule(fake):
+    found, arguments, _ = rivals.RIVALS["optimi"].find(baselines.ADAMW, gpu=True)
+    assert found is fake
+    assert arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "triton": True}
+    assert "triton" not in rivals.RIVALS["optimi"].find(baselines.ADAMW, gpu=False)[1]
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        (baselines.SUBJECTS["AdamW amsgrad"], "AdamW has no option 'amsgrad'"),
+        (baselines.SUBJECTS["Adagrad"], "optimi has no Adagrad"),
+    ],
+)
+def test_what_a_rival_has_not_is_said(fake, subject, message):
+    with pytest.raises(baselines.NotAvailableError, match=message):
+        rivals.RIVALS["optimi"].find(subject, gpu=False)
+
+
+def test_torchs_own_class_is_no_rival(fake, monkeypatch):
+    monkeypatch.setattr(sys.modules["optimi"], "AdamW", torch.optim.AdamW)
+    with pytest.raises(baselines.NotAvailableError, match=r"torch\.optim's own class"):
+        rivals.RIVALS["optimi"].find(baselines.ADAMW, gpu=False)
+
+
+def test_every_rival_names_rules_that_there_are():
+    for rival in rivals.RIVALS.values():
+        assert rival.classes.keys() <= fusedcalib.optimizers().keys()
+
+
+@pytest.mark.parametrize("cls", fusedcalib.optimizers())
+def test_the_reference_takes_all_that_is_called_an_option_of_the_rule(cls):
+    options = baselines.Subject(cls, {"lr": 0.5}).rule_options()
+    assert options["lr"] == 0.5
+    assert {"lr", "weight_decay", "maximize", "l1"} <= options.keys()
+    assert not {"backend", "centralize", "noise", "fused"} & options.keys()
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    assert fusedcalib.reference.ORACLES[cls](ones, ones, {}, **options)[0].isfinite().all()
+
+
+def adamw_in_fp32(params, lr=1e-3):
+    """AdamW whose bias corrections are made in fp32, as torch.compile makes them."""
+    states = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    taken = torch.zeros(())
+
+    @torch.no_grad()
+    def step():
+        taken.add_(1)
+        first, second = (1 - torch.tensor(beta) ** taken for beta in (0.9, 0.999))
+        for p, (m, v) in zip(params, states, strict=True):
+            m.lerp_(p.grad, 1 - 0.9)
+            v.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
+            p.mul_(1 - lr * 0.01).sub_(lr * (m / first) / ((v / second).sqrt() + 1e-8))
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("narrow", "lr", "passes"), [(True, 1e-3, True), (True, 1.001e-3, False), (False, 1e-3, False)]
+)
+def test_numbers_in_fp32_are_allowed_to_those_that_have_them(narrow, lr, passes):
+    params = shapes.build(LITTLE, CPU)
+    entry = gate.Entry(False, params, adamw_in_fp32(params, lr), narrow=narrow)
+    assert gate.check(LITTLE, {"it": entry}, baselines.ADAMW)["it"].passed is passes
+
+
+# -- the command
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--optimizer", "Adamm"], "--optimizer Adamm: there are ADOPT, "),
+        (["--set", "lr"], "expected name=value"),
+        (["--set", "lr=1e-3e"], "is no value of Python"),
+        (["--set", "momentum=0.9"], "--set momentum: no option of AdamW"),
+        (["--set", "lr=-1.0"], "--optimizer AdamW with lr=-1.0: Invalid learning rate"),
+        (["--set", "centralize='update'"], "only True and False"),
+        (["--set", "ema_decay=2"], "expected a number between 0 and 1"),
+        (["--with", "clip,momentum"], "--with momentum: there are clip, noise, centralize, ema"),
+        (["--model", "gpt5"], "--model gpt5: there are gpt2, "),
+        (["--shapes", "no-such-file.json"], "no-such-file.json cannot be read"),
+        (["--hf-config", "no-such-file.json"], "no-such-file.json cannot be read"),
+        (["--against", "adam"], "--against adam: there are fused, foreach, for-loop, compile, apex"),
+        (["--json", "no/such/folder.json"], "there is no folder"),
+        (["--model", "llama3-405b"], "take a smaller --model, or fewer of them with --against"),
+    ],
+)
+def test_wrong_words_are_named_and_mended(given, message, capsys):
+    assert command.main(["bench", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fusedcalib bench: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(capsys):
+    assert command.main(["bench", "--device", "cuda"]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "params"), [("gpt2", 148, 124_439_808), ("vit-b", 152, 86_567_656)]
+)
+def test_models_by_the_names_that_people_use(name, tensors, params):
+    (spec,) = choose.lists_from([name], [], [])
+    assert (spec.tensors, spec.params) == (tensors, params)
+
+
+def test_values_that_are_not_the_usual_are_in_the_name():
+    options = {"max_grad_norm": 0.5, "lr": 0.1}
+    features = choose.features_from(["ema"], options)
+    assert options == {"lr": 0.1}
+    assert features.key == "clip=0.5+ema"
+    assert features.title("GC") == "clip, EMA"
+    assert choose.features_from([], {}).key == ""
+
+
+def test_memory_that_is_needed():
+    subject = choose.subjects_from(["AdamW"], {})[0]
+    methods = choose.methods_for(choose.features_from(["ema"], {}), ["fused"])
+    one = case.Case(LITTLE, methods, subject=subject)
+    assert choose.needed_bytes(one) == LITTLE.params * (2 * 16 + 2 * 20)
+    assert machine.free_bytes(CPU) is None or machine.free_bytes(CPU) > 2**20
