@@ -21,7 +21,7 @@ import torch
 from . import choose, compare, machine, progress, tables, timing
 from .case import DTYPES, Case
 from .clocks import Effort
-from .runner import Log, Run
+from .runner import INTERRUPTED, Log, Run
 
 DEFAULT_LISTS = {"cpu": "gpt2-small-cpu", "cuda": "gpt2-124m"}
 ROUNDS, SECONDS = 40, 180.0
@@ -41,7 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"fusedcalib bench: {error}", file=sys.stderr)
         return 2
-    return _measure(cases, device, options)
+    try:
+        return _measure(cases, device, options)
+    except KeyboardInterrupt:  # while a table was made, say: what was measured before is written
+        return INTERRUPTED
 
 
 def _measure(cases: list[Case], device: torch.device, options: argparse.Namespace) -> int:

@@ -1,8 +1,12 @@
 """The benchmark tool: what it compares, what becomes of what breaks, what it writes. No speed is asserted."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +29,10 @@ from fusedcalib.bench import (
     schema,
     shapes,
     tables,
+    timing,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [{"name": f"p{i}", "shape": list(shape)} for i, shape in enumerate(LITTLE.shapes)]
 EAGER = ("--set", "backend=eager")  # nothing is compiled
 
@@ -368,3 +374,23 @@ def test_memory_that_is_needed():
     one = case.Case(LITTLE, methods, subject=subject)
     assert choose.needed_bytes(one) == LITTLE.params * (2 * 16 + 2 * 20)
     assert machine.free_bytes(CPU) is None or machine.free_bytes(CPU) > 2**20
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of a process group are POSIX's")
+def test_an_interrupt_on_a_bare_machine_leaves_time_to_save(tmp_path):
+    """Ctrl-C reaches bench/run.py and the command that it runs, which takes a while."""
+    child = (
+        "import sys, time\ntry:\n    print('ready', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.6); open(sys.argv[1], 'w').close(); sys.exit(130)"
+    )
+    parent = (
+        "import os, sys; sys.path.append(sys.argv[1]); import run;"
+        "sys.exit(run.run([sys.executable, '-c', *sys.argv[2:]], dict(os.environ)))"
+    )
+    saved = tmp_path / "saved"
+    command = [sys.executable, "-c", parent, str(ROOT / "bench"), child, str(saved)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert saved.exists()
