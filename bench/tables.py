@@ -129,7 +129,7 @@ def full_table(case: dict[str, Any]) -> Table:
     gpu, base = case["clock"] == "device", base_of(case)
     rows = [row for row in case["methods"] if row["reason"] is None]
     names = {row["name"]: row["title"] for row in rows}
-    header = [f"{case['subject']} step", "ms", f"/ {names.get(base or '', '-')} (10-90 %)", "n", "GB/s"]
+    header = ["step", "ms", f"/ {names.get(base or '', '-')} (10-90 %)", "n", "GB/s"]
     header += ["% of copy", "% of 4r3w", "extra memory", *(["wall ms", "host µs", "launches"] if gpu else [])]
     cells = []
     for row in rows:
@@ -205,7 +205,7 @@ def show(table: Table, title: str = "", own: str = "fusedcalib") -> None:
         return
     made = RichTable(title=title or None, title_justify="left", title_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="right" if index else "left")
+        made.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         made.add_row(*row, style="bold cyan" if row[0].startswith(own) else None)
     Console(width=None if sys.stdout.isatty() else 140).print(made)

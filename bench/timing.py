@@ -109,8 +109,8 @@ def interleave(
 
     With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor,
     and in the first half of the time a disturbed round is followed by waiting for quiet.
-    At least one round is always run. `tell` is told after each which share of the rounds, or of the time,
-    is over. An interrupt (Ctrl-C) ends the rounds: what was measured until then is returned.
+    At least one round is always run. `tell` is told which share of the rounds, or of the time, is over.
+    An interrupt (Ctrl-C) ends the rounds: what was measured until then is returned.
     """
     out = Rounds()
     load = Load()
@@ -118,6 +118,8 @@ def interleave(
     rounds = rounds if samplers else 0
     start = time.monotonic()
     try:
+        if rounds:
+            tell(0.0)
         for turn in range(rounds):
             if turn and time.monotonic() > start + seconds:
                 break
