@@ -163,7 +163,7 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
     assert data["device"]["name"] == "Fake GPU"
     header, cells = tables.full_table(one)
     assert header[-3:] == ["wall ms", "host µs", "launches"]
-    assert [(row[0], row[1], row[-1]) for row in cells][-1] == ("memory stream", "1", "-")
+    assert [(row[0], row[1], row[-1]) for row in cells][-1] == ("fusedcalib with GC", "1", "-")
     moved = 28 * LITTLE.params / 1e-3 * 1e-9
     (copied,) = (r["pct_copy"] for r in one["methods"] if r["name"] == "own_gc")
     assert copied == pytest.approx(100 * moved / data["ceil"]["copy_gbs"])
