@@ -211,7 +211,8 @@ def cases_from(
     """Every rule on every list in every dtype."""
     methods = methods_for(features, against)
     key = features.key
-    bases = (*(f"eager_{key}_{name}" for name in ANCHORS[:2]), *ANCHORS) if key else ANCHORS
+    with_all = (*(f"eager_{key}_{name}" for name in ANCHORS[:2]), f"own_{key}") if key else ()
+    bases = (*with_all, *ANCHORS)
     return [
         Case(spec, methods, dtype, subject, key, bases)
         for spec in lists

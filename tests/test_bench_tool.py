@@ -142,6 +142,8 @@ def test_features_stand_around_any_rule(bench, name):
     assert row_of(results, f"own_{key}")["wall_ms"] > 0
     composed = row_of(results, f"eager_{key}_{choose.AGAINST[against]}")
     cls = baselines.SUBJECTS[name].cls
+    if cls == "Lion":  # then all is compared with ours, of the same features
+        assert results["cases"][0]["base"] == f"own_{key}"
     assert composed["reason"] == (None if against == "for-loop" else f"torch.optim has no {cls}")
 
 
