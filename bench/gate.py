@@ -11,20 +11,22 @@ in it: d is ROUNDINGS u |g|, and where gradients are centred also SHIFT u max|g|
 is off by a few roundoffs of the gradient's size. Where the gradient is nearly nothing, m / sqrt(v)
 or a sign magnifies that, up to a change of sign: so does the reference.
 
+A method that makes the numbers of its step in fp32 (compiled by torch, it does) is allowed for each beta
+(t + 2) u |change of p| / (1 - beta^t) more in step t: beta is rounded, raised to a power and taken from 1.
+
 Gradients that are clipped are so in the reference, by the float64 norm of all. What is made of
 torch.nn.utils.clip_grad_norm_ is judged with torch's own norm, which is far off on long lists (2e-4 of
 12M elements in one tensor). An average has a bound of its own: the share of the parameters' bounds that
 goes into it, and ROUNDINGS u |average| for each step.
 
-Noise is left out of these steps: its variance is set to 0. That it has the deviation that it should, falls
-as it should and is new in each step is seen on one tensor of zeros, and so is the limit of the clip, as
-AdamW's step hardly depends on the size of gradients (`fault`).
+Noise is left out of these steps: its variance is set to 0. What that hides is seen by spare.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,14 +35,14 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .baselines import GAMMA, NONE, Extras, Method, Subject
+from .baselines import NONE, Extras, Subject
+from .rivals import sentence
 from .shapes import ParamList
 from .timing import one_thread
 
 STEPS = 3
 ROUNDINGS = 8.0  # operations between load and store, each of half a unit in the last place
 SHIFT = 16.0  # the same for the mean (a tree of sums) and the difference
-SPARE = (1024, 512)  # shape of the tensor on which clip and noise are seen
 BATCH = {"cpu": 2**18, "cuda": 2**24}  # elements that are judged at once: few enough for a cache
 
 Oracle = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -53,10 +55,20 @@ class Verdict:
     max_err: float = 0.0
     of_bound: float = 0.0
     reason: str | None = None  # why it could not take its steps
+    seconds: float = 0.0  # that its steps took, compiling among them
 
     @property
     def passed(self) -> bool:
         return self.reason is None and self.of_bound <= 1.0  # a NaN is not
+
+
+class Kind(NamedTuple):
+    """What the reference and its bound depend on; see `Entry`."""
+
+    gc: bool
+    extras: Extras
+    torch_norm: bool
+    narrow: bool
 
 
 class Entry(NamedTuple):
@@ -68,11 +80,12 @@ class Entry(NamedTuple):
     extras: Extras = NONE
     torch_norm: bool = False  # clips by the norm that torch finds
     averages: Callable[[], list[Tensor]] | None = None
+    narrow: bool = False  # makes the numbers of its step in fp32
 
     @property
-    def kind(self) -> tuple[bool, Extras, bool]:
-        """What the reference depends on."""
-        return self.gc, self.extras, self.torch_norm
+    def kind(self) -> Kind:
+        """What the reference and its bound depend on."""
+        return Kind(self.gc, self.extras, self.torch_norm, self.narrow)
 
 
 def oracle(subject: Subject) -> Oracle:
@@ -87,22 +100,29 @@ def check(spec: ParamList, methods: dict[str, Entry], subject: Subject, every: i
     `every`: judge one row of so many.
     """
     verdicts = {name: Verdict() for name in methods}
-    factors: dict[tuple[bool, Extras, bool], list[float]] = {row.kind: [] for row in methods.values()}
+    factors: dict[Kind, list[float]] = {row.kind: [] for row in methods.values()}
     for step in range(STEPS):
         shapes.load_gradients(spec, [row.params for row in methods.values()], step)
         for kind, of_steps in factors.items():
-            of_steps.append(_factor(*kind[1:], next(iter(methods.values())).params))
+            of_steps.append(_factor(kind.extras, kind.torch_norm, next(iter(methods.values())).params))
         for name, row in methods.items():
-            try:
-                row.step()
-            except Exception as error:  # another library's, of any kind: it costs that method only
-                verdicts[name].reason = f"{type(error).__name__}: {error}"
+            if verdicts[name].reason is None:
+                _take(row, verdicts[name])
     able = {name: row for name, row in methods.items() if verdicts[name].reason is None}
     if able:
         with one_thread():
             for batch in _batches(spec, BATCH[next(iter(able.values())).params[0].device.type]):
                 _judge(spec, batch, able, subject, verdicts, factors, every)
     return verdicts
+
+
+def _take(row: Entry, verdict: Verdict) -> None:
+    start = time.perf_counter()
+    try:
+        row.step()
+    except Exception as error:  # another library's, of any kind: it costs that method only
+        verdict.reason = sentence(error)
+    verdict.seconds += time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -136,7 +156,7 @@ def _judge(
     methods: dict[str, Entry],
     subject: Subject,
     verdicts: dict[str, Verdict],
-    factors: dict[tuple[bool, Extras, bool], list[float]],
+    factors: dict[Kind, list[float]],
     every: int,
 ) -> None:
     """Hold one batch of tensors of every method against the reference, some rows at a time."""
@@ -156,7 +176,7 @@ def _judge(
         piece = slice(first, first + rows)
         for kind in {row.kind for row in methods.values()}:
             wide = [g[piece].double().mul_(f) for g, f in zip(grads, factors[kind], strict=True)]
-            expected = _expected(start[piece], wide, kind[0], subject, kind[1].ema)
+            expected = _expected(start[piece], wide, kind, subject)
             for name in (name for name, row in methods.items() if row.kind == kind):
                 verdict = verdicts[name]
                 if len(results[name]) != len(expected):
@@ -172,26 +192,36 @@ def _worse(a: float, b: float) -> float:
     return b if not b <= a else a  # a NaN wins, which it does not in max()
 
 
-def _expected(
-    start: Tensor, wide: list[Tensor], gc: bool, subject: Subject, decay: float | None
-) -> list[tuple[Tensor, Tensor]]:
+def _expected(start: Tensor, wide: list[Tensor], kind: Kind, subject: Subject) -> list[tuple[Tensor, Tensor]]:
     """The float64 result of the steps and the bound of each of its elements; the same of an average."""
     unit = torch.finfo(start.dtype).eps / 2
     errors = [grad.abs().mul_(ROUNDINGS * unit) for grad in wide]
-    if gc and start.ndim > 1:
+    if kind.gc and start.ndim > 1:
         for error, grad in zip(errors, wide, strict=True):
             error += SHIFT * unit * float(grad.abs().amax())
-    path = _path(start, wide, gc, subject)
+    path = _path(start, wide, kind.gc, subject)
     bounds = [torch.zeros_like(path[0])]
-    for before, after in itertools.pairwise(path):
-        bounds.append(bounds[-1] + after.abs().add_((after - before).abs_()).mul_(ROUNDINGS * unit))
+    for step, (before, after) in enumerate(itertools.pairwise(path), start=1):
+        change = (after - before).abs_()
+        rounded = after.abs().add_(change).mul_(ROUNDINGS * unit)
+        bounds.append(bounds[-1] + rounded + change.mul_(_narrowness(subject, step) if kind.narrow else 0.0))
     for sign in (1, -1):
         near = torch.zeros_like(path[0])
         nearby = [grad + sign * error for grad, error in zip(wide, errors, strict=True)]
-        for other, exact, bound in zip(_path(start, nearby, gc, subject), path, bounds, strict=True):
+        for other, exact, bound in zip(_path(start, nearby, kind.gc, subject), path, bounds, strict=True):
             near += (other - exact).abs_().mul_(2)
             bound += near
-    return [(path[-1], bounds[-1]), *([] if decay is None else [_average(path, bounds, decay)])]
+    return [
+        (path[-1], bounds[-1]),
+        *([] if kind.extras.ema is None else [_average(path, bounds, kind.extras.ema)]),
+    ]
+
+
+def _narrowness(subject: Subject, step: int) -> float:
+    """The relative error of an update whose bias corrections were made in fp32."""
+    unit = torch.finfo(torch.float32).eps / 2
+    betas: tuple[float, ...] = subject.rule_options().get("betas", ())
+    return sum((step + 2) * unit / (1 - beta**step) for beta in betas if beta)
 
 
 def _average(path: list[Tensor], bounds: list[Tensor], decay: float) -> tuple[Tensor, Tensor]:
@@ -212,79 +242,3 @@ def _path(start: Tensor, grads: list[Tensor], gc: bool, subject: Subject) -> lis
         param, state = oracle(subject)(path[-1], grad, state, **subject.options, centralize=gc)
         path.append(param)
     return path
-
-
-class Spare:
-    """A method on one tensor of zeros, to see what gradient its rule is given."""
-
-    def __init__(self, method: Method, subject: Subject, device: torch.device, dtype: torch.dtype) -> None:
-        spec = ParamList("spare", (SPARE,))
-        (self._param,) = params = shapes.build(spec, device, dtype)
-        with torch.no_grad():
-            self._param.zero_()
-        self.built = method.make(spec, params, subject)
-        self._options = subject.options
-        self._before = torch.zeros(SPARE, device=device, dtype=torch.float64)
-
-    def seen(self, grad: Tensor | None = None) -> Tensor:
-        """The gradient that the rule saw in a step with this one (nothing)."""
-        param, optimizer = self._param, self.built.optimizer
-        assert param.grad is not None
-        assert optimizer is not None
-        param.grad.zero_() if grad is None else param.grad.copy_(grad)
-        self.built.step()
-        average: Tensor | None = optimizer.state[param].get("exp_avg")
-        before = self._before
-        if average is None:  # plain SGD
-            self._before = param.detach().double()
-            lr, decay = float(self._options["lr"]), float(self._options["weight_decay"])
-            return (before - self._before) / lr - decay * before
-        self._before, beta = average.double(), float(self._options["betas"][0])
-        return (self._before - beta * before) / (1 - beta)
-
-
-def fault(method: Method, subject: Subject, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the clip or the noise of a method: AdamW, or chance, hides it from the gate."""
-    wrong = None
-    if method.extras.clip is not None:
-        wrong = _clip_fault(method, Spare(method, subject, device, dtype), method.extras.clip)
-    if method.extras.noise is not None and not wrong:
-        wrong = _noise_fault(method, Spare(method, subject, device, dtype), method.extras.noise)
-    return wrong
-
-
-def _clip_fault(method: Method, spare: Spare, limit: float) -> str | None:
-    """A gradient beyond the limit, and one within it."""
-    if spare.built.set_noise:
-        spare.built.set_noise(0.0)
-    like = spare.seen()
-    grad = torch.randn(SPARE, generator=torch.Generator().manual_seed(1)).to(like).add_(1.0)
-    grad /= grad.norm()
-    for share in (100.0, 0.5):
-        seen = spare.seen(grad * (share * limit))
-        wanted = grad * (min(share, 1.0) * limit)
-        if method.gc:
-            wanted -= wanted.mean(dim=1, keepdim=True)
-        if not float((seen - wanted).abs().amax()) <= 1e-4 * float(wanted.abs().amax()):
-            return f"wrong clip of a gradient of {share:g} times the limit"
-    return None
-
-
-def _noise_fault(method: Method, spare: Spare, eta: float) -> str | None:
-    """Two steps whose gradient is nothing but noise."""
-    rows, columns = SPARE
-    noises = []
-    for step in range(2):
-        noise = spare.seen()
-        sigma = math.sqrt(eta / (1 + step) ** GAMMA)
-        share = math.sqrt(1 - 1 / columns) if method.gc else 1.0  # what centring leaves
-        found, mean = float(noise.std()), float(noise.mean())
-        if not abs(found / (sigma * share) - 1) <= 0.01:  # ten deviations of it
-            return f"wrong noise: deviation {found:.3g} in step {step}, not {sigma * share:.3g}"
-        if not abs(mean) <= 6 * sigma / math.sqrt(rows * columns):
-            return f"wrong noise: mean {mean:.3g} in step {step}"
-        if method.gc and not float(noise.mean(dim=1).abs().amax()) <= 1e-3 * sigma:
-            return f"wrong noise: not centred in step {step}"
-        noises.append(noise.flatten())
-    alike = float(torch.corrcoef(torch.stack(noises))[0, 1])
-    return f"wrong noise: two steps correlate by {alike:.3g}" if not abs(alike) <= 0.01 else None

@@ -61,7 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    from . import machine, plots, report, schema
+    from . import machine, plot_steps, plots, report, schema
 
     start = time.monotonic()
     device = machine.pick_device(options.device)
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     files = [
         schema.save(everything, options.out / "results.json"),
         plots.training(everything, options.out / "training.png"),
-        plots.steps(everything, options.out / "steps.png"),
+        plot_steps.steps(everything, options.out / "steps.png"),
         report.write(everything, options.out / "report.md"),
     ]
     _show(everything, console)
@@ -108,25 +108,13 @@ def _measure(options: argparse.Namespace, device: Any, console: Console) -> dict
 
 
 def _show(everything: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-
     from . import report, tables
 
-    def show(title: str, content: tables.Table) -> None:
-        header, rows = content
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in rows:
-            own = row[0].startswith("fusedcalib")
-            table.add_row(*row, style="bold cyan" if own else None)
-        console.print(table)
-
-    show("Training on real digits", tables.training_table(everything["e1"]))
+    tables.show(tables.training_table(everything["e1"]), "Training on real digits")
     for line in report.training(everything["e1"])[3:]:
         console.print(line, highlight=False)
     for case in everything["cases"]:
-        show(tables.case_title(case), tables.case_table(case))
+        tables.show(tables.case_table(case), tables.case_title(case))
         for line in tables.not_measured(case):
             console.print(f"not measured: {line}", style="yellow", highlight=False)
     if any(tables.was_disturbed(case) for case in everything["cases"]):

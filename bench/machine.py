@@ -43,6 +43,18 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that can still be had; None where the system does not tell."""
+    if timing.on_gpu(device):
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"MemAvailable:\s*(\d+) kB", text)
+    return 1024 * int(found[1]) if found else None
+
+
 def short_name(head: dict[str, Any]) -> str:
     """The device in a few words, as titles use it."""
     if head["device"] is not None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import tables
-from .schema import Results, extras_of
+from .schema import Results
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours has the strong colours.
 INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
@@ -119,29 +119,6 @@ def _training_subtitle(results: Results) -> str:
     )
 
 
-def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
-    """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
-    kinds = ((case, (case["dtypes"], case["subject"], extras_of(case))) for case in results["cases"])
-    fp32 = [case for case, kind in kinds if kind == ("fp32", "AdamW", "")]
-    cases = [case for case in fp32 if names is None or case["list"] in names]
-    rows = [_ratios(case) for case in cases]
-    heights = [len(of) + 1.2 for of in rows]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 0.5 + 0.34 * sum(heights)))
-        options = {"height_ratios": heights, "hspace": 0.3, "top": 0.93, "left": 0.2}
-        panels = figure.subplots(len(cases), 1, sharex=True, squeeze=False, gridspec_kw=options)
-        for axes, case, of in zip(panels[:, 0], cases, rows, strict=True):
-            _ratio_panel(axes, of, tables.case_title(case))
-        low = min(spread["p10"] for of in rows for _, _, spread in of)
-        high = max(spread["p90"] for of in rows for _, _, spread in of)
-        _ratio_axis(panels[-1, 0], low, high)
-        clock = "on the device" if results["device"] else "of a step"
-        panels[-1, 0].set_xlabel(f"time {clock} / time of torch.optim.AdamW(fused=True), log scale")
-        heading(figure, _steps_title(cases), _steps_subtitle(results, cases))
-        figure.savefig(path, bbox_inches="tight")
-    return path
-
-
 RULE_METHODS = (
     ("torch_fused", "torch fused", INK),
     ("torch_foreach", "torch foreach", "#999999"),
@@ -215,7 +192,7 @@ def _dots(path: Path, names: list[str], series: list[Series], label: str, titles
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         low, high = (min(s["p10"] for s in spreads), max(s["p90"] for s in spreads)) if spreads else (1, 1)
-        _ratio_axis(axes, low, high)
+        ratio_axis(axes, low, high)
         axes.set_xlabel(label)
         below = 0.0 if len(names) > 8 else -0.24
         place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (0.92, below)}
@@ -233,68 +210,13 @@ def _rules_title(cases: list[dict[str, Any]]) -> str:
     return f"Every rule / memory stream: {', '.join(ranges)}"
 
 
-Row = tuple[str, str, dict[str, Any]]  # method, title, spread
-
-
-def _ratios(case: dict[str, Any]) -> list[Row]:
-    """The measured methods of a case but the reference, fastest first."""
-    rows = [
-        (row["name"], row["title"], row["ratio_to"]["torch_fused"])
-        for row in case["methods"]
-        if "torch_fused" in row["ratio_to"] and not row["name"].startswith("stream_")
-    ]
-    return sorted(rows, key=lambda row: -row[2]["median"])
-
-
-def _ratio_panel(axes: Axes, rows: list[Row], title: str) -> None:
-    for y, (name, _, spread) in enumerate(rows):
-        colour = COLOURS.get(name, SOFT)
-        axes.plot([spread["p10"], spread["p90"]], [y, y], color=colour, linewidth=5, alpha=0.35)
-        axes.plot(spread["median"], y, "o", color=colour, markersize=8)
-        mark = tables.DISTURBED if spread["disturbed"] else ""
-        place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-        text = axes.annotate(f"{mark}{spread['median']:.2f}", (spread["p90"], y), **place)
-        text.set(color=colour, fontweight="bold")
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.2})
-    axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
-    axes.set_title(title, color=SOFT)
-    axes.set_yticks(range(len(rows)), [title for _, title, _ in rows])
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    for tick, (name, _, _) in zip(axes.get_yticklabels(), rows, strict=True):
-        own = name in ("own_plain", "own_gc")
-        tick.set(color=COLOURS[name] if own else INK, fontweight="bold" if own else "normal")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.spines["left"].set_visible(False)
-
-
-def _ratio_axis(axes: Axes, low: float, high: float) -> None:
+def ratio_axis(axes: Axes, low: float, high: float) -> None:
     """A log axis with ticks that are read as factors."""
     axes.set_xscale("log")
     ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low / 1.6 <= t <= high * 1.6]
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])  # noqa: RUF001
     axes.set_xticks([], minor=True)
     axes.set_xlim(min(low * 0.85, 0.7), max(high * 1.35, 1.5))
-
-
-def _steps_title(cases: list[dict[str, Any]]) -> str:
-    if any(tables.was_disturbed(case) for case in cases):
-        return "Step times on a busy machine: do not rely on them"
-    parts = []
-    for case in cases:
-        spread = next((s for name, _, s in _ratios(case) if name == "own_gc"), None)
-        if spread is not None:
-            parts.append(f"{spread['median']:.2f} on {case['list']}")
-    if not parts:
-        return "Step times relative to torch's fused AdamW"
-    return "Step with GC / torch's fused step without: " + ", ".join(parts[:2])
-
-
-def _steps_subtitle(results: Results, cases: list[dict[str, Any]]) -> str:
-    text = "Left of the line is faster. Dot: median of ratios in interleaved rounds, bar: 10-90 %"
-    if any(tables.was_disturbed(case) for case in cases):
-        text += f"\n{tables.DISTURBED}: other programs were running, and too few samples were quiet"
-    return f"{text}\n{tables.measured_on(results)}"
 
 
 def heading(figure: Figure, title: str, subtitle: str) -> None:

@@ -150,7 +150,7 @@ def insert(page: str, text: str, markers: tuple[str, str] = (BEGIN, END), name: 
 
 def write(source: Path, readme: Path) -> Path:
     """Make the figure beside the results and put the section into the README."""
-    from . import plots
+    from . import plot_steps, plots
 
     data = schema.load(source)
     cases = [case for case in data["cases"] if not schema.extras_of(case)]
@@ -159,7 +159,7 @@ def write(source: Path, readme: Path) -> Path:
     figure, of_chain, of_rules = (
         source.parent / f"{kind}-{machine.slug(data)}.png" for kind in ("steps", "chain", "rules")
     )
-    plots.steps(data, figure, chosen)
+    plot_steps.steps(data, figure, chosen)
     if tables.chain_cases(data):
         plots.chain(data, of_chain)
     if tables.rule_cases(data):

@@ -1,9 +1,10 @@
 """Do all set-up, then run the main job: python3 bench/run.py [arguments of the job].
 
 `python3 bench/run.py papers` does what the papers claim in miniature, `python3 bench/run.py cifar` trains
-their networks on CIFAR, `python3 bench/run.py plan` says on paper what a step costs on so many GPUs,
-`python3 bench/run.py profile` what its kernels take of one, `python3 bench/run.py env` what is installed;
-each has --help, and is `python -m fusedcalib ...` where all is installed.
+their networks on CIFAR. `python3 bench/run.py bench` times the step of any rule, `python3 bench/run.py plan`
+says on paper what it costs on so many GPUs, `python3 bench/run.py profile` what its kernels take of one,
+`python3 bench/run.py env` what is installed. Each has --help, and is `python -m fusedcalib ...` where all is
+installed.
 """
 
 import subprocess
@@ -22,8 +23,18 @@ def work(arguments: list[str]) -> int:
     variables["PYTHONSAFEPATH"] = "1"
     named = bool(arguments) and arguments[0] in COMMANDS
     module = COMMANDS[arguments[0]][0] if named else "bench.job"
-    command = [python, "-m", f"fusedcalib.{module}", *arguments[named:]]
-    return subprocess.run(command, env=variables).returncode
+    return run([python, "-m", f"fusedcalib.{module}", *arguments[named:]], variables)
+
+
+def run(command: list[str], variables: dict[str, str]) -> int:
+    """The exit status of a command, which Ctrl-C reaches too, and which may then have something to save."""
+    process = subprocess.Popen(command, env=variables)
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            continue
+        return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ CASE: dict[str, tuple[type, ...]] = {
     "clock": (str,),
     "methods": (list,),
 }
+# What newer files have, and of what type.
+HEAD_MORE: dict[str, tuple[type, ...]] = {"incomplete": (bool,), "failures": (list,), "left_out": (list,)}
+CASE_MORE: dict[str, tuple[type, ...]] = {
+    "extras": (str,),
+    "base": (str, type(None)),
+    "hyper": (dict,),
+    "incomplete": (bool,),
+}
 METHOD: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "title": (str,),
@@ -47,6 +55,12 @@ METHOD: dict[str, tuple[type, ...]] = {
     "wall_ratio_to": (dict,),
     "reason": (str, type(None)),
 }
+METHOD_MORE: dict[str, tuple[type, ...]] = {
+    "note": (str,),
+    "bytes_per_param": (int,),
+    **dict.fromkeys(("first_steps_s", "gbs", "pct_4r3w"), MAYBE),
+}
+SPEEDS = ("wall_ms", "device_ms_median", "host_us", "gbs", "pct_copy", "pct_4r3w", "pct_stream")
 SPREAD: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("median", "p10", "p90", "n"), NUMBER),
     "disturbed": (bool,),
@@ -54,13 +68,14 @@ SPREAD: dict[str, tuple[type, ...]] = {
 
 
 def assemble(head: Results, ceil: dict[str, Any], cases: list[dict[str, Any]], **more: Any) -> Results:
-    """Put a run together, and say each device time as a share of the copy's bandwidth."""
+    """Put a run together, and say each time as bandwidth: in GB/s, and as shares of the ceilings."""
     for case in cases:
         for row in case["methods"]:
-            row["pct_copy"] = None
-            if row["device_ms_median"] and ceil.get("copy_gbs"):
-                moved = row.get("bytes_per_param", case["bytes_per_param"]) * case["params"]
-                row["pct_copy"] = 1e-4 * moved / row["device_ms_median"] / ceil["copy_gbs"]
+            milliseconds = row["wall_ms" if case["clock"] == "wall" else "device_ms_median"]
+            moved = row.get("bytes_per_param", case["bytes_per_param"]) * case["params"]
+            row["gbs"] = 1e-6 * moved / milliseconds if milliseconds else None
+            for key, ceiling in (("pct_copy", "copy_gbs"), ("pct_4r3w", "stream_4r3w_gbs")):
+                row[key] = 100 * row["gbs"] / ceil[ceiling] if row["gbs"] and ceil.get(ceiling) else None
     return {**head, "torch_mta": more.pop("torch_mta", None), "ceil": ceil, "cases": cases, **more}
 
 
@@ -70,25 +85,31 @@ def check(results: Results) -> None:
     Raises:
         ValueError: something is missing, is of another type, or is a number without a gate.
     """
-    _typed(results, HEAD, "results")
+    _typed(results, HEAD, "results", HEAD_MORE)
     if results["schema"] != 1:
         raise ValueError(f"results of schema {results['schema']}, not 1")
     for case in results["cases"]:
         where = f"case {case.get('list')!r}"
-        _typed(case, CASE, where)
+        _typed(case, CASE, where, CASE_MORE)
         for row in case["methods"]:
-            _typed(row, METHOD, f"{where}, method {row.get('name')!r}")
+            _typed(row, METHOD, f"{where}, method {row.get('name')!r}", METHOD_MORE)
             for spread in (*row["ratio_to"].values(), *row["wall_ratio_to"].values()):
                 _typed(spread, SPREAD, f"{where}, ratio of {row['name']!r}")
-            if row["reason"] is not None and (row["wall_ms"] is not None or row["ratio_to"]):
+            if row["reason"] is not None and (row["ratio_to"] or any(row.get(key) for key in SPEEDS)):
                 raise ValueError(f"{where}: {row['name']!r} did not pass and has a speed")
 
 
-def _typed(value: dict[str, Any], wanted: dict[str, tuple[type, ...]], where: str) -> None:
-    for key, types in wanted.items():
+def _typed(
+    value: dict[str, Any],
+    wanted: dict[str, tuple[type, ...]],
+    where: str,
+    more: dict[str, tuple[type, ...]] | None = None,
+) -> None:
+    for key in wanted:
         if key not in value:
             raise ValueError(f"{where} has no {key!r}")
-        if not isinstance(value[key], types):
+    for key, types in (wanted | (more or {})).items():
+        if key in value and not isinstance(value[key], types):
             raise ValueError(f"{where}: {key!r} is {value[key]!r}")
 
 

@@ -65,6 +65,16 @@ def resnet50() -> Iterator[Shape]:
     yield from ((1000, 2048), (1000,))
 
 
+def vit_b() -> Iterator[Shape]:
+    """ViT-B/16 for images of 224 x 224 and 1000 classes."""
+    yield from ((1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,))
+    for _ in range(12):
+        for out, inp in ((2304, 768), (768, 768), (3072, 768), (768, 3072)):
+            yield from ((out, inp), (out,))
+        yield from ((768,),) * 4
+    yield from ((768,), (768,), (1000, 768), (1000,))
+
+
 SMALL_SET: tuple[Shape, ...] = ((64,), (128, 128), (128,), (64, 64, 3, 3), (256,))
 
 # Made on demand: naming a list costs nothing, and only what is measured is laid out.
@@ -74,6 +84,7 @@ LISTS: dict[str, Callable[[], ParamList]] = {
     "llama3-8b-layer-x1": lambda: ParamList("llama3-8b-layer-x1", tuple(llama_layer(1))),
     "llama3-8b-layer-x4": lambda: ParamList("llama3-8b-layer-x4", tuple(llama_layer(4))),
     "resnet50": lambda: ParamList("resnet50", tuple(resnet50())),
+    "vit-b": lambda: ParamList("vit-b", tuple(vit_b())),
     "small-1000": lambda: ParamList("small-1000", SMALL_SET * 200),
     "1000x1024": lambda: ParamList("1000x1024", ((1024,),) * 1000),
     "10000x64": lambda: ParamList("10000x64", ((64,),) * 10_000),

@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ceilings, goals, host, machine, schema, tables, timing
-from .baselines import CORE, METHODS, RIVALS, SUBJECTS
-from .case import Case, Effort, run
+from . import goals, host, machine, schema, tables, timing
+from .baselines import CORE, RIVALS, SUBJECTS
+from .case import Case, Effort
+from .runner import Log, Run
 
 OWN = ("torch_fused", "own_plain", "own_gc")
 WITH_EAGER = (*OWN, "eager_gc_fused")
@@ -88,20 +87,6 @@ def rule_cases(device: torch.device) -> tuple[Case, ...]:
     return tuple(Case(name, RULE_METHODS, subject=subject) for subject in SUBJECTS if subject != "AdamW")
 
 
-class Log:
-    """Prints with the time since the start: a run that is cut short says how far it came."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def __call__(self, text: str) -> None:
-        print(f"[{self.seconds:4.0f} s] {text}", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusedcalib.bench.suite", description=__doc__)
     parser.add_argument("--out", type=Path, default=machine.HERE / "results")
@@ -122,70 +107,42 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
     head = machine.describe(device)
     log(f"{machine.short_name(head)}, torch {torch.__version__}")
     effort = Effort(rounds=30, seconds=5) if timing.on_gpu(device) else Effort(40, 40)
-    ceil: dict[str, Any] = {}
-    done: list[dict[str, Any]] = []
-    more: dict[str, Any] = {"host": [], "failures": [], "left_out": []}
-    readings: list[dict[str, float] | None] = []
-
-    def guarded(name: str, work: Any) -> Any:
-        """What `work` returns, or None after noting its failure."""
-        try:
-            return work()
-        except Exception as error:  # the other cases must still run
-            traceback.print_exc()
-            log(f"FAILED: {name}")
-            more["failures"].append({"case": name, "error": f"{type(error).__name__}: {error}"})
-            return None
-
-    ceil = guarded("ceilings", lambda: ceilings.measure(device)) or {}
-    log(f"memory: {ceil}")
-    more["host"] = guarded("host time", lambda: host.measure(device)) or []
-    path = out / schema.file_name(head)
+    work = Run(head, device, out / schema.file_name(head), log, finish=_finish)
+    work.ceilings()
+    log(f"memory: {work.ceil}")
+    work.more["host"] = work.guarded("host time", lambda: host.measure(device)) or []
     for case in cases:
         title = f"{case.title} ({len(case.methods)} methods)"
-        if log.seconds > seconds:
-            more["left_out"].append(title)
+        if work.interrupted or log.seconds > seconds:
+            work.more["left_out"].append(title)
             continue
         log(title)
         short = replace(effort, seconds=effort.seconds / 4) if case.subject != "AdamW" else effort
-        measured = guarded(title, lambda case=case, effort=short: run(case, device, effort))
+        measured = work.measure(case, short)
         if measured is not None:
-            done.append(measured)
             print(_text(measured), flush=True)
-        readings.append(machine.sensors() if timing.on_gpu(device) else None)
-        # After every case, so that a run that is killed leaves what it had.
-        schema.save(_whole(head, ceil, done, more, readings), path)
-    whole = _whole(head, ceil, done, more, readings)
-    schema.save(whole, path)
+    return _say(work, log)
+
+
+def _finish(whole: schema.Results) -> None:
+    whole["torch_mta"] = _multi_tensor(whole["cases"])
+    whole["goals"] = goals.judge(whole)
+
+
+def _say(work: Run, log: Log) -> int:
+    """The goals, what is missing and what is wrong; returns the exit status."""
+    whole = work.save()
     for goal in whole["goals"]:
         value = tables.number(goal["value"])
         log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
     if tables.chain_cases(whole):
         print("\n".join(_aligned(tables.chain_table(whole))), flush=True)
-    for title in more["left_out"]:
-        log(f"left out for want of time: {title}")
-    wrong = _wrong(done)
-    for line in wrong:
+    for title in work.more["left_out"]:
+        log(f"left out{' by the interrupt' if work.interrupted else ' for want of time'}: {title}")
+    for line in work.wrong():
         log(f"FAILED: {line}")
-    log(f"wrote {path}")
-    return 1 if more["failures"] or wrong or not done else 0
-
-
-def _whole(
-    head: schema.Results,
-    ceil: dict[str, Any],
-    done: list[dict[str, Any]],
-    more: dict[str, Any],
-    readings: list[dict[str, float] | None],
-) -> schema.Results:
-    whole = schema.assemble(head, ceil, done, torch_mta=_multi_tensor(done), **more)
-    known = [reading for reading in readings if reading]
-    if whole["device"] and known:
-        clocks = [reading["mhz"] for reading in known]
-        whole["device"]["clock_mhz_min_max"] = [min(clocks), max(clocks)]
-        whole["device"]["power_w"] = max(reading["watt"] for reading in known)
-    whole["goals"] = goals.judge(whole)
-    return whole
+    log(f"wrote {work.path}")
+    return work.status()
 
 
 def _multi_tensor(done: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -216,16 +173,6 @@ def _aligned(table: tables.Table) -> list[str]:
 
 def _reasons(case: dict[str, Any]) -> list[str]:
     return [f"    not measured: {line}" for line in tables.not_measured(case)]
-
-
-def _wrong(done: list[dict[str, Any]]) -> list[str]:
-    """Our own methods that did not pass: of others it is news, of ours a defect."""
-    return [
-        f"{row['title']} on {case['list']} {case['subject']} {case['dtypes']}: {row['reason']}"
-        for case in done
-        for row in case["methods"]
-        if row["name"] in METHODS and row["name"].startswith("own") and row["reason"]
-    ]
 
 
 if __name__ == "__main__":

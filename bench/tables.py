@@ -25,6 +25,16 @@ def number(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else format(value, form)
 
 
+def bytes_text(count: int | None) -> str:
+    """`12 B`, `32 kB`, `103 MB`."""
+    if count is None:
+        return "-"
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count} B"
+
+
 def share_text(row: dict[str, Any]) -> str:
     """Bandwidth in % of the memory stream's, which ran in the same rounds."""
     spread = stream_ratio(row) or {"disturbed": False}
@@ -108,6 +118,41 @@ def case_table(case: dict[str, Any], to: str = "torch_fused") -> Table:
     return header, rows
 
 
+def base_of(case: dict[str, Any]) -> str | None:
+    """What the methods of a case are compared with; files of before have no other than torch's fused step."""
+    base: str | None = case.get("base", "torch_fused")
+    return base
+
+
+def full_table(case: dict[str, Any]) -> Table:
+    """One case with all that was measured of it."""
+    gpu, base = case["clock"] == "device", base_of(case)
+    rows = [row for row in case["methods"] if row["reason"] is None]
+    names = {row["name"]: row["title"] for row in rows}
+    header = ["step", "ms", f"/ {names.get(base or '', '-')} (10-90 %)", "n", "GB/s"]
+    header += ["% of copy", "% of 4r3w", "extra memory", *(["wall ms", "host µs", "launches"] if gpu else [])]
+    cells = []
+    for row in rows:
+        spread = row["ratio_to"].get(base)
+        extra = row["peak_extra_bytes"]
+        cells.append(
+            [
+                row["title"],
+                number(row["device_ms_median"] if gpu else row["wall_ms"]),
+                "1" if row["name"] == base else spread_text(spread),
+                number(spread["n"] if spread else None, "d"),
+                *(number(row[key]) for key in ("gbs", "pct_copy", "pct_4r3w")),
+                bytes_text(extra),
+                *(
+                    [number(row["wall_ms"]), number(row["host_us"]), number(row["launches"], "d")]
+                    if gpu
+                    else []
+                ),
+            ]
+        )
+    return header, cells
+
+
 def not_measured(case: dict[str, Any]) -> list[str]:
     """`apex FusedAdam: apex is not installed`, and so on."""
     return [f"{row['title']}: {row['reason']}" for row in case["methods"] if row["reason"]]
@@ -128,21 +173,6 @@ def markdown(table: Table) -> str:
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def show(table: Table, width: int = 140) -> None:
-    """Prints a table: by rich, if that is there; `width` in characters where there is no terminal."""
-    header, rows = table
-    try:
-        from rich.console import Console
-        from rich.table import Table as Drawn
-    except ImportError:
-        print(markdown(table))
-        return
-    made = Drawn(*header)
-    for row in rows:
-        made.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else width).print(made)
 
 
 def milliseconds(seconds: float) -> str:
@@ -167,3 +197,23 @@ def measured_on(results: Results) -> str:
     names = ("torch", "triton" if results["device"] else "numba", "python")
     known = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
     return f"{machine.short_name(results)}; {known}; {results['utc'][:10]}"
+
+
+def show(table: Table, title: str = "", width: int = 140) -> None:
+    """Prints a table by rich where that is installed, ours in colour.
+
+    `width` in characters, where there is no terminal.
+    """
+    header, rows = table
+    try:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+    except ImportError:
+        print(*([title, ""] if title else []), markdown(table), sep="\n")
+        return
+    made = RichTable(title=title or None, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        made.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row, style="bold cyan" if row[0].startswith("fusedcalib") else None)
+    Console(width=None if sys.stdout.isatty() else width).print(made)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,9 +63,15 @@ class Rounds:
     """The samples of each method, one for each round."""
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
+    interrupted: bool = False  # by the user, before the last round was over
 
     def add(self, name: str, sample: Sample) -> None:
         self.samples.setdefault(name, []).append(sample)
+
+    def without(self, names: Container[str]) -> Rounds:
+        """The same, some methods left out."""
+        kept = {name: samples for name, samples in self.samples.items() if name not in names}
+        return Rounds(kept, self.interrupted)
 
     def kept(self, name: str) -> int:
         return sum(sample.quiet for sample in self.samples.get(name, []))
@@ -97,41 +103,53 @@ def interleave(
     rounds: int,
     seconds: float,
     anchor: str | None = None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> Rounds:
     """Run every method once a round, in rotated order, for `rounds` rounds or `seconds` at most.
 
     With an `anchor`, one of the methods, each sample of another is bracketed by two of the anchor,
     and in the first half of the time a disturbed round is followed by waiting for quiet.
-    At least one round is always run.
+    At least one round is always run. `tell` is told which share of the rounds, or of the time, is over.
+    An interrupt (Ctrl-C) ends the rounds: what was measured until then is returned.
     """
     out = Rounds()
-    load, quiet = Load(), False
+    load = Load()
     names = [name for name in samplers if name != anchor]
     rounds = rounds if samplers else 0
-    deadline = time.monotonic() + seconds
-    patience = deadline - seconds / 2
-    for turn in range(rounds):
-        if turn and time.monotonic() > deadline:
-            break
-        shift = turn % max(len(names), 1)
-        order = names[shift:] + names[:shift]
-        if anchor is None:
-            for name in order:
-                out.add(name, Sample(seconds := samplers[name](), seconds))
-            continue
-        if not quiet:
-            load.wait_until_quiet(OTHERS_TOLERANCE, patience)
-        load.restart()
-        anchors, taken = [samplers[anchor]()], []
-        for name in order:
-            taken.append(samplers[name]())
-            anchors.append(samplers[anchor]())
-        quiet = load.of_others() <= OTHERS_TOLERANCE
-        for name, seconds_of, before, after in zip(order, taken, anchors, anchors[1:], strict=False):
-            steady = abs(after - before) <= BRACKET_TOLERANCE * min(before, after)
-            out.add(name, Sample(seconds_of, 2 * seconds_of / (before + after), quiet and steady))
-        out.add(anchor, Sample(float(np.median(anchors)), 1.0, quiet))
+    start = time.monotonic()
+    try:
+        if rounds:
+            tell(0.0)
+        for turn in range(rounds):
+            if turn and time.monotonic() > start + seconds:
+                break
+            shift = turn % max(len(names), 1)
+            order = names[shift:] + names[:shift]
+            if anchor is None:
+                for name in order:
+                    out.add(name, Sample(taken := samplers[name](), taken))
+            else:
+                if not turn or not out.samples[anchor][-1].quiet:
+                    load.wait_until_quiet(OTHERS_TOLERANCE, start + seconds / 2)
+                _bracketed(out, samplers, order, anchor, load)
+            tell(max((turn + 1) / rounds, min(1.0, (time.monotonic() - start) / max(seconds, 1e-9))))
+    except KeyboardInterrupt:
+        out.interrupted = True
     return out
+
+
+def _bracketed(out: Rounds, samplers: dict[str, Sampler], order: list[str], anchor: str, load: Load) -> None:
+    """One round in which each sample stands between two of the anchor."""
+    load.restart()
+    anchors, taken = [samplers[anchor]()], []
+    for name in order:
+        taken.append(samplers[name]())
+        anchors.append(samplers[anchor]())
+    quiet = load.of_others() <= OTHERS_TOLERANCE
+    for name, seconds_of, before, after in zip(order, taken, anchors, anchors[1:], strict=False):
+        steady = abs(after - before) <= BRACKET_TOLERANCE * min(before, after)
+        out.add(name, Sample(seconds_of, 2 * seconds_of / (before + after), quiet and steady))
+    out.add(anchor, Sample(float(np.median(anchors)), 1.0, quiet))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
 import fusedcalib
-from fusedcalib.bench import baselines, case, gate, load, shapes, suite, timing
+from fusedcalib.bench import baselines, case, gate, load, shapes, spare, suite, timing
 
 # -- parameter lists --------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ def made(key, side, params):
     """A step with extras, without its noise, as the case has it in the gate."""
     name = f"{side}_{key}"
     built = baselines.METHODS[name].make(LITTLE, params)
-    return built, case._entry(name, params, built)
+    return built, case._entry(baselines.METHODS[name], params, built)
 
 
 @pytest.mark.parametrize("key", baselines.EXTRAS)
@@ -267,13 +267,13 @@ def test_composed_and_ours_agree_and_pass(key):
         for one, other in zip(entries["eager"].averages(), entries["own"].averages(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
     for side in entries:
-        assert gate.fault(baselines.METHODS[f"{side}_{key}"], baselines.ADAMW, CPU, torch.float32) is None
+        assert spare.fault(baselines.METHODS[f"{side}_{key}"], baselines.ADAMW, CPU, torch.float32) is None
 
 
 def altered(side, gc, **changed):
     """A method of the whole chain that is not quite that."""
     extras = replace(baselines.EXTRAS["chain"], **changed)
-    make = (baselines._composed if side == "eager" else baselines._own_extras)(extras, gc)
+    make = (baselines.composed if side == "eager" else baselines.own_extras)(extras, gc)
     return replace(baselines.METHODS[f"{side}_chain"], make=make)
 
 
@@ -301,20 +301,20 @@ def test_gate_refuses_a_wrong_chain(monkeypatch, side, gc, changed):
     ],
 )
 def test_wrong_clip_and_noise_are_seen(side, changed, message):
-    found = gate.fault(altered(side, True, **changed), baselines.ADAMW, CPU, torch.float32)
+    found = spare.fault(altered(side, True, **changed), baselines.ADAMW, CPU, torch.float32)
     assert message in found
 
 
 def test_noise_that_repeats_or_is_not_centred_is_seen(monkeypatch):
     judged = (baselines.ADAMW, CPU, torch.float32)
     method = baselines.METHODS["eager_noise"]
-    assert "not centred" in gate.fault(replace(method, gc=True), *judged)
-    noise = torch.randn(gate.SPARE)
+    assert "not centred" in spare.fault(replace(method, gc=True), *judged)
+    noise = torch.randn(spare.SPARE)
     monkeypatch.setattr(torch, "randn_like", lambda grad: noise)
-    assert "correlate by 1" in gate.fault(method, *judged)
+    assert "correlate by 1" in spare.fault(method, *judged)
     monkeypatch.undo()
-    monkeypatch.setattr(gate, "GAMMA", 0.0)
-    assert "in step 1" in gate.fault(method, *judged)
+    monkeypatch.setattr(spare, "GAMMA", 0.0)
+    assert "in step 1" in spare.fault(method, *judged)
 
 
 def test_extras_move_more_bytes():

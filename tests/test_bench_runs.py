@@ -15,13 +15,16 @@ from fusedcalib.bench import (
     baselines,
     case,
     ceilings,
+    clocks,
     digits,
     goals,
     host,
     machine,
+    rivals,
     schema,
     shapes,
     suite,
+    tables,
     timing,
 )
 
@@ -40,7 +43,9 @@ def measured(monkeypatch):
     quiet_machine(monkeypatch)
     monkeypatch.setitem(shapes.LISTS, "little", lambda: LITTLE)
     wrong = baselines.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
-    absent = baselines.Method("absent", "absent", False, baselines._rival("no_such_module", "X"))
+    absent = baselines.Method(
+        "absent", "absent", False, baselines.rival(rivals.Rival("absent", "no_such_module", {}))
+    )
     monkeypatch.setitem(baselines.METHODS, "wrong", wrong)
     monkeypatch.setitem(baselines.METHODS, "absent", absent)
     return lambda dtypes="fp32": case.run(case.Case("little", METHODS, dtypes), CPU, QUICK)
@@ -78,7 +83,7 @@ def test_extras_are_gated_timed_and_given_new_gradients(measured, monkeypatch):
         return clip(params, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
-    monkeypatch.setattr(case, "repeats_for", lambda seconds: 1)
+    monkeypatch.setattr(clocks, "repeats_for", lambda seconds: 1)
     methods = ("torch_fused", "own_plain", "eager_chain", "own_chain")
     one = case.run(case.Case("little", methods, extras="chain"), CPU, QUICK)
     assert (one["extras"], one["bytes_per_param"]) == ("chain", 40)
@@ -156,6 +161,9 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
     data["goals"] = goals.judge(data)
     schema.check(data)
     assert data["device"]["name"] == "Fake GPU"
+    header, cells = tables.full_table(one)
+    assert header[-3:] == ["wall ms", "host µs", "launches"]
+    assert [(row[0], row[1], row[-1]) for row in cells][-1] == ("fusedcalib with GC", "1", "-")
     moved = 28 * LITTLE.params / 1e-3 * 1e-9
     (copied,) = (r["pct_copy"] for r in one["methods"] if r["name"] == "own_gc")
     assert copied == pytest.approx(100 * moved / data["ceil"]["copy_gbs"])

@@ -1,0 +1,124 @@
+"""Other libraries' optimizers, which are used where they can be imported and never required.
+
+Each is asked for the plain computation of the rule: one that keeps its states in 8 bits computes something
+else, and could not be held against the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, NamedTuple
+
+from .method import NotAvailableError, Subject
+
+
+class Rival(NamedTuple):
+    """A library.
+
+    Attributes:
+        classes: its classes, by the names of ours.
+        options: more arguments for every class of it that takes them.
+        on_gpu: the same, on a GPU.
+        renamed: its names for options of ours.
+        narrow: whether it makes the numbers of a step in fp32, as torch.compile does.
+    """
+
+    title: str
+    module: str
+    classes: dict[str, str]
+    options: dict[str, Any] = {}  # noqa: RUF012 - of a tuple, not of a class
+    on_gpu: dict[str, Any] = {}  # noqa: RUF012
+    renamed: dict[str, str] = {}  # noqa: RUF012
+    narrow: bool = False
+
+    def find(self, subject: Subject, gpu: bool) -> tuple[type, dict[str, Any], str]:
+        """Its class, the arguments that make it the subject, and a note: which version.
+
+        Raises:
+            NotAvailableError: it is not installed, or has no such optimizer.
+        """
+        package = self.module.partition(".")[0]
+        try:
+            library = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            raise NotAvailableError(f"{error.name or package} is not installed") from error
+        except Exception as error:  # a library that is broken, or was built for another torch
+            raise NotAvailableError(f"{package} cannot be imported: {sentence(error)}") from error
+        name = self.classes.get(subject.cls)
+        cls: type | None = getattr(library, name, None) if name else None
+        if cls is None:
+            raise NotAvailableError(f"{package} has no {subject.cls}")
+        if cls.__module__.startswith("torch.optim"):
+            raise NotAvailableError(f"its {subject.cls} is torch.optim's own class")
+        version = getattr(importlib.import_module(package), "__version__", "?")
+        return cls, self._arguments(cls, subject, gpu), f"{self.module}.{name} {version}"
+
+    def _arguments(self, cls: type, subject: Subject, gpu: bool) -> dict[str, Any]:
+        taken = inspect.signature(cls).parameters
+        given: dict[str, Any] = {}
+        for name, value in subject.rule_options().items():
+            theirs = self.renamed.get(name, name)
+            if theirs in taken:
+                given[theirs] = value
+            elif name in subject.options:
+                raise NotAvailableError(f"{cls.__name__} has no option {name!r}")
+        more = self.options | (self.on_gpu if gpu else {})
+        return given | {name: value for name, value in more.items() if name in taken}
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line: what compilers raise fills pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 or len(lines) > 1 else ''}"
+
+
+def _same(*names: str, **others: str) -> dict[str, str]:
+    return {name: name for name in names} | others
+
+
+RIVALS = {
+    "apex": Rival(
+        "apex FusedAdam",
+        "apex.optimizers",
+        {"AdamW": "FusedAdam", "SGD": "FusedSGD"},
+    ),
+    "bitsandbytes": Rival(
+        "bitsandbytes",
+        "bitsandbytes.optim",
+        _same("Adam", "AdamW", "Adagrad", "Lion", "RMSprop", "SGD"),
+    ),
+    "optimi": Rival(
+        "optimi",
+        "optimi",
+        _same("Adam", "AdamW", "Adan", "Lion", "RAdam", "SGD"),
+        on_gpu={"triton": True},
+        renamed={"decoupled_weight_decay": "decouple_wd"},
+    ),
+    "flashoptim": Rival(
+        "flashoptim",
+        "flashoptim",
+        {name: f"Flash{name}" for name in ("Adam", "AdamW", "Lion", "SGD", "SGDW")},
+        {"quantize": False, "master_weight_bits": None},
+    ),
+    "torchao": Rival("torchao", "torchao.optim.adam", {"AdamW": "_AdamW"}, narrow=True),
+    "pytorch_optimizer": Rival(
+        "pytorch_optimizer",
+        "pytorch_optimizer",
+        _same(
+            "Adam",
+            "AdamW",
+            "Adan",
+            "ADOPT",
+            "Lion",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "SGD",
+            "SGDW",
+            Adamax="AdaMax",
+        ),
+        renamed={"decoupled_weight_decay": "weight_decouple"},
+    ),
+}
