@@ -22,6 +22,11 @@ def interpreted() -> bool:
     return type(step_kernel).__name__ == "InterpretedFunction"
 
 
+def backend() -> str:
+    """What Triton compiles for: "cuda", "hip" or "interpreter"."""
+    return "interpreter" if interpreted() else "hip" if torch.version.hip else "cuda"
+
+
 class TritonExecutor:
     """Runs a bucket in one launch, with one more for each sum over rows that no tile can hold."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .control import Counts, Groups, Work, meshes_of, norm_dtype
 from .distributed import summed
-from .gpu import guarded, resident_of
+from .gpu import backend, guarded, resident_of
 from .kernels import launch
 from .mirror import Mirror, capturing
 from .scalars import leaves_of, shape_of, tape_of
@@ -119,6 +119,7 @@ class DeviceControl:
                     resident.spec,
                     self._decision,
                     not self._meshes,
+                    backend(),
                 )
             launches = len(self._buckets)
             if self._meshes:

@@ -1,7 +1,6 @@
 """The only launches, and the shapes they have."""
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any, NamedTuple
 
 from .control import GRID, control_kernel, norm_kernel
@@ -87,7 +86,11 @@ class Spec(NamedTuple):
 OPTIONS = {"enable_fp_fusion": False}
 # norm_kernel reads, and wants many programs at once: 64 registers are enough for that. `decide`, which takes
 # four times as many, spills then; it is done once, by one program. AMD's compiler knows no such limit.
-NORM_OPTIONS: dict[str, dict[str, Any]] = {"cuda": {**OPTIONS, "maxnreg": 64}, "hip": OPTIONS}
+NORM_OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": {**OPTIONS, "maxnreg": 64},
+    "hip": OPTIONS,
+    "interpreter": OPTIONS,
+}
 
 
 def tile_for(rows: int, columns: int, by_rows: bool, tensors: int, split: bool = False) -> Tile:
@@ -138,16 +141,6 @@ def launch_step(table, tiles, scalars, sums, spec: Spec, parts: Iterable[str]) -
     return len(launches)
 
 
-@cache
-def _norm_options() -> dict[str, Any]:
-    """NORM_OPTIONS of the GPU at hand; the interpreter knows none of the two."""
-    if type(norm_kernel).__name__ == "InterpretedFunction":
-        return OPTIONS
-    from triton.runtime.driver import driver
-
-    return NORM_OPTIONS[driver.active.get_current_target().backend]
-
-
 def programs_for(tiles: int) -> int:
     """Programs of a launch of norm_kernel over so many tiles."""
     return min(tiles, GRID)
@@ -181,10 +174,14 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
 
 
 def launch_norm(
-    table, tiles, share, partials, done, control, spec: Spec, decision: Decision, decide: bool = True
+    table, tiles, share, partials, done, control, spec: Spec, decision: Decision, decide: bool, backend: str
 ) -> int:
-    """Measures the gradients of a list; of all such launches the last program decides: see control.py."""
-    constants = {**norm_constants(spec), **decision.constants(), "DECIDE": decide, **_norm_options()}
+    """Measures the gradients of a list; of all such launches the last program decides: see control.py.
+
+    `backend` is that of NORM_OPTIONS.
+    """
+    constants = {**norm_constants(spec), **decision.constants(), "DECIDE": decide}
+    constants |= NORM_OPTIONS[backend]
     grid = (programs_for(tiles.shape[0]),)
     norm_kernel[grid](table, tiles, share, partials, done, control, **constants)
     return 1
