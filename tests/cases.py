@@ -13,6 +13,9 @@ import fusedcalib
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FUSED = {"cuda": "triton", "cpu": "numba" if importlib.util.find_spec("numba") else None}[DEVICE]
 BACKENDS = [name for name in (FUSED, "eager") if name]
+# Loops take a second or more to compile for each rule and option, and what wraps a rule does not care which
+# it is. Every rule in its loops is tests/test_kernels.py's.
+BY_LOOPS = ("SGD", "AdamW")
 
 
 # A matrix, an odd vector, a scalar, nothing at all, a convolution's weight.

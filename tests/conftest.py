@@ -1,5 +1,6 @@
 """Fixtures of every test file; the tables behind them are in cases.py."""
 
+import os
 import random
 import re
 import zlib
@@ -7,7 +8,7 @@ import zlib
 import numpy
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, Twin, parameters
+from cases import BACKENDS, BY_LOOPS, DEVICE, Twin, parameters
 from rule_cases import RULES, Rule
 
 
@@ -19,6 +20,16 @@ def seed(request: pytest.FixtureRequest) -> int:
     numpy.random.seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Libraries leave variables behind, as how many ranks there are, which later tests must not find."""
+    kept = dict(os.environ)
+    yield
+    if os.environ != kept:
+        os.environ.clear()
+        os.environ.update(kept)
 
 
 @pytest.fixture
@@ -33,9 +44,6 @@ def on_device():
         yield
 
 
-# Loops take a second or more to compile for each rule and option, and what wraps a rule does not care which
-# it is: one of each kind of state. Every rule in its loops is tests/test_kernels.py's.
-BY_LOOPS = ("SGD", "AdamW", "NAdam", "Lion")
 PAIRS = [(rule, b) for rule in RULES for b in BACKENDS if b != "numba" or rule in BY_LOOPS]
 
 

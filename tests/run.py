@@ -31,7 +31,9 @@ def work(arguments: list[str]) -> int:
         print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
     color = ["--color=yes"] if sys.stdout.isatty() else []
     command = [python, "-m", "pytest", *color, *plugin_options(lacking), *arguments]
-    spread = [] if "pytest-xdist" in lacking or arguments else ["-n2", "--dist=loadfile"]
+    spread = (
+        [] if "pytest-xdist" in lacking or arguments else ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
+    )
     modes = list(SELECTED)
     if sys.platform != "linux" or bootstrap.gpu():
         print("no interpreted run: on a GPU the kernels run compiled, and only Linux has Triton")

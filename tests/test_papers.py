@@ -244,8 +244,8 @@ def test_run_py_passes_on(arguments, expected, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(
         subprocess,
-        "run",
-        lambda command, env: commands.append(command) or types.SimpleNamespace(returncode=3),
+        "Popen",
+        lambda command, env: commands.append(command) or types.SimpleNamespace(wait=lambda: 3),
     )
     spec = importlib.util.spec_from_file_location("bench_run", machine.HERE / "run.py")
     module = importlib.util.module_from_spec(spec)

@@ -13,6 +13,7 @@ from fusedcalib.bench import architectures, layouts, plan_costs, plan_host, plan
 from fusedcalib.bench.architectures import Model, Param
 from fusedcalib.bench.baselines import METHODS, SUBJECTS
 from fusedcalib.bench.case import DTYPES
+from fusedcalib.bench.commands import COMMANDS
 from fusedcalib.bench.layouts import Layout
 
 ADAMW = SUBJECTS["AdamW"]
@@ -297,7 +298,7 @@ def test_an_unknown_command_is_told_the_known_ones(arguments, capsys):
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "the commands are plan, profile, env, papers, cifar" in error
+    assert f"the commands are {', '.join(COMMANDS)}" in error
 
 
 def test_help_names_every_command(capsys):
