@@ -40,7 +40,7 @@ def results(tmp_path_factory):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_step_as_one_process(results, ranks):
-    """Twenty steps of SGD and AdamW, eight of others, in fp64: noise is the same to the bit, sums are added in another order.
+    """Twenty steps of SGD and AdamW, eight of others, in fp64: noise is the same, sums are in another order.
 
     They amplify a rounding of 1e-16 by less than a million: quotients are by eps of 1e-3 at least.
     """
