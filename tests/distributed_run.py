@@ -27,6 +27,7 @@ LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
 CHAIN["centralize"] = True
 ON_FOUR = ("plain", "bits", "update")
+EVERY_RULE = {2: ("fsdp", "tp of rows"), 4: ("fsdp x tp of rows",)}
 OTHERS = {
     "plain": {},
     "clipped": {"max_grad_norm": 2.0},
@@ -101,10 +102,10 @@ def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, 
 
 
 def trials(ranks: int) -> dict[str, dict[str, float]]:
-    """The whole chain with every rule, on four ranks in one layout; combinations of stages with one rule."""
+    """The whole chain with every rule in some layouts; combinations of stages with one rule."""
     found = {}
     for name, (mesh, placements) in layouts(ranks).items():
-        for rule in RULES if ranks == 2 or name == "fsdp x tp of rows" else ("SGD", "AdamW"):
+        for rule in RULES if name in EVERY_RULE[ranks] else ("SGD", "AdamW"):
             options = {**RULES[rule].options, **CHAIN, "backend": "eager"}
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
         for words in OTHERS if ranks == 2 else ON_FOUR:
