@@ -54,8 +54,8 @@ GPUS = {
 }
 
 # The host, seconds. For each tensor: measured by plan_host.py on a CPU (AMD EPYC, one thread, torch
-# 2.13.0+cpu, the quietest of eight runs). For each launch: assumed.
-OWN_TENSOR, TORCH_TENSOR = 2.7e-6, 3.5e-6
+# 2.13.0+cpu, 2026-11-21, medians of eight runs: 1.8 to 3.1, 3.2 to 4.7 us). For each launch: assumed.
+OWN_TENSOR, TORCH_TENSOR = 2.4e-6, 3.6e-6
 OWN_LAUNCH, TORCH_LAUNCH = 10e-6, 4e-6
 
 # An all-reduce of few bytes, seconds: NCCL's own model of its tree with the LL protocol (src/graph/tuning.cc,
