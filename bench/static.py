@@ -21,7 +21,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 # What `decide` of kernels/control.py takes, with everything there can be.
-CONTROL = ("*i32", "*fp64", "*i64", "*i32", "*i32", *["*fp32"] * 5, "*fp64", "*fp32", "*fp64")
+CONTROL = ("*i32", "*fp64", "*i64", "*i32", "*i32", "*i64", "*fp32", "*i64", "*fp32", "*fp32", "*fp64", "*fp32", "*fp64")
 # Bytes of an access, by the end of its name in amdgcn.
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
@@ -132,7 +132,7 @@ def _compiled(
 def compiled_for(spec: Spec, target: str = "sm_90", kernel: str = "step") -> Compiled:
     """One of launch.KERNELS."""
     scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
-    tables = {"table": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
+    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
     asm, shared = _compiled(launch.KERNELS[kernel], tables, spec.constants(), spec.built.warps, target)
     return Compiled(spec, target, asm, spec.built, shared)
 
@@ -140,7 +140,8 @@ def compiled_for(spec: Spec, target: str = "sm_90", kernel: str = "step") -> Com
 @functools.cache
 def compiled_norm(spec: Spec, decision: Decision, target: str = "sm_90", decide: bool = True) -> Compiled:
     """norm_kernel; without `decide` only what it does of each element."""
-    tables = {"table": "*i64", "tiles": "*i32", "share": "*i32", "partials": "*fp64", "done": "*i32"}
+    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "share": "*i32", "partials": "*fp64"}
+    tables["done"] = "*i32"
     constants = {**launch.norm_constants(spec), **decision.constants(), "DECIDE": decide}
     warps: int = constants.pop("num_warps")
     tile = Tile(constants["R"], constants["C"], warps, constants["REDUCTION"])

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .asked import Asked
+from .counts import Counters, HostCounts
 from .distributed import summed
 from .numbers import number_of
 from .recipe import Demand, Recipe
 from .scalars import Situation, numbers_of, row_of
-from .tables import Array, Bucket, Scalars, Slot
+from .tables import Array, Bucket, Scalars, Slot, prepare
 
 Groups = Sequence[dict[str, Any]]
 
@@ -33,7 +35,8 @@ class Work:
         groups, state: the optimizer's.
         recipes: what is compiled for each group.
         demand: what the step is asked for besides.
-        outcome: the optimizer's, over all its plans.
+        outcome, counters: the optimizer's, over all its plans.
+        kin: of each slot, a number that it shares with those that are in every live set with it.
     """
 
     slots: list[Slot]
@@ -43,6 +46,8 @@ class Work:
     recipes: list[Recipe]
     demand: Demand
     outcome: Outcome
+    counters: Counters
+    kin: Array
 
 
 class Outcome:
@@ -105,40 +110,28 @@ def meshes_of(work: Work) -> list[Any]:
     return list(dict.fromkeys(slot.place.mesh for slot in work.slots if slot.place))
 
 
-class Counts:
-    """The steps taken by each slot, and the running product of a rule that keeps one.
+def entries_of_slots(work: Work) -> list[dict[str, Any]]:
+    """The state of each slot that keeps a count; {} of others."""
+    return [work.state[slot.param] if slot.recipe.counts else {} for slot in work.slots]
 
-    Each `state["step"]` is a 0-dim tensor of its own, as torch.optim's, but all are views of one buffer:
-    counting a step is one addition whatever the number of parameters.
-    """
 
-    def __init__(self, work: Work) -> None:
-        rule = work.slots[0].recipe.rule if work.slots else None
-        self._name = rule.product[0] if rule and rule.product else None
-        self._entries = [work.state[slot.param] if slot.recipe.counts else {} for slot in work.slots]
-        # A slot that keeps no count only tells its first step from the later ones.
-        taken = [
-            entry.get("step", float(not new)) for entry, new in zip(self._entries, work.fresh, strict=True)
-        ]
-        self.taken = np.array([float(x) for x in taken], dtype=np.float32)
-        self.most = np.array([math.inf if entry else 1.0 for entry in self._entries], dtype=np.float32)
-        products = [entry[self._name] if self._name else 1.0 for entry in self._entries]
-        self.products = np.array([float(x) for x in products], dtype=np.float32)
+def begun(work: Work) -> tuple[Array, Array]:
+    """Of slots that keep no count: how many steps are taken, of which only the first is told; where it ends."""
+    taken = np.array([float(not new) for new in work.fresh], dtype=np.float32)
+    most = np.array([math.inf if slot.recipe.counts else 1.0 for slot in work.slots], dtype=np.float32)
+    return taken, most
 
-    def share(self, what: str, values: Array, device: torch.device) -> Any:
-        """A buffer of values, of which the 0-dim states ("step" or "product") become views; None without."""
-        name = "step" if what == "step" else self._name
-        if name is None:
-            return None
-        buffer = torch.from_numpy(values.copy()).to(device)
-        for entry, view in zip(self._entries, buffer, strict=True):
-            if entry:
-                entry[name] = view
-        return buffer
+
+def product_of(work: Work) -> str | None:
+    """The state that is a running product, if the rule keeps one."""
+    product = work.slots[0].recipe.rule.product if work.slots else None
+    return product and product[0]
 
 
 class HostControl:
     """Counts and scalars on the host. What a device knows, as a norm, is waited for."""
+
+    on_device = False
 
     def __init__(self, work: Work, scalars: Scalars, buckets: Sequence[Bucket]) -> None:
         self._scalars = scalars
@@ -150,60 +143,77 @@ class HostControl:
         self._report = work.outcome.on(here, norm_dtype(buckets) if work.demand.measure else None)
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
-        counts = Counts(work)
-        self._most = torch.from_numpy(counts.most)
-        self._taken = counts.share("step", counts.taken, here)
-        self._product = counts.share("product", counts.products, here)
-        self._new_product: Array | None = None
+        entries, everyone = entries_of_slots(work), work.state.values()
+        taken, self._most = begun(work)
+        self._taken = HostCounts(work.counters, "step", entries, everyone, taken)
+        self._product: HostCounts | None = None
+        if name := product_of(work):
+            ones = np.ones(len(work.slots), dtype=np.float32)
+            self._product = HostCounts(work.counters, name, entries, everyone, ones)
+        self._new_products = np.empty(0, dtype=np.float32)  # of each row
+        self._rows: Array | None = None  # of each slot
+        self._numbers: dict[int, tuple[int, dict[str, Any]]] = {}
 
-    def refresh(self, groups: Groups) -> None:
+    def refresh(self, asked: Asked) -> None:
         """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
-        self._now = groups
-        self._found, self._rows = self._distinct()
+        self._asked = asked
+        self._found, rows = self._distinct()
         self._write()
-        for bucket in self._buckets:
-            bucket.set_rows(self._rows)
+        if rows is not self._rows:
+            self._rows = rows
+            for bucket in self._buckets:
+                bucket.set_rows(rows)
 
     def _write(self, norm: float = 0.0, scale: float = 1.0) -> None:
         values, products = [], []
         for group, step, *product in self._found:
-            recipe, options = self._recipes[int(group)], self._now[int(group)]
             before = float(product[0]) if product else 1.0
-            row, after = row_of(
-                recipe.rule, numbers_of(recipe, options), Situation(float(step), before, norm, scale)
-            )
+            now = Situation(float(step), before, norm, scale)
+            row, after = row_of(self._recipes[int(group)].rule, self._numbers_of(int(group)), now)
             values.append(row)
             products.append(after)
         self._scalars.set(values)
         if self._product is not None:
-            self._new_product = np.array(products, dtype=np.float32)[self._rows]
+            self._new_products = np.array(products, dtype=np.float32)
+
+    def _numbers_of(self, group: int) -> dict[str, Any]:
+        """The numbers of a group, made anew where it has changed."""
+        version = self._asked.versions[group]
+        if group not in self._numbers or self._numbers[group][0] != version:
+            self._numbers[group] = version, numbers_of(self._recipes[group], self._asked.groups[group])
+        return self._numbers[group][1]
 
     def _distinct(self) -> tuple[Array, Array]:
         """The distinct (group, step, ...) that occur, a row each, and which of them each slot has."""
-        history = [self._taken.numpy() + 1]
+        history = [self._taken.read() + 1]
         if self._product is not None:
-            history.append(self._product.numpy())
+            history.append(self._product.read())
         if all(h.size and h.min() == h.max() for h in history):  # the usual case: a group is a row
             firsts = self._firsts
             return np.stack([self._groups[firsts], *(h[firsts] for h in history)], axis=1), self._of_slots
         found, rows = np.unique(np.stack([self._groups, *history], axis=1), axis=0, return_inverse=True)
         return found, rows.reshape(-1)
 
-    def decide(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[bool, int]:
-        """Measures where that is asked for; returns whether to step, and the number of kernel launches."""
+    def ready(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Measures where that is asked for, and makes all ready to be launched; returns whether to step."""
         skip = found_inf is not None and bool(number_of(found_inf) != 0)
         scale = 1.0 if grad_scale is None else float(number_of(grad_scale))
         norm = 0.0
         if self._demand.measure:
             norm = math.sqrt(self._squares()) / scale
-            self._report[0] = norm
             skip = skip or (self._demand.check and not norm < math.inf)
-        if skip:
-            self._report[1] += 1
-            return False, 0
-        if self._demand.scaled:
-            self._write(norm, scale)
-        return True, 0
+        if not skip:
+            if self._demand.scaled:
+                self._write(norm, scale)
+            prepare(self._buckets)
+        if self._demand.measure:
+            self._report[0] = norm
+        self._report[1] += skip
+        return not skip
+
+    def decide(self) -> int:
+        """All is decided; returns the number of kernel launches that took."""
+        return 0
 
     def _squares(self) -> float:
         """Sum of the squares of all gradients, each element once; over the ranks where they are spread."""
@@ -220,6 +230,6 @@ class HostControl:
 
     def advance(self) -> None:
         """Counts a step."""
-        torch.minimum(self._taken.add_(1), self._most, out=self._taken)
-        if self._product is not None and self._new_product is not None:
-            self._product.copy_(torch.from_numpy(self._new_product))
+        self._taken.write(np.minimum(self._taken.read() + 1, self._most))
+        if self._product is not None:
+            self._product.write(self._new_products[self._rows])

@@ -106,12 +106,20 @@ class NumbaExecutor:
             return Shape(max(1, TILE // layout.columns), layout.columns, None)
         return Shape(1, TILE, None)
 
+    def prepare(self, buckets: list[Bucket]) -> None:
+        """Compiles their loops."""
+        for bucket in buckets:
+            flags = bucket.key.recipe.flags
+            for part in ("sums", "step", "finish") if bucket.key.split else ("step",):
+                if flags.needs(part):
+                    _loop(bucket, bucket.key.recipe, _named(bucket, part))
+
     def run(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket."""
         recipe = bucket.key.recipe
         if not recipe.flags.needs(part):
             return 0
-        _run(bucket, recipe, "partial" if bucket.key.split and part == "step" else part)
+        _run(bucket, recipe, _named(bucket, part))
         return 1
 
     def squares(self, bucket: Bucket) -> float:
@@ -123,17 +131,30 @@ class NumbaExecutor:
 
 def _run(bucket: Bucket, recipe: Recipe | None, part: str, totals: int = 0) -> None:
     """Runs the loop of a recipe, or that of the squares, over a bucket's tiles."""
-    key, cache, scalars = bucket.key, bucket.cache, bucket.scalars
-    if (recipe, part) not in cache:
-        shape = (key.dtypes, bucket.compute, scalars.shape[1], key.inner)
-        cache[recipe, part] = kernel_for(recipe, *shape, key.factored, part)
+    cache, scalars = bucket.cache, bucket.scalars
+    loop = _loop(bucket, recipe, part)
+    if "elements" not in cache:
         cache["elements"] = sum(local_of(slot.param).numel() for slot in bucket.slots)
     tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data, scalars.ctypes.data)
     count = len(bucket.tiles)
     threads = threads_for(count, cache["elements"])
     chunk = max(1, count // (threads * CHUNKS))
     job = np.array([*tables, count, chunk, 0, totals])
-    on_threads(cache[recipe, part].ctypes, job.ctypes.data, threads)
+    on_threads(loop.ctypes, job.ctypes.data, threads)
+
+
+def _named(bucket: Bucket, part: str) -> str:
+    """The loop for a part: where ranks share rows the step leaves something to be done."""
+    return "partial" if bucket.key.split and part == "step" else part
+
+
+def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Function:
+    """The compiled loop, looked up once for a bucket."""
+    cache, key = bucket.cache, bucket.key
+    if (recipe, part) not in cache:
+        shape = (key.dtypes, bucket.compute, bucket.scalars.shape[1], key.inner)
+        cache[recipe, part] = kernel_for(recipe, *shape, key.factored, part)
+    return cache[recipe, part]
 
 
 EXECUTOR = NumbaExecutor()

@@ -91,6 +91,9 @@ class EagerExecutor:
         """One tile a slot: the table is not read."""
         return Shape(layout.rows, layout.columns, None)
 
+    def prepare(self, buckets: list[Bucket]) -> None:
+        """There is nothing to make ready."""
+
     def run(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket."""
         elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .kernels import launch
 from .kernels.step import step_kernel
 from .kernels.table import GEOMETRY
 from .layout import Layout
-from .mirror import Mirror, capturing
+from .mirror import Mirror, Streams, capturing, sent
 from .tables import Bucket, Shape
 
 
@@ -39,14 +41,27 @@ class TritonExecutor:
         columns = layout.columns if tile.reduction in launch.LOOPS else tile.columns
         return Shape(tile.rows, columns, tile)
 
+    def prepare(self, buckets: list[Bucket]) -> None:
+        """Sends what has changed, on the current streams of the devices, and compiles what is not yet."""
+        devices: dict[torch.device, list[Bucket]] = {}
+        for bucket in buckets:
+            devices.setdefault(bucket.key.device, []).append(bucket)
+        for device, members in devices.items():
+            cache = members[0].cache
+            if "together" not in cache:
+                cache["together"] = Together(members)
+            with guarded(device):
+                cache["together"].prepare()
+
     def run(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket on the current stream of its device."""
-        resident = resident_of(bucket)
-        table, tiles = resident.up_to_date(bucket)
-        scalars = bucket.shared.on(bucket.key.device, bucket.compute)
+        launches = resident_of(bucket).launches
+        wanted = [part] if bucket.key.split else list(launches)
         with guarded(bucket.key.device):
-            parts = (part,) if bucket.key.split else launch.KERNELS
-            return launch.launch_step(table, tiles, scalars, resident.sums, resident.spec, parts)
+            for name in wanted:
+                if name in launches:
+                    launches[name]()
+        return sum(name in launches for name in wanted)
 
     def squares(self, bucket: Bucket) -> float:
         """Only asked where a step is decided on the host, which waits for it."""
@@ -54,8 +69,10 @@ class TritonExecutor:
 
 
 def guarded(device: torch.device) -> AbstractContextManager[Any]:
-    """The device's own guard: launches go to its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """The device's own guard, where it is not the current one: launches go to its current stream."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def resident_of(bucket: Bucket) -> Resident:
@@ -65,26 +82,121 @@ def resident_of(bucket: Bucket) -> Resident:
     return cast(Resident, bucket.cache["resident"])
 
 
+class Together:
+    """What the launches of a plan on one device share: addresses of gradients, scalars, streams.
+
+    Gradients move from step to step: their addresses are one array, and one copy brings them.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._buckets = buckets
+        self._device = buckets[0].key.device
+        self._residents = [resident_of(bucket) for bucket in buckets]
+        # Each begins at a multiple of 16 bytes, or other kernels would be compiled for it.
+        ends = np.cumsum([len(bucket.slots) + len(bucket.slots) % 2 for bucket in buckets])
+        self._places = [slice(end - len(b.slots) - len(b.slots) % 2, end) for end, b in zip(ends, buckets, strict=True)]
+        self._gradients = Mirror(self._device, np.zeros(ends[-1], dtype=np.int64))
+        self._own = [self._gradients.tensor[place] for place in self._places]
+        self._scalars: dict[torch.dtype, Mirror] = {}
+        self._moves: list[int] = []
+        self._captured = False  # whether launches read what a graph has of its own
+        self._streams = Streams(self._device)
+
+    def prepare(self) -> None:
+        """Makes launches ready that are to run next, on this device's current stream."""
+        captured = capturing()
+        moves = [bucket.moves for bucket in self._buckets]
+        if moves != self._moves or captured or self._captured:
+            self._send_gradients(captured)
+            self._moves, self._captured = moves, captured
+        if self._buckets[0].capturable and not captured:
+            self._gradients.prepare_capture()
+        for resident in self._residents:
+            resident.up_to_date(self._scalars_of(resident.bucket))
+        self._streams.note(self._tensors)
+
+    def _send_gradients(self, captured: bool) -> None:
+        addresses = np.zeros_like(self._gradients.host)
+        for bucket, place in zip(self._buckets, self._places, strict=True):
+            addresses[place][: len(bucket.slots)] = bucket.gradients
+        if captured:
+            tensor = self._gradients.captured(addresses)
+            parts = [tensor[place] for place in self._places]
+        else:
+            self._gradients.update(addresses)
+            parts = self._own
+        for resident, part in zip(self._residents, parts, strict=True):
+            resident.gradients = part
+
+    def _scalars_of(self, bucket: Bucket) -> Tensor | tuple[float, ...]:
+        """Those of a bucket: on the device; or numbers, which need no copy, where all its slots have one row."""
+        shared, compute = bucket.shared, bucket.compute
+        if compute in shared.resident:  # the step is decided there
+            return shared.resident[compute]
+        rows = shared.of(compute)
+        if compute == torch.float32 and (row := bucket.only_row()) is not None:
+            return tuple(rows[row].tolist())
+        mirror = self._scalars.get(compute)
+        if mirror is None or mirror.host.shape != rows.shape:
+            mirror = self._scalars[compute] = Mirror(self._device, rows)
+            self._streams = Streams(self._device)  # it has to be told of this one too
+        mirror.update(rows)
+        return mirror.tensor
+
+    def _tensors(self) -> list[Tensor]:
+        mirrors = [self._gradients, *self._scalars.values()]
+        return [t for r in self._residents for t in r.tensors()] + [mirror.tensor for mirror in mirrors]
+
+
 class Resident:
-    """Table and tiles of a bucket on its device, copied again only where they changed; scratch."""
+    """Table and tiles of a bucket on its device; scratch; its launches.
+
+    Attributes:
+        gradients: int64 [slots and more], the addresses of the gradients for the coming step.
+        launches: of the coming step, by their parts.
+    """
+
+    gradients: Tensor
 
     def __init__(self, bucket: Bucket) -> None:
         device = bucket.key.device
+        self.bucket = bucket
         self.spec = spec_of(bucket)
-        self._tiles = Mirror(device, bucket.tiles)
-        self._table = Mirror(device, bucket.table.copy())
+        self.tiles = sent(device, bucket.tiles)
+        self._table = Mirror(device, bucket.table)
         pieces = len(bucket.tiles) if self.spec.tile.reduction == "pieces" else 0
         self.sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
+        self.launches: dict[str, launch.Launch] = {}
         self._version = bucket.table_version
+        self._read: tuple[Any, Any] = (None, None)  # gradients and scalars, as launches have them
 
-    def up_to_date(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        """Table and tiles for this step."""
-        if self._version != bucket.table_version:
-            self._table.update(bucket.table)
-            self._version = bucket.table_version
-        if bucket.capturable and not capturing():
-            self._table.prepare_capture()
-        return self._table.tensor, self._tiles.tensor
+    @property
+    def table(self) -> Tensor:
+        """int64 [slots, fields]."""
+        return self._table.tensor
+
+    def up_to_date(self, scalars: Tensor | tuple[float, ...]) -> None:
+        """Makes the launches of this step ready."""
+        if self._version != self.bucket.table_version:
+            self._table.update(self.bucket.table)
+            self._version = self.bucket.table_version
+        gradients, before = self._read
+        if type(scalars) is not type(before):
+            spec = self.spec._replace(scalars=0) if isinstance(scalars, tuple) else self.spec
+            self.launches = launch.step_launches(
+                self.table, self.gradients, self.tiles, scalars, self.sums, spec
+            )
+        elif gradients is not self.gradients or scalars is not before:
+            for each in self.launches.values():
+                each.set(1, self.gradients)
+                each.set(3, scalars)
+        self._read = self.gradients, scalars
+        for each in self.launches.values():
+            each.prepare()
+
+    def tensors(self) -> list[Tensor]:
+        """What lies on the device."""
+        return [self.table, self.tiles, self.sums]
 
 
 def spec_of(bucket: Bucket) -> launch.Spec:

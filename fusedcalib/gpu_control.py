@@ -6,50 +6,59 @@ of a step are computed by the launch that measures the gradients, or by one prog
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .control import Counts, Groups, Work, meshes_of, norm_dtype
+from .asked import Asked
+from .control import Work, begun, entries_of_slots, meshes_of, norm_dtype, product_of
+from .counts import on_device, values_of
 from .distributed import summed
 from .gpu import backend, guarded, resident_of
 from .kernels import launch
-from .mirror import Mirror, capturing
+from .mirror import Array, Mirror, Streams, capturing, sent
 from .scalars import leaves_of, shape_of, tape_of
-from .tables import Bucket, Scalars
+from .tables import Bucket, Scalars, prepare
 
 
 class DeviceControl:
     """Counts and scalars on the device that steps; nothing is waited for, so all of it can be captured.
 
     The launches are those of kernels/control.py. The host only hands over the options of the groups, where
-    they changed. Slots that had taken as many steps when the plan was made share a row from then on.
+    they changed. Slots that had taken as many steps when the plan was made, and take all later ones together,
+    share a row from then on.
     """
+
+    on_device = True
 
     def __init__(self, work: Work, scalars: Scalars, buckets: Sequence[Bucket]) -> None:
         self._buckets = buckets
         device = self._device = buckets[0].key.device
         self._recipes = work.recipes
         demand = self._demand = work.demand
-        counts = Counts(work)
-        of_groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
-        history = np.stack([of_groups, counts.taken, counts.products], axis=1)
-        found, example, used = np.unique(history, axis=0, return_index=True, return_inverse=True)
+        entries, name = entries_of_slots(work), product_of(work)
+        begin, most = begun(work)
+        ones = np.ones_like(begin)
+        steps = on_device("step", entries, begin, device, sent)
+        products = on_device(name, entries, ones, device, sent) if name else []
+        history = [np.array([slot.group for slot in work.slots]), work.kin, values_of(steps)]
+        if name:
+            history.append(values_of(products))
+        found, example, used = np.unique(np.stack(history, axis=1), axis=0, return_index=True, return_inverse=True)
         self._group_rows = {int(g): np.flatnonzero(found[:, 0] == g) for g in np.unique(found[:, 0])}
-        self._seen: dict[int, dict[str, object]] = {group: {} for group in self._group_rows}
+        self._versions: dict[int, int] = {}
         rows = used.reshape(-1)
         for bucket in buckets:
             bucket.set_rows(rows)
         self._tape = tape_of(work.recipes[0].rule, shape_of(work.groups[0]))
         leaves, width = len(self._tape.leaves), len(self._tape.outputs) - 1
-        # One more line than leaves: the kernel notes new products there.
-        self._numbers = Mirror(device, np.zeros((leaves + 1, len(found))))
-        self._sources = Mirror(device, np.zeros((leaves, len(found)), dtype=np.int64))
-        taken = counts.share("step", counts.taken, device)
-        products = counts.share("product", counts.products, device)
+        # fp64 numbers, with one more line than leaves where the kernel notes new products; then sources.
+        self._split = (leaves + 1) * len(found) + (leaves + 1) * len(found) % 2
+        self._shape = (leaves, len(found))
+        self._options = Mirror(device, np.zeros(self._split + leaves * len(found), dtype=np.int64))
         computes = {bucket.compute for bucket in buckets}
         for compute in computes:
             scalars.resident[compute] = torch.zeros(len(found), width, dtype=compute, device=device)
@@ -58,73 +67,107 @@ class DeviceControl:
         firsts = np.cumsum([0, *grids])
         self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=device)
         self._done = torch.zeros(1, dtype=torch.int32, device=device)
-        self._shares = {
-            bucket: torch.tensor([len(bucket.tiles), first], dtype=torch.int32, device=device)
-            for bucket, first in zip(buckets, firsts[:-1], strict=False)
-        }
+        shares = [(len(bucket.tiles), first) for bucket, first in zip(buckets, firsts[:-1], strict=False)]
+        self._shares = [sent(device, np.array(share, dtype=np.int32)) for share in shares]
         self._meshes = meshes_of(work)
         self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh
-        for mesh in (None, *self._meshes):
+        for mesh in (None, *self._meshes) if self._meshes else ():
             weights = np.zeros(firsts[-1])
             for bucket, first, last in zip(buckets, firsts[:-1], firsts[1:], strict=False):
                 if bucket.key.mesh == mesh:
                     weights[first:last] = 1 / bucket.key.copies
-            self._weights[mesh] = torch.from_numpy(weights).to(device)
-        sizes = torch.tensor([len(found), len(work.slots), firsts[-1]], dtype=torch.int32, device=device)
-        slot_of_row, row_of_slot = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (example, rows))
-        most = torch.from_numpy(counts.most).to(device)
-        numbers, sources = self._numbers.tensor, self._sources.tensor
-        self._before = (sizes, numbers, sources, slot_of_row, row_of_slot, taken, most, products)
+            self._weights[mesh] = sent(device, weights)
+        self._total = torch.zeros(1, dtype=torch.float64, device=device)
+        sizes = np.array([len(found), len(work.slots), firsts[-1]], dtype=np.int32)
+        constants = (example.astype(np.int32), rows.astype(np.int32), addresses_of(steps, device), most)
+        self._sizes = sent(device, sizes)
+        self._of_slots = (
+            *(sent(device, values) for values in constants),
+            sent(device, addresses_of(products, device)) if name else None,
+        )
+        self._counters = (steps, products)  # whose addresses these are
         rows_of = scalars.resident.get
         report = work.outcome.on(device, norm_dtype(buckets) if demand.measure else None)
         self._after = (report, rows_of(torch.float32), rows_of(torch.float64))
         self._decision = launch.Decision(self._tape.code, self._tape.outputs, leaves, demand.check)
+        self._launches: list[launch.Launch] = []
+        self._read: tuple[Any, ...] = ()  # what launches read that may be another at the next step
+        self._streams = Streams(device)
 
-    def refresh(self, groups: Groups) -> None:
+    def refresh(self, asked: Asked) -> None:
         """Hands over the options of the groups where they changed."""
-        numbers, sources = self._numbers.host.copy(), self._sources.host.copy()
-        for group, rows in self._group_rows.items():
-            options = {key: value for key, value in groups[group].items() if key != "params"}
-            # A tensor on the host may change where it lies.
-            known = not any(Tensor in map(type, v) for v in (options.values(), options.get("betas", ())))
-            if known and options == self._seen[group]:
-                continue
-            self._seen[group] = copy.deepcopy(options) if known else {}
-            for i, leaf in enumerate(leaves_of(self._tape, self._recipes[group], groups[group])):
-                if isinstance(leaf, Tensor):
-                    numbers[i, rows], sources[i, rows] = 0.0, source_of(leaf, self._device)
-                else:
-                    numbers[i, rows], sources[i, rows] = leaf, 0
-        for mirror, values in ((self._numbers, numbers), (self._sources, sources)):
-            mirror.update(values)
-            if self._demand.remote and not capturing():
-                mirror.prepare_capture()
+        changed = [g for g in self._group_rows if self._versions.get(g) != asked.versions[g]]
+        if changed:
+            values = self._options.host.copy()
+            numbers = values.view(np.float64)[: self._shape[0] * self._shape[1]].reshape(self._shape)
+            sources = values[self._split :].reshape(self._shape)
+            for group in changed:
+                rows = self._group_rows[group]
+                for i, leaf in enumerate(leaves_of(self._tape, self._recipes[group], asked.groups[group])):
+                    if isinstance(leaf, Tensor):
+                        numbers[i, rows], sources[i, rows] = 0.0, source_of(leaf, self._device)
+                    else:
+                        numbers[i, rows], sources[i, rows] = leaf, 0
+                self._versions[group] = asked.versions[group]
+            self._values = values
+        if not capturing():
+            self._options.update(self._values)
+            if self._demand.remote:
+                self._options.prepare_capture()
 
-    def decide(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[bool, int]:
-        """Launches what measures and decides; returns that the step is to be launched, and those launches."""
-        tensors = (*self._before, *map(self._here, (grad_scale, found_inf)), *self._after)
+    def ready(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Makes all ready to be launched; the device decides whether the step is taken."""
+        prepare(self._buckets)
+        options = self._options.captured(self._values) if capturing() else self._options.tensor
+        gradients = [resident_of(bucket).gradients for bucket in self._buckets]
+        read = (options, *map(self._here, (grad_scale, found_inf)), *gradients)
         with guarded(self._device):
-            if not self._demand.measure:
-                return True, launch.launch_control(None, tensors, self._decision)
-            for bucket in self._buckets:
-                resident = resident_of(bucket)
-                table, tiles = resident.up_to_date(bucket)
-                launch.launch_norm(
-                    table,
-                    tiles,
-                    self._shares[bucket],
-                    self._partials,
-                    self._done,
-                    tensors,
-                    resident.spec,
-                    self._decision,
-                    not self._meshes,
-                    backend(),
-                )
-            launches = len(self._buckets)
-            if self._meshes:
-                launches += launch.launch_control(self._squares(), tensors, self._decision)
-            return True, launches
+            if not self._launches:
+                self._launches = self._made(read)
+            elif any(x is not y for x, y in zip(read, self._read, strict=True)):
+                control = self._control(read)
+                for each, gradient in zip(self._launches, gradients, strict=False):
+                    if self._demand.measure:
+                        each.set(1, gradient)
+                        each.set(6, control)
+                if not self._demand.measure or self._meshes:
+                    self._launches[-1].set(1, control)
+            self._read = read
+            for each in self._launches:
+                each.prepare()
+        self._streams.note(self._tensors)
+        return True
+
+    def _control(self, read: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        """What `decide` of kernels/control.py reads and writes."""
+        options, grad_scale, found_inf = read[:3]
+        numbers = options.view(torch.float64)[: self._split]
+        return (self._sizes, numbers, options[self._split :], *self._of_slots, grad_scale, found_inf, *self._after)
+
+    def _made(self, read: tuple[Any, ...]) -> list[launch.Launch]:
+        """The launches of a step that come before it."""
+        control, made = self._control(read), []
+        for bucket, share in zip(self._buckets, self._shares, strict=False):
+            resident = resident_of(bucket)
+            tables = (resident.table, resident.gradients, resident.tiles, share, self._partials, self._done)
+            decides = not self._meshes
+            made.append(
+                launch.norm_launch(*tables, control, resident.spec, self._decision, decides, backend())
+            )
+        if not self._demand.measure or self._meshes:
+            squares = self._total if self._demand.measure else None
+            made.append(launch.control_launch(squares, control, self._decision))
+        return made
+
+    def decide(self) -> int:
+        """Launches what measures and decides; returns how many launches that are."""
+        with guarded(self._device):
+            for each in self._launches[:-1]:
+                each()
+            if self._demand.measure and self._meshes:
+                self._total.copy_(self._squares())
+            self._launches[-1]()
+        return len(self._launches)
 
     def _squares(self) -> Tensor:
         """Sum of the squares of all gradients, each element once, over the ranks where they are spread."""
@@ -139,6 +182,17 @@ class DeviceControl:
 
     def advance(self) -> None:
         """The device has counted."""
+
+    def _tensors(self) -> list[Tensor]:
+        """What lies on the device, but counters and the report, which are not the plan's."""
+        found = (self._options.tensor, self._sizes, *self._of_slots, *self._after[1:], self._partials)
+        more = (self._done, *self._shares, *self._weights.values(), self._total)
+        return [t for t in (*found, *more) if t is not None]
+
+
+def addresses_of(counters: Sequence[Tensor], device: torch.device) -> Array:
+    """Where 0-dim tensors lie."""
+    return np.array([source_of(t, device) for t in counters], dtype=np.int64)
 
 
 def source_of(leaf: Tensor, device: torch.device) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,44 +15,103 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def sent(device: torch.device, values: Array) -> Tensor:
+    """A copy on the device, queued behind the work of the current stream: the host does not wait."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+class Streams:
+    """Tells the allocator which streams read a plan's tensors.
+
+    Memory goes back to the stream on which it was taken. Without this a plan that is dropped would give it away
+    while a step on another stream still reads it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen = {self._current()}
+
+    def _current(self) -> Any:
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def note(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """To be called where they are going to be read on the current stream."""
+        stream = self._current()
+        if stream not in self._seen:
+            self._seen.add(stream)
+            for tensor in tensors():
+                tensor.record_stream(stream)
 
 
 class Mirror:
-    """An array's copy on a device, at one address for good: a captured graph goes on reading it there.
+    """An array's copy on a device, at one address for good.
 
-    Copies are queued behind the work of the current stream: the host does not wait. One that is captured is
-    made anew at each replay, so what it reads on the host is set apart for it. Memory for that is taken
-    beforehand, for none may be while a graph is captured.
+    Copies are queued behind the work of the current stream, from pinned buffers that take turns: the host
+    neither waits nor allocates. What a captured graph reads is its own: a copy that is made anew at each replay,
+    into memory that no later step writes. Memory for that is taken beforehand, for none may be while a graph
+    is captured.
+
+    Attributes:
+        host: what lies on the device, or is on its way there.
+        tensor: where it lies.
     """
 
     def __init__(self, device: torch.device, values: Array) -> None:
-        self.host = values
-        self.tensor = torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device=device)
-        self._captured: list[Tensor] = []
-        self._spare: Tensor | None = None
+        self.host = np.array(values)
+        self.tensor = self._empty(device)
+        self._ring: deque[tuple[Tensor, Array, Any]] = deque()  # a buffer, its view, what says when it is free
+        self._spare: tuple[Tensor, Tensor] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
         self._send()
+
+    def _empty(self, device: torch.device, **options: Any) -> Tensor:
+        dtype = torch.from_numpy(self.host[:0]).dtype
+        return torch.empty(self.host.shape, dtype=dtype, device=device, **options)
 
     def update(self, values: Array) -> None:
         """Takes over the values, if they are other ones."""
         if not np.array_equal(values, self.host):
-            self.host = values.copy()
+            np.copyto(self.host, values)
             self._send()
 
     def _send(self) -> None:
-        host = torch.from_numpy(np.ascontiguousarray(self.host))
         if self.tensor.device.type != "cuda":
-            self.tensor.copy_(host)
-        elif not capturing():
-            self.tensor.copy_(host.pin_memory(), non_blocking=True)
-        else:
-            if self._spare is None:
-                raise RuntimeError("run a step that is not captured before one is captured, and between two")
-            self.tensor.copy_(self._spare.copy_(host), non_blocking=True)
-            self._captured.append(self._spare)
-            self._spare = None
+            self.tensor.copy_(torch.from_numpy(self.host))
+            return
+        if self._ring and self._ring[0][2].query():
+            buffer, view, copied = self._ring.popleft()
+        else:  # as at first, and where the device is far behind
+            buffer = self._empty(torch.device("cpu"), pin_memory=True)
+            view, copied = buffer.numpy(), torch.cuda.Event()
+        np.copyto(view, self.host)
+        self.tensor.copy_(buffer, non_blocking=True)
+        copied.record(torch.cuda.current_stream(self.tensor.device))
+        self._ring.append((buffer, view, copied))
+
+    def captured(self, values: Array) -> Tensor:
+        """A copy for the graph that is being captured, and for it alone.
+
+        Raises:
+            RuntimeError: `prepare_capture` has not been called since the last one.
+        """
+        if self._spare is None:
+            raise RuntimeError("run a step that is not captured before one is captured, and between two")
+        buffer, tensor = self._spare
+        self._spare = None
+        buffer.copy_(torch.from_numpy(values))
+        tensor.copy_(buffer, non_blocking=True)
+        self._captured.append((buffer, tensor))
+        return tensor
 
     def prepare_capture(self) -> None:
-        """Takes the memory that a captured update needs."""
-        if self._spare is None and self.tensor.device.type == "cuda":
-            self._spare = torch.from_numpy(np.ascontiguousarray(self.host)).pin_memory()
+        """Takes the memory that a captured copy needs."""
+        if self._spare is None:
+            on_gpu = self.tensor.device.type == "cuda"
+            buffer = self._empty(torch.device("cpu"), pin_memory=on_gpu)
+            self._spare = buffer, self._empty(self.tensor.device)

@@ -7,22 +7,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import Options, check_ranges, extras_of, plain, signature_of
+from .asked import Asked
 from .checks import check_group, check_parameter, check_slots, describe, warn_of_flat
 from .control import Outcome, Work, decides_on_device
+from .counts import Counters
 from .distributed import is_spread, local_of, place_of, redistribute_gradient
 from .executors import choose
 from .mirror import capturing
 from .noise import words_for
 from .plan import Plan
-from .recipe import Demand, Recipe, Rule, demand_of, merged, recipe_of
+from .recipe import Rule, merged
 from .row_factors import row_factors_of
 from .states import Versions, make_state, state_dtype, states_of
-from .tables import Executor, Slot
+from .tables import Array, Executor, Slot
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -31,6 +34,7 @@ else:
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
+KEPT = 8  # plans, of as many live sets or options: mixtures of experts, layers that are not always used
 BACKENDS = ("auto", "triton", "numba", "eager")
 
 
@@ -124,13 +128,21 @@ class FusedOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drops all that is not groups and state."""
-        self._plan: Plan | None = None
+        self._drop_plans()
+        self._asked = Asked(self.rule, self._check)
+        self._counters = Counters()
         self._before: dict[Tensor, dict[str, Any]] | None = None  # the state, where it was made for the plan
         self._captured: list[Any] = []  # what graphs go on reading
         self._versions = Versions()
         self._outcome = Outcome()
         self._swapped = self._warned = False
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
+
+    def _drop_plans(self) -> None:
+        """Has the next step laid out anew."""
+        self._plan: Plan | None = None  # of the last step
+        self._plans: list[Plan] = []  # it and those of other live sets and options, the latest first
+        self._live_sets: list[Any] = []
 
     def _tell_scaler(self) -> None:
         """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
@@ -145,7 +157,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
             param_group.update(plain(param_group))
-        self._plan = None
+        self._drop_plans()
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,7 +225,11 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         with torch.no_grad():
             plan = self._prepare()
-            plan.run(*self._scaling())
+            try:
+                plan.run(*self._scaling())
+            except BaseException:
+                self._abandon(plan)
+                raise
             if not plan.taken and self._before is not None:  # the state it would have begun with
                 self._take_back()
         return loss
@@ -226,14 +242,13 @@ class FusedOptimizer(Optimizer):
         """All host work of a step but the launches."""
         if self._swapped:
             raise RuntimeError("step() within ema_weights(): the parameters are averages; leave it first")
-        for group in self.param_groups:
-            self._check(group)
-        demand = demand_of(self.param_groups, *self._scaling())
-        recipes = [recipe_of(self.rule, group, demand) for group in self.param_groups]
+        asked = self._asked.look(self.param_groups, *self._scaling())
         captured = capturing()
         for param in self._misplaced:
             redistribute_gradient(param)
-        if self._plan is None or not self._plan.holds(recipes, demand, self.param_groups, self.state):
+        self._before = None
+        plan = self._fitting(asked)
+        if plan is None:
             if captured:
                 raise RuntimeError(
                     f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; "
@@ -241,17 +256,39 @@ class FusedOptimizer(Optimizer):
                 )
             self._before = {param: dict(entry) for param, entry in self.state.items()}
             try:
-                self._plan = self._lay_out(recipes, demand)
-                self._plan.refresh(self.param_groups)
+                plan = self._lay_out(asked)
+                plan.refresh(asked)
             except BaseException:  # as out of memory
                 self._take_back()
                 raise
+            self._plans = [plan, *self._plans[: KEPT - 1]]
         else:
-            self._before = None
+            self._plan = plan
             if captured:
                 self._check_capture()
-            self._plan.refresh(self.param_groups)
-        return self._plan
+            plan.refresh(asked)
+        self._plan = plan
+        return plan
+
+    def _fitting(self, asked: Asked) -> Plan | None:
+        """The plan for the parameters that have gradients now, and what is asked for, if one is kept."""
+        for plan in self._plans:
+            if plan.holds(asked, self.state):
+                if plan is not self._plans[0]:
+                    self._plans.remove(plan)
+                    self._plans.insert(0, plan)
+                return plan
+        # One that describes what is no more would keep it alive.
+        if any(plan.stale for plan in self._plans):
+            self._drop_plans()
+        return None
+
+    def _abandon(self, plan: Plan) -> None:
+        """Drops what a step that failed has left: if nothing was launched all is as before it."""
+        if self._before is not None and not plan.begun:
+            self._take_back()
+        elif plan.begun:
+            self._drop_plans()
 
     def _take_back(self) -> None:
         """Drops the plan and the state that was made for it."""
@@ -262,7 +299,8 @@ class FusedOptimizer(Optimizer):
                 self.state[param].update(self._before[param])
             else:
                 del self.state[param]
-        self._plan = self._before = None
+        self._drop_plans()
+        self._before = None
 
     def _check_capture(self) -> None:
         assert self._plan is not None
@@ -279,34 +317,37 @@ class FusedOptimizer(Optimizer):
         if isinstance(self, Options):  # torch.optim's own classes check what they are constructed with
             check_ranges(group, type(self))
 
-    def _lay_out(self, asked: list[Recipe], demand: Demand) -> Plan:
+    def _lay_out(self, asked: Asked) -> Plan:
         """Checks everything, then makes missing state, then plans."""
+        recipes, demand = asked.recipes, asked.demand
         live = list(self._live())
         self._misplaced += [param for _, _, param in live if redistribute_gradient(param)]
         for group, index, param in live:
             owner = describe(type(self).__name__, self.param_groups, group, index)
-            check_parameter(owner, param, asked[group], self.state.get(param, {}))
+            check_parameter(owner, param, recipes[group], self.state.get(param, {}))
         if not self._warned:
-            by_rows = [param for group, _, param in live if asked[group].flags.by_rows]
+            by_rows = [param for group, _, param in live if recipes[group].flags.by_rows]
             self._warned = warn_of_flat(type(self).__name__, by_rows)
         executors = [self._executor(param) for _, _, param in live]
         places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
         on_device = decides_on_device(type(self).__name__, self.param_groups, places, demand)
-        recipes = [
-            replace(r, flags=r.flags._replace(skips=on_device and demand.tentative)) for r in merged(asked)
+        may_be_left_out = demand.tentative
+        compiled = [
+            replace(r, flags=r.flags._replace(skips=on_device and may_be_left_out), tentative=may_be_left_out)
+            for r in merged(recipes)
         ]
         check_slots(type(self).__name__, [param for _, _, param in live])
         fresh = [
-            make_state(self.state, self._versions, param, recipes[group], self.param_groups[group])
+            make_state(self.state, self._versions, param, compiled[group], self.param_groups[group])
             for group, _, param in live
         ]
         words = words_for(self.param_groups)
         slots = [
             Slot(
                 param,
-                states_of(self.state, param, recipes[group]),
+                states_of(self.state, param, compiled[group]),
                 group,
-                recipes[group],
+                compiled[group],
                 executor,
                 words[param],
                 place_of(param) if is_spread(param) else None,
@@ -314,8 +355,31 @@ class FusedOptimizer(Optimizer):
             )
             for (group, _, param), executor in zip(live, executors, strict=True)
         ]
-        work = Work(slots, fresh, self.param_groups, self.state, recipes, demand, self._outcome)
-        return Plan(work, asked, on_device, self._versions)
+        work = Work(
+            slots,
+            fresh,
+            self.param_groups,
+            self.state,
+            compiled,
+            demand,
+            self._outcome,
+            self._counters,
+            self._kin(live),
+        )
+        return Plan(work, recipes, on_device, self._versions)
+
+    def _kin(self, live: list[tuple[int, int, Tensor]]) -> Array:
+        """Of each live parameter a number, shared by those that every live set so far has all of, or none."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        here = {param for _, _, param in live}
+        mask = np.array([p in here for p in params], dtype=bool)
+        known = [m for m in self._live_sets if len(m) == len(mask)]
+        if not any(np.array_equal(m, mask) for m in known):
+            known = [mask, *known[: 2 * KEPT - 1]]
+            # Of a kept plan that takes parameters together which this one parts, rows would no longer be right.
+            self._plans = [plan for plan in self._plans if not plan.control.on_device]
+        self._live_sets = known
+        return np.unique(np.stack(known), axis=1, return_inverse=True)[1].reshape(-1)[mask]
 
     def _factors(self, param: Tensor) -> Tensor | None:
         """Of the rows of its gradient, to be multiplied here."""

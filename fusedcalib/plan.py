@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .asked import Asked
 from .control import HostControl, Work
-from .recipe import Demand, Recipe
+from .recipe import Recipe
 from .row_totals import RowTotals
 from .states import Versions
-from .tables import Scalars, build_buckets
+from .tables import Array, Scalars, build_buckets
 from .watch import Watch
 
 
@@ -21,15 +23,19 @@ class Plan:
 
     Args:
         work: what to step.
-        asked: the recipe that each group asks for; those of the slots may be merged.
+        recipes: the recipe that each group asks for; those of the slots may be merged.
         on_device: whether the step is decided there; else on the host.
         versions: the optimizer's, over all its plans.
+
+    Attributes:
+        taken: whether the last step was, as far as the host knows.
+        begun: whether anything of it has been launched.
     """
 
-    def __init__(self, work: Work, asked: list[Recipe], on_device: bool, versions: Versions) -> None:
+    def __init__(self, work: Work, recipes: list[Recipe], on_device: bool, versions: Versions) -> None:
         self.demand = work.demand
-        self.taken = False  # the last step, as far as the host knows
-        self._asked = asked
+        self.taken = self.begun = False
+        self._recipes = recipes
         scalars = Scalars()
         self._totals = RowTotals(work.slots)
         capturable = on_device and work.demand.remote
@@ -43,33 +49,60 @@ class Plan:
             self.control = HostControl(work, scalars, self.buckets)
         self._written = versions.to_count(work.slots)
         self._watch = Watch(work.groups, work.state)
+        self._addresses = self._watch.grad_pointers  # as the buckets have them
+        # Of the gradients of slots all of whose other tensors are aligned: whether they are, too.
+        self._alignable = np.zeros(len(work.slots), dtype=bool)
+        for bucket in self.buckets:
+            self._alignable[bucket.indices] = bucket.alignable
+        self._aligned = self._alignment(self._addresses)
 
-    def holds(
-        self, asked: list[Recipe], demand: Demand, groups: list[dict[str, Any]], state: dict[Tensor, Any]
-    ) -> bool:
+    def holds(self, asked: Asked, state: Mapping[Tensor, Any]) -> bool:
         """Whether the plan still fits; takes over gradients that moved."""
-        before = self._watch.grad_pointers
-        if asked != self._asked or demand != self.demand or not self._watch.holds(groups, state):
+        if asked.recipes is not self._recipes:
+            if asked.recipes != self._recipes:
+                return False
+            self._recipes = asked.recipes
+        if asked.demand != self.demand or not self._watch.holds(asked.groups, state):
             return False
-        if self._watch.grad_pointers == before:
+        if self._watch.grad_pointers is self._addresses:
             return True
-        addresses = np.array(self._watch.grad_pointers, dtype=np.int64)
-        return all(bucket.set_gradients(addresses) for bucket in self.buckets)
+        addresses = self._watch.grad_pointers
+        if not np.array_equal(self._alignment(addresses), self._aligned):
+            return False  # better or worse aligned: other kernels
+        moved = np.array(addresses, dtype=np.int64)
+        for bucket in self.buckets:
+            bucket.set_gradients(moved)
+        self._addresses = addresses
+        return True
 
-    def refresh(self, groups: list[dict[str, Any]]) -> None:
+    @property
+    def stale(self) -> bool:
+        """Whether it describes parameters or states that are no more: it cannot hold again."""
+        return self._watch.stale
+
+    def _alignment(self, addresses: list[int]) -> Array:
+        return np.array(addresses, dtype=np.int64)[self._alignable] % 16 == 0
+
+    def refresh(self, asked: Asked) -> None:
         """Takes over the options of the groups for the coming step."""
-        self.control.refresh(groups)
+        self.control.refresh(asked)
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> int:
         """Steps everything, or nothing; returns the number of kernel launches.
+
+        Whatever can fail (memory, compiling, loading) comes before the first launch. After one that is interrupted
+        all the same, as by Ctrl-C, the plan must not be used again.
 
         Args:
             grad_scale: by which the gradients are too large.
             found_inf: not 0 if one of them is not finite: then the step is left out.
         """
-        launches: int
-        self.taken, launches = self.control.decide(grad_scale, found_inf)
+        self.begun = False
+        self.taken = self.control.ready(grad_scale, found_inf)
+        launches = 0
         if self.taken:
+            self.begun = True
+            launches = self.control.decide()
             launches += self._step()
             self.control.advance()
             # Kernels write through addresses: tell autograd, as an in-place operation would.

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Planner(Protocol):
     """What has to lay its step out anew where factors come, go or move."""
 
-    _plan: Any
+    def _drop_plans(self) -> None: ...
 
 
 class RowFactors:
@@ -39,7 +39,7 @@ class RowFactors:
             return
         self.values = values.clone()
         if optimizer := self.optimizer():
-            optimizer._plan = None
+            optimizer._drop_plans()
 
 
 _FOUND: MutableMapping[Tensor, RowFactors] = WeakTensorKeyDictionary()
@@ -59,4 +59,4 @@ def set_row_factors(param: Tensor, factors: RowFactors | None) -> None:
         _FOUND[param] = factors
     for given in (before, factors):
         if given and (optimizer := given.optimizer()):
-            optimizer._plan = None
+            optimizer._drop_plans()

@@ -62,6 +62,9 @@ class Executor(Protocol):
     def shape(self, layout: Layout, by_rows: bool, tensors: int, split: bool) -> Shape:
         """The tile for a slot of this layout and so many tensors; `split` if ranks share its rows."""
 
+    def prepare(self, buckets: list[Bucket]) -> None:
+        """Makes those of a plan ready to run: whatever can fail, as memory and compiling, is done here."""
+
     def run(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket; returns the number of kernel launches.
 
@@ -95,12 +98,12 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Scalars:
-    """The rows of scalars of a step in double, and as buckets read them: in their type, on their device."""
+    """The rows of scalars of a step in double, and as buckets read them: in their type."""
 
     def __init__(self) -> None:
         self.values: Array = np.zeros((0, 0))
         self.resident: dict[torch.dtype, Tensor] = {}  # made on the device, where the step is decided there
-        self._casts: dict[Any, Any] = {}
+        self._casts: dict[torch.dtype, Array] = {}
 
     def set(self, values: Any) -> None:
         """Takes over the scalars of a step."""
@@ -113,23 +116,7 @@ class Scalars:
         """Rows in the type of the arithmetic."""
         if compute not in self._casts:
             self._casts[compute] = self.values.astype(_NUMPY[compute])
-        return self._casts[compute]  # type: ignore[no-any-return]
-
-    def on(self, device: torch.device, compute: torch.dtype) -> Tensor:
-        """Rows on a device, brought there once a step."""
-        if compute in self.resident:
-            return self.resident[compute]
-        if (device, compute) not in self._casts:
-            self._casts[device, compute] = sent(device, self.of(compute))
-        return self._casts[device, compute]  # type: ignore[no-any-return]
-
-
-def sent(device: torch.device, values: Array) -> Tensor:
-    """A copy on the device, queued behind the work of the current stream: the host does not wait."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type != "cuda":
-        return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
+        return self._casts[compute]
 
 
 @dataclass(eq=False)
@@ -144,8 +131,12 @@ class Bucket:
     shared: Scalars = field(default_factory=Scalars)  # one for all buckets of a plan
     capturable: bool = False
     totals: list[Tensor | None] = field(default_factory=list)  # of the rows of each slot, if it is split
-    table_version: int = 0  # counts changes, for executors that keep a copy
+    table_version: int = 0  # counts changes but those of gradients, for executors that keep a copy
+    moves: int = 0  # counts changes of gradients
     cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
+    # Of each slot, whether all its tensors but the gradient are aligned; while that is not, neither is the slot.
+    alignable: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    _only: tuple[int, int | None] | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -169,14 +160,29 @@ class Bucket:
             self.scalar_rows[:] = mine
             self.table_version += 1
 
-    def set_gradients(self, addresses: Array) -> bool:
-        """Takes over the addresses of gradients; False if the launch was compiled for better aligned ones."""
-        moved = addresses[self.indices]
-        if self.key.aligned and np.any(moved % 16):
-            return False
-        self.table[:, 1] = moved
-        self.table_version += 1
-        return True
+    def only_row(self) -> int | None:
+        """The row of scalars that all its slots use, if it is one."""
+        if self._only is None or self._only[0] != self.table_version:
+            rows = self.scalar_rows
+            self._only = self.table_version, int(rows[0]) if (rows == rows[0]).all() else None
+        return self._only[1]
+
+    @property
+    def gradients(self) -> Array:
+        """View of the table: the addresses of the gradients."""
+        return self.table[:, 1]
+
+    def set_gradients(self, addresses: Array) -> None:
+        """Takes over the addresses of the gradients of the plan."""
+        self.gradients[:] = addresses[self.indices]
+        self.moves += 1
+
+
+def prepare(buckets: Sequence[Bucket]) -> None:
+    """Makes all ready to run, so that nothing fails once the first is launched."""
+    executors = dict.fromkeys(bucket.key.executor for bucket in buckets)
+    for executor in executors:
+        executor.prepare([bucket for bucket in buckets if bucket.key.executor is executor])
 
 
 def build_buckets(
@@ -186,7 +192,7 @@ def build_buckets(
     totals: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Bucket]:
     """Sorts slots into launches and lays each launch out. `totals`: of RowTotals."""
-    members: dict[Key, list[tuple[int, Array, Array]]] = {}
+    members: dict[Key, list[_Member]] = {}
     for index, slot in enumerate(slots):
         tensors = slot.tensors()
         param = tensors[0]
@@ -199,6 +205,7 @@ def build_buckets(
         # Rows whose elements are not numbered on from one to the next must be told apart.
         layout = layout_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
         shape = slot.executor.shape(layout, by_rows, len(tensors), split is not None)
+        alignable = is_aligned((param, *tensors[2:]), tensors, layout)
         key = Key(
             slot.executor,
             param.device,
@@ -206,7 +213,7 @@ def build_buckets(
             tuple(t.dtype for t in tensors),
             len(layout.sizes),
             recipe.flags.random and _in_quads(layout, place),
-            is_aligned(tensors, layout),
+            alignable and tensors[1].data_ptr() % 16 == 0,
             shape.row_class,
             place.mesh,
             place.copies,
@@ -214,28 +221,37 @@ def build_buckets(
             slot.factors is not None,
         )
         rows = members.setdefault(key, [])
-        rows.append(
-            (index, _row(slot, tensors, layout, shape, place, split), _tiles(len(rows), layout, shape))
-        )
+        row = _row(slot, tensors, layout, shape, place, split)
+        rows.append(_Member(index, row, _tiles(len(rows), layout, shape), alignable))
     return [
         Bucket(
             key,
-            [slots[index] for index, _, _ in rows],
-            np.array([index for index, _, _ in rows]),
-            np.stack([row for _, row, _ in rows]),
-            np.concatenate([tiles for _, _, tiles in rows]),
+            [slots[member.index] for member in rows],
+            np.array([member.index for member in rows]),
+            np.stack([member.row for member in rows]),
+            np.concatenate([member.tiles for member in rows]),
             shared,
             capturable,
-            [totals.get(index) for index, _, _ in rows],
+            [totals.get(member.index) for member in rows],
+            alignable=np.array([member.alignable for member in rows], dtype=bool),
         )
         for key, rows in members.items()
     ]
 
 
-def is_aligned(tensors: Sequence[Tensor], layout: Layout) -> bool:
-    """Whether 16-byte accesses reach every element of every row."""
+class _Member(NamedTuple):
+    """A slot of a launch: its number in the plan, row of the table, tiles."""
+
+    index: int
+    row: Array
+    tiles: Array
+    alignable: bool
+
+
+def is_aligned(these: Sequence[Tensor], tensors: Sequence[Tensor], layout: Layout) -> bool:
+    """Whether 16-byte accesses reach every element of every row of some of a slot's tensors."""
     vector = 16 // min(t.element_size() for t in tensors)
-    return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
+    return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in these)
 
 
 def _in_quads(layout: Layout, place: Place) -> bool:

@@ -54,7 +54,7 @@ def branch_kernel(
         for k in range(K):
             moved = moved_of(row, place, k, positions, rate, grad_scale, DTYPES, COMPUTE)
             new = tl.where(total == 0, even, divide(moved, total))
-            target = pointer_of(row, 0, DTYPES[0], 1) + k * positions + place
+            target = pointer_of(tl.load(row), DTYPES[0], 1) + k * positions + place
             tl.store(target, new.to(DTYPES[0]), place < positions)
 
 
@@ -68,8 +68,8 @@ def _lost(x):
 def moved_of(row, place, k, positions, rate, grad_scale, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
     """|R_k + rate dR_k| at some positions of branch k, 0 outside."""
     at, inside = k * positions + place, place < positions
-    R = tl.load(pointer_of(row, 0, DTYPES[0], 1) + at, inside, other=0).to(COMPUTE)
-    g = tl.load(pointer_of(row, 1, DTYPES[1], 1) + at, inside, other=0).to(COMPUTE)
+    R = tl.load(pointer_of(tl.load(row), DTYPES[0], 1) + at, inside, other=0).to(COMPUTE)
+    g = tl.load(pointer_of(tl.load(row + 1), DTYPES[1], 1) + at, inside, other=0).to(COMPUTE)
     if grad_scale is not None:
         g = divide(g, tl.load(grad_scale).to(COMPUTE) + tl.zeros_like(g))
     return tl.where(inside, tl.abs(R + rate * g), 0)

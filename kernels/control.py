@@ -22,6 +22,7 @@ _LANES = tl.constexpr(LANES)
 @jit
 def norm_kernel(
     table,
+    grads,
     tiles,
     share,  # int32 [2]: how many tiles there are, where the sums of this launch begin
     partials,  # fp64 [programs of all launches]
@@ -46,16 +47,16 @@ def norm_kernel(
     squares = tl.zeros([R, C], tl.float64)
     for index in range(tl.program_id(0), tl.load(share), tl.num_programs(0)):
         slot, row_block, column_block = tile_of(tiles, index)
-        row = table + slot * FIELDS
+        row, grad = table + slot * FIELDS, tl.load(grads + slot)
         columns = columns_of(row, len(DTYPES), VECTOR)
         r = row_block * R + tl.arange(0, R)
         if REDUCTION == "loop":
             for start in range(0, columns, C):
                 c = start + tl.arange(0, C)
-                squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+                squares += squares_of(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         else:
             c = column_block * C + tl.arange(0, C)
-            squares += squares_of(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+            squares += squares_of(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
     tl.store(partials + tl.load(share + 1) + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
     if DECIDE:
         tl.debug_barrier()  # what this program wrote comes before its count
@@ -72,6 +73,7 @@ def norm_kernel(
 @jit
 def squares_of(
     row,
+    grad,
     r,
     c,
     columns,
@@ -82,7 +84,7 @@ def squares_of(
     FACTORED: tl.constexpr,
 ):
     """Squares [R, C], fp64, of the gradient at rows r and columns c, 0 outside."""
-    _mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+    _mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
     g = values[1].to(tl.float64)
     return g * g
 
@@ -111,9 +113,9 @@ def decide(
                      is fp64; else 0
         example      int32 [rows]: a slot that uses the row
         used         int32 [slots]: the row that a slot uses
-        steps        fp32 [slots]: taken so far
+        steps        int64 [slots]: the address of each slot's count of steps taken so far, fp32
         most         fp32 [slots]: where counting ends
-        products     fp32 [slots], of a rule that keeps one; else None
+        products     int64 [slots], addresses as `steps`, of a rule that keeps one; else None
         grad_scale   fp32 [1] or None: gradients are this much too large
         found_inf    fp32 [1] or None: whether one of them was found not to be finite
         report       fp64 [2]: takes the norm, and counts the steps left out
@@ -139,10 +141,10 @@ def decide(
         lane = start + tl.arange(0, _LANES)
         mask = lane < rows
         slot = tl.load(example + lane, mask, other=0)
-        step = tl.load(steps + slot).to(tl.float64) + 1
+        step = tl.load(counter_of(steps + slot, mask), mask, other=0).to(tl.float64) + 1
         product = step * 0 + 1
         if products is not None:
-            product = tl.load(products + slot).to(tl.float64)
+            product = tl.load(counter_of(products + slot, mask), mask, other=0).to(tl.float64)
         values = (step, product, step * 0 + norm, step * 0 + scale, step * 0 + skip)
         for i in tl.static_range(LEAVES):
             values = values + (leaf(numbers + i * rows + lane, sources + i * rows + lane, mask),)
@@ -160,11 +162,19 @@ def decide(
         for start in range(0, slots, _LANES):
             lane = start + tl.arange(0, _LANES)
             mask = lane < slots
-            taken = tl.load(steps + lane, mask) + 1
-            tl.store(steps + lane, tl.minimum(taken, tl.load(most + lane, mask)), mask)
+            count = counter_of(steps + lane, mask)
+            taken = tl.load(count, mask) + 1
+            tl.store(count, tl.minimum(taken, tl.load(most + lane, mask)), mask)
             if products is not None:
                 row = tl.load(used + lane, mask, other=0)
-                tl.store(products + lane, tl.load(numbers + LEAVES * rows + row, mask).to(tl.float32), mask)
+                product = tl.load(numbers + LEAVES * rows + row, mask).to(tl.float32)
+                tl.store(counter_of(products + lane, mask), product, mask)
+
+
+@jit
+def counter_of(place, mask):
+    """Where the counters [lanes] lie whose addresses are at a place."""
+    return tl.load(place, mask, other=0).to(tl.pointer_type(tl.float32))
 
 
 @jit

@@ -1,9 +1,9 @@
 """The only launches, and the shapes they have."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from .control import GRID, control_kernel, norm_kernel
+from .direct import Launch
 from .language import AVAILABLE, tl
 from .rows import project_kernel, row_sums_kernel
 from .stages import Flags
@@ -47,7 +47,7 @@ class Spec(NamedTuple):
     dtypes: tuple[Any, ...]  # triton dtypes of parameter, gradient, state...
     compute: object
     fields: int
-    scalars: int
+    scalars: int  # in a row; 0 where the one row is an argument of its own
     inner: int
     quads: bool
     vector: int
@@ -124,21 +124,21 @@ def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
 KERNELS = {"sums": row_sums_kernel, "step": step_kernel, "finish": project_kernel}
 
 
-def launch_step(table, tiles, scalars, sums, spec: Spec, parts: Iterable[str]) -> int:
-    """Steps every tile of the list on the current stream; returns the number of launches.
+def step_launches(table, grads, tiles, scalars, sums, spec: Spec) -> dict[str, Launch]:
+    """The launches that step every tile of a list, by their parts and in their order.
 
     Args:
         table: int64 [slots, fields] on the device.
+        grads: int64 [slots] on the device, the addresses of the gradients.
         tiles: int32 [programs, 3] on the device.
-        scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them.
+        scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them; or the numbers of
+            the one row, where `spec.scalars` is 0.
         sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
-        parts: of `parts_of`; others are left out.
     """
     constants = {**spec.constants(), "num_warps": spec.built.warps, **OPTIONS}
-    launches = [part for part in parts_of(spec.tile, spec.flags) if part in parts]
-    for part in launches:
-        KERNELS[part][(tiles.shape[0],)](table, tiles, scalars, sums, **constants)
-    return len(launches)
+    args = (table, grads, tiles, scalars, sums)
+    parts = parts_of(spec.tile, spec.flags)
+    return {part: Launch(KERNELS[part], tiles.shape[0], args, constants) for part in parts}
 
 
 def programs_for(tiles: int) -> int:
@@ -173,24 +173,22 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
     return {**{name: constants[name] for name in _NORM_ARGUMENTS}, **own}
 
 
-def launch_norm(
-    table, tiles, share, partials, done, control, spec: Spec, decision: Decision, decide: bool, backend: str
-) -> int:
+def norm_launch(
+    table, grads, tiles, share, partials, done, control, spec: Spec, decision: Decision, decide: bool, backend: str
+) -> Launch:
     """Measures the gradients of a list; of all such launches the last program decides: see control.py.
 
     `backend` is that of NORM_OPTIONS.
     """
-    constants = {**norm_constants(spec), **decision.constants(), "DECIDE": decide}
-    constants |= NORM_OPTIONS[backend]
-    grid = (programs_for(tiles.shape[0]),)
-    norm_kernel[grid](table, tiles, share, partials, done, control, **constants)
-    return 1
+    constants = {**norm_constants(spec), **decision.constants(), "DECIDE": decide, **NORM_OPTIONS[backend]}
+    args = (table, grads, tiles, share, partials, done, control)
+    return Launch(norm_kernel, programs_for(tiles.shape[0]), args, constants)
 
 
-def launch_control(squares, control, decision: Decision) -> int:
+def control_launch(squares, control, decision: Decision) -> Launch:
     """Decides, by squares that were added up elsewhere or without a norm: one program."""
-    control_kernel[(1,)](squares, control, **decision.constants(), num_warps=4, **OPTIONS)
-    return 1
+    constants = {**decision.constants(), "num_warps": 4, **OPTIONS}
+    return Launch(control_kernel, 1, (squares, control), constants)
 
 
 __all__ = [
@@ -199,13 +197,14 @@ __all__ = [
     "NORM_OPTIONS",
     "OPTIONS",
     "Decision",
+    "Launch",
     "Spec",
     "Tile",
+    "control_launch",
     "dtype_of",
-    "launch_control",
-    "launch_norm",
-    "launch_step",
+    "norm_launch",
     "parts_of",
     "programs_for",
+    "step_launches",
     "tile_for",
 ]

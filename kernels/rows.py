@@ -35,6 +35,7 @@ def row_total(x, mask):
 @jit
 def sum_of_loop(
     row,
+    grad,
     r,
     lane,
     columns,
@@ -52,7 +53,7 @@ def sum_of_loop(
     """Sum of the measured quantity over row r [1], C columns (lane [C]) at a time: a scalar."""
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
-        mask, values = load_tile(row, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        mask, values = load_tile(row, grad, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
@@ -69,6 +70,7 @@ def mean_of_ranks(row, r, COMPUTE: tl.constexpr, K: tl.constexpr):
 @jit
 def project_row(
     row,
+    grad,
     r,
     lane,
     columns,
@@ -86,7 +88,9 @@ def project_row(
     if must_finish(squares, h, FLAGS):
         tl.debug_barrier()  # what other threads wrote is read
         for start in range(0, columns, C):
-            finish_tile(row, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+            finish_tile(
+                row, grad, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C
+            )
 
 
 @jit
@@ -101,6 +105,7 @@ def must_finish(squares, h, FLAGS: tl.constexpr):
 @jit
 def finish_tile(
     row,
+    grad,
     r,
     start,
     lane,
@@ -117,7 +122,7 @@ def finish_tile(
 ):
     """Projects and finishes a tile [1, C] of a row of which the norm had to be known first."""
     c = start + lane
-    mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, False)
+    mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, False)
     bits = rounding_tile(row, r, start, h, FLAGS, DTYPES, C, QUADS)
     p = rounded(projected(values[0], squares, h), bits, FLAGS, DTYPES[0])
     if FLAGS.ema:
@@ -131,6 +136,7 @@ def finish_tile(
 @jit
 def row_sums_kernel(
     table,
+    grads,
     tiles,
     scalars,
     sums,
@@ -153,19 +159,19 @@ def row_sums_kernel(
     sums[0, program] = that over its tile [1, C]; over its row, where ranks share that, in the row's place.
     """
     slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
-    row = table + slot * FIELDS
+    row, grad = table + slot * FIELDS, tl.load(grads + slot)
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
     r = row_block * R + tl.arange(0, R)
     lane = tl.arange(0, C)
     if REDUCTION == "ranks":
         total = sum_of_loop(
-            row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
+            row, grad, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
         )
         tl.store(totals_of(row, r, len(DTYPES)), total.to(tl.float64) + tl.zeros([R], tl.float64))
     else:
         c = column_block * C + lane
-        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))
@@ -181,6 +187,7 @@ def square_total(sums, p, mask):
 @jit
 def project_kernel(
     table,
+    grads,
     tiles,
     scalars,
     sums,
@@ -200,7 +207,7 @@ def project_kernel(
 ):
     """Finishes rows, or their pieces, of which step_kernel has left the norms. Arguments as there."""
     slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
-    row = table + slot * FIELDS
+    row, grad = table + slot * FIELDS, tl.load(grads + slot)
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
     if FLAGS.skips:  # noqa: SIM102 (the one is known when compiled)
@@ -210,12 +217,14 @@ def project_kernel(
     lane = tl.arange(0, C)
     if REDUCTION == "ranks":
         squares = tl.sum(tl.load(totals_of(row, r, len(DTYPES))), axis=0).to(COMPUTE)
-        project_row(row, r, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+        project_row(row, grad, r, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
     else:
         squares = total_of_pieces(sums + tl.num_programs(0), column_block, columns, COMPUTE, C)
         if must_finish(squares, h, FLAGS):
             start = column_block * C
-            finish_tile(row, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+            finish_tile(
+                row, grad, r, start, lane, columns, squares, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C
+            )
 
 
 @jit

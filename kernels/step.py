@@ -22,8 +22,9 @@ from .table import (
 @jit
 def step_kernel(
     table,  # int64 [slots, FIELDS]
+    grads,  # int64 [slots], addresses
     tiles,  # int32 [programs, 3]
-    scalars,  # COMPUTE [rows, COUNT]
+    scalars,  # COMPUTE [rows, COUNT]; where COUNT is 0 the one row, a tuple of fp32
     sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters
     RULE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -40,7 +41,7 @@ def step_kernel(
     C: tl.constexpr,
 ):
     slot, row_block, column_block = tile_of(tiles, tl.program_id(0))
-    row = table + slot * FIELDS
+    row, grad = table + slot * FIELDS, tl.load(grads + slot)
     columns = columns_of(row, len(DTYPES), VECTOR)
     h = scalars_of(row, scalars, len(DTYPES), COUNT)
     if FLAGS.skips:  # noqa: SIM102 (the one is known when compiled)
@@ -55,13 +56,13 @@ def step_kernel(
                 mean = mean_of_ranks(row, r, COMPUTE, len(DTYPES))
             else:
                 total = sum_of_loop(
-                    row, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
+                    row, grad, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
                 )
                 mean = divide(total, columns.to(COMPUTE))
         squares = tl.zeros([1, C], COMPUTE)
         for start in range(0, columns, C):
             c = start + lane
-            mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+            mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
             z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
             p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
@@ -75,10 +76,12 @@ def step_kernel(
             if REDUCTION == "ranks":
                 tl.store(totals_of(row, r, len(DTYPES)), total.to(tl.float64) + tl.zeros([R], tl.float64))
             else:
-                project_row(row, r, lane, columns, total, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C)
+                project_row(
+                    row, grad, r, lane, columns, total, h, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, C
+                )
     else:
         c = column_block * C + lane
-        mask, values = load_tile(row, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
         z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         if FLAGS.centralize != "none":
             if REDUCTION == "tile":

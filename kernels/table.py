@@ -2,7 +2,8 @@
 
 Row of the table (int64), K tensors per slot (parameter, gradient, state...), D inner dimensions:
 
-    [0, K)             addresses in bytes
+    [0, K)             addresses in bytes; that of the gradient only for the CPU loop: gradients move, so
+                       a GPU has their addresses in an array of their own, `grads`
     K, K + 1           rows, columns of the slot
     K + 2              its row in the table of scalars
     K + 3, K + 4       rows, columns of its tiles (the CPU loop reads them; a GPU tile is a constant)
@@ -43,11 +44,15 @@ def columns_of(row, K: tl.constexpr, VECTOR: tl.constexpr):
 
 @jit
 def scalars_of(row, scalars, K: tl.constexpr, COUNT: tl.constexpr):
-    """The slot's scalars, a tuple of COUNT values."""
-    base = scalars + tl.load(row + K + 2) * COUNT
+    """The slot's scalars, a tuple of COUNT values; with COUNT 0 `scalars` is that tuple, in fp32."""
     values = ()
-    for i in tl.static_range(COUNT):
-        values = values + (tl.load(base + i),)
+    if COUNT == 0:
+        for i in tl.static_range(len(scalars)):
+            values = values + (tl.full([], scalars[i], tl.float32),)  # the interpreter's are Python's
+    else:
+        base = scalars + tl.load(row + K + 2) * COUNT
+        for i in tl.static_range(COUNT):
+            values = values + (tl.load(base + i),)
     return values
 
 
@@ -68,9 +73,9 @@ def offsets_of(row, i: tl.constexpr, r, c, columns, K: tl.constexpr, D: tl.const
 
 
 @jit
-def pointer_of(row, i: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Address of tensor i. Alignment is said here: unknown of a loaded address, loads would stay scalar."""
-    pointer = tl.load(row + i).to(tl.pointer_type(DTYPE))
+def pointer_of(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """An address as a pointer. Alignment is said here: unknown of a loaded one, loads would stay scalar."""
+    pointer = address.to(tl.pointer_type(DTYPE))
     if VECTOR > 1:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -79,6 +84,7 @@ def pointer_of(row, i: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 @jit
 def load_tile(
     row,
+    grad,
     r,
     c,
     columns,
@@ -90,14 +96,16 @@ def load_tile(
 ):
     """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside.
 
-    Rows of the gradient (tensor 1) come multiplied by their factors, where they have such.
+    `grad` is the address of the gradient (tensor 1), whose rows come multiplied by their factors, where they
+    have such.
     """
     inside = r < tl.load(row + len(DTYPES))
     mask = inside[:, None] & (c < columns)[None, :]
     values = ()
     for i in tl.static_range(len(DTYPES)):
         offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
-        pointer = pointer_of(row, i, DTYPES[i], VECTOR)
+        address = grad if i == 1 else tl.load(row + i)
+        pointer = pointer_of(address, DTYPES[i], VECTOR)
         value = tl.load(pointer + offsets, mask, other=0).to(COMPUTE)
         if FACTORED and i == 1:
             factors = tl.load(row + len(DTYPES) + 11).to(tl.pointer_type(COMPUTE))
@@ -124,7 +132,7 @@ def store_tile(
     for i in tl.static_range(len(values)):
         if i != 1:
             offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
-            pointer = pointer_of(row, i, DTYPES[i], VECTOR)
+            pointer = pointer_of(tl.load(row + i), DTYPES[i], VECTOR)
             tl.store(pointer + offsets, values[i].to(DTYPES[i]), mask)
 
 

@@ -1,0 +1,129 @@
+"""Counts of steps, and running products: 0-dim states of parameters, for every plan of an optimizer at once.
+
+Each `state["step"]` is a 0-dim tensor of its own, as torch.optim's. On the host all are views of one buffer:
+counting a step is one addition whatever the number of parameters. On a device a kernel finds each by its address:
+one that lies there already stays where it is, so that captured graphs go on counting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Entries = Sequence[dict[str, Any]]
+
+
+def values_of(counters: Sequence[Any]) -> Array:
+    """The values, fp32, of 0-dim tensors and numbers: one copy from each device that has some."""
+    values = np.empty(len(counters), dtype=np.float32)
+    remote: dict[torch.device, list[int]] = {}
+    for i, counter in enumerate(counters):
+        if isinstance(counter, Tensor) and counter.device.type != "cpu":
+            remote.setdefault(counter.device, []).append(i)
+        else:
+            values[i] = counter
+    for indices in remote.values():
+        found = torch.stack([counters[i].to(torch.float32).reshape(()) for i in indices])
+        values[indices] = found.cpu().numpy()
+    return values
+
+
+class Counters:
+    """Where the counters of an optimizer lie on the host."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[str, list[Tensor]] = {}
+        self._places: dict[str, dict[int, int]] = {}  # of a view, by its identity
+
+    def on_host(self, name: str, entries: Entries, everyone: Iterable[dict[str, Any]]) -> tuple[Tensor, Array]:
+        """A buffer, and the places in it of the counters of some entries.
+
+        Where one lies elsewhere, as after loading, those of all entries move into a new buffer.
+        """
+        places = self._places.get(name, {})
+        found = [places.get(id(entry[name])) for entry in entries]
+        if None in found:
+            every = [entry for entry in everyone if name in entry]
+            values = values_of([entry[name] for entry in every])
+            buffer = torch.from_numpy(values)
+            views = list(buffer.unbind())
+            for entry, view in zip(every, views, strict=True):
+                entry[name] = view
+            places = {id(view): place for place, view in enumerate(views)}
+            self._buffers[name], self._views[name], self._places[name] = buffer, views, places
+            found = [places[id(entry[name])] for entry in entries]
+        return self._buffers[name], np.array(found, dtype=np.int64)
+
+
+class HostCounts:
+    """A number of each slot of a plan: of those whose entry has it, in the optimizer's buffer.
+
+    Args:
+        counters: the optimizer's.
+        name: of the state.
+        entries: of each slot; {} where it keeps no count, and only its first step is told from later ones.
+        everyone: the entries of all parameters.
+        own: fp32 [slots], where those begin that keep none.
+    """
+
+    def __init__(
+        self, counters: Counters, name: str, entries: Entries, everyone: Iterable[dict[str, Any]], own: Array
+    ) -> None:
+        self._kept = np.array([bool(entry) for entry in entries], dtype=bool)
+        self._own = own
+        kept = [entry for entry in entries if entry]
+        self._shared, self._places = torch.empty(0), np.empty(0, dtype=np.int64)
+        if kept:
+            self._shared, self._places = counters.on_host(name, kept, everyone)
+        count = len(self._shared)
+        self._whole = len(kept) == len(entries) == count and bool((self._places == np.arange(count)).all())
+
+    def read(self) -> Array:
+        """The numbers as they are now."""
+        shared = self._shared.numpy()
+        if self._whole:
+            return shared
+        self._own[self._kept] = shared[self._places]
+        return self._own
+
+    def write(self, values: Array) -> None:
+        """Takes over new ones."""
+        if self._whole:
+            self._shared.copy_(torch.from_numpy(values))
+            return
+        np.copyto(self._own, values)
+        if len(self._places):
+            self._shared[torch.from_numpy(self._places)] = torch.from_numpy(values[self._kept])
+
+
+def on_device(
+    name: str, entries: Entries, own: Array, device: torch.device, send: Callable[[torch.device, Array], Tensor]
+) -> list[Tensor]:
+    """The counters of slots, fp32 0-dim there; those that lie elsewhere, and of slots that keep none, move."""
+    found: list[Any] = [entry.get(name) for entry in entries]
+    moved = [i for i, t in enumerate(found) if not _lies_on(t, device)]
+    if moved:
+        kept = [i for i in moved if found[i] is not None]
+        values = np.array(own[moved], dtype=np.float32)
+        of_moved = {i: n for n, i in enumerate(moved)}
+        values[[of_moved[i] for i in kept]] = values_of([found[i] for i in kept])
+        for i, view in zip(moved, send(device, values).unbind(), strict=True):
+            found[i] = view
+            if entries[i]:
+                entries[i][name] = view
+    return found
+
+
+def _lies_on(counter: Any, device: torch.device) -> bool:
+    return (
+        isinstance(counter, Tensor)
+        and counter.device == device
+        and counter.dtype == torch.float32
+        and counter.ndim == 0
+    )
