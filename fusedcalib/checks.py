@@ -45,7 +45,7 @@ def check_group(group: Mapping[str, Any], name: str) -> None:
     l1, norm = group["l1"], group["max_row_norm"]
     if not is_remote(l1) and not 0 <= l1 < math.inf:
         raise ValueError(f"Invalid l1 value: {l1!r}, expected a finite number >= 0")
-    if norm is not None and not norm > 0:
+    if not (norm is None or is_remote(norm) or norm > 0):
         raise ValueError(f"Invalid max_row_norm value: {norm!r}, expected a number > 0, or None for no limit")
     as_dict(group["noise"])
     limit, decay = group["max_grad_norm"], group["ema_decay"]

@@ -228,6 +228,10 @@ class HostControl:
             total += squares
         return total
 
+    def parted_by(self, live: list[bool]) -> bool:
+        """Whether slots of which only some take a step could not be told apart: here each is counted."""
+        return False
+
     def advance(self) -> None:
         """Counts a step."""
         self._taken.write(np.minimum(self._taken.read() + 1, self._most))

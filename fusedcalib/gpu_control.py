@@ -50,7 +50,7 @@ class DeviceControl:
         found, example, used = np.unique(np.stack(history, axis=1), axis=0, return_index=True, return_inverse=True)
         self._group_rows = {int(g): np.flatnonzero(found[:, 0] == g) for g in np.unique(found[:, 0])}
         self._versions: dict[int, int] = {}
-        rows = used.reshape(-1)
+        rows = self._rows = used.reshape(-1)
         for bucket in buckets:
             bucket.set_rows(rows)
         self._tape = tape_of(work.recipes[0].rule, shape_of(work.groups[0]))
@@ -179,6 +179,11 @@ class DeviceControl:
 
     def _here(self, flag: Tensor | None) -> Tensor | None:
         return None if flag is None else flag.to(self._device, torch.float32, non_blocking=True)
+
+    def parted_by(self, live: list[bool]) -> bool:
+        """Whether slots of which only some take a step share a row: it has the count of one of them."""
+        taking = np.bincount(self._rows, live, self._shape[1])
+        return bool(np.any((taking > 0) & (taking < np.bincount(self._rows))))
 
     def advance(self) -> None:
         """The device has counted."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
 
 from .kernels import philox as device
+from .numbers import is_remote, number_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -101,8 +102,14 @@ def as_dict(noise: Noise | Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(noise, Noise):
         names = ", ".join(cls.__name__ for cls in KINDS.values())
         raise ValueError(f"Invalid noise: {noise!r}, expected one of {names}, its dict, or None")
-    options = asdict(noise)
+    options = {field.name: getattr(noise, field.name) for field in fields(noise)}
     for name, value in options.items():
+        if is_remote(value):
+            raise ValueError(
+                f"Invalid {name} of {type(noise).__name__}: a tensor on {value.device}, expected a Python number: "
+                "unlike hyperparameters those of a noise cannot lie on a device"
+            )
+        options[name] = value = number_of(value)
         if not 0 <= value < math.inf:
             raise ValueError(
                 f"Invalid {name} of {type(noise).__name__}: {value}, expected a finite number >= 0"

@@ -48,6 +48,11 @@ def is_remote(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1
 
 
+def is_on(value: Any) -> bool:
+    """Whether an option is neither None nor 0, as far as the host knows: on a device it may be anything."""
+    return is_remote(value) or bool(value)
+
+
 def _binary(name: str) -> tuple[Operator, Operator]:
     """An operator of recorded numbers, and the one with its operands exchanged."""
     return (

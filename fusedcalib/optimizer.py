@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -376,8 +377,15 @@ class FusedOptimizer(Optimizer):
         known = [m for m in self._live_sets if len(m) == len(mask)]
         if not any(np.array_equal(m, mask) for m in known):
             known = [mask, *known[: 2 * KEPT - 1]]
-            # Of a kept plan that takes parameters together which this one parts, rows would no longer be right.
-            self._plans = [plan for plan in self._plans if not plan.control.on_device]
+            # A plan that counts parameters together which this one parts would go on with wrong numbers.
+            self._plans = [plan for plan in self._plans if not plan.parted_by(here)]
+            if any(isinstance(plan, Plan) and plan.parted_by(here) for plan in self._captured):
+                warnings.warn(
+                    f"{type(self).__name__}: a CUDA graph has captured a step of parameters of which this step "
+                    "leaves some out: the graph counts them as one, and replays would go on with wrong numbers; "
+                    "capture it again, after a step of each set of parameters",
+                    stacklevel=2,
+                )
         self._live_sets = known
         return np.unique(np.stack(known), axis=1, return_inverse=True)[1].reshape(-1)[mask]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Plan:
     def __init__(self, work: Work, recipes: list[Recipe], on_device: bool, versions: Versions) -> None:
         self.demand = work.demand
         self.taken = self.begun = False
-        self._recipes = recipes
+        self._recipes, self._slots = recipes, work.slots
         scalars = Scalars()
         self._totals = RowTotals(work.slots)
         capturable = on_device and work.demand.remote
@@ -79,6 +79,10 @@ class Plan:
     def stale(self) -> bool:
         """Whether it describes parameters or states that are no more: it cannot hold again."""
         return self._watch.stale
+
+    def parted_by(self, live: Set[Tensor]) -> bool:
+        """Whether a step of these parameters parts some that are counted as one here."""
+        return bool(self.control.parted_by([slot.param in live for slot in self._slots]))
 
     def _alignment(self, addresses: list[int]) -> Array:
         return np.array(addresses, dtype=np.int64)[self._alignable] % 16 == 0

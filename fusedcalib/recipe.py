@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels.stages import Flags
 from .noise import stage_of
-from .numbers import Group, Number, is_remote, where
+from .numbers import Group, Number, is_on, is_remote, where
 
 
 def decay_of(group: Group) -> str:
@@ -102,18 +102,13 @@ class Demand(NamedTuple):
 
 def demand_of(groups: Sequence[Group], grad_scale: object, found_inf: object) -> Demand:
     """What a step of these groups is asked for, with what a GradScaler hands over."""
-    limits = [group["max_grad_norm"] for group in groups if _is_on(group["max_grad_norm"])]
+    limits = [group["max_grad_norm"] for group in groups if is_on(group["max_grad_norm"])]
     check = any(group["skip_nonfinite"] for group in groups)
     clipped = any(is_remote(limit) or limit < math.inf for limit in limits)
     measure = check or bool(limits)
     tentative = check or found_inf is not None
     remote = any(group.get("capturable") or _has_remote(group) for group in groups)
     return Demand(measure, check, clipped or grad_scale is not None, tentative, remote)
-
-
-def _is_on(value: Any) -> bool:
-    """Whether an option is neither None nor 0, as far as the host knows."""
-    return is_remote(value) or bool(value)
 
 
 def _has_remote(group: Group) -> bool:
@@ -130,14 +125,14 @@ NOTHING = Demand()
 def recipe_of(rule: Rule, group: Group, demand: Demand = NOTHING) -> Recipe:
     """The recipe that a param group asks for."""
     centralize = group["centralize"]
-    on = {key: _is_on(group[key]) for key in ("weight_decay", "l1", "ema_decay")}
+    on = {key: is_on(group[key]) for key in ("weight_decay", "l1", "ema_decay")}
     flags = Flags(
         variant=rule.variant(group),
         maximize=bool(group["maximize"]),
         decay=rule.decay(group) if on["weight_decay"] else "none",
         l1=on["l1"],
         centralize="gradient" if centralize is True else centralize or "none",
-        project=group["max_row_norm"] not in (None, math.inf),
+        project=is_remote(group["max_row_norm"]) or group["max_row_norm"] not in (None, math.inf),
         noise=stage_of(group["noise"]),
         scaled=demand.scaled,
         ema=on["ema_decay"],

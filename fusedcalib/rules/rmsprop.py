@@ -6,7 +6,7 @@ import torch
 
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
-from ..numbers import Group
+from ..numbers import Group, is_on
 from ..optimizer import FusedOptimizer
 from ..recipe import Rule, epsilons
 
@@ -30,7 +30,7 @@ def rmsprop(p, g, state, h, VARIANT: tl.constexpr):
 
 
 def _variant(group: Group) -> str:
-    words = ["centered"] * group["centered"] + ["momentum"] * (group["momentum"] > 0)
+    words = ["centered"] * group["centered"] + ["momentum"] * is_on(group["momentum"])
     return " ".join(words) or "plain"
 
 

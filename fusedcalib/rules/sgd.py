@@ -27,7 +27,7 @@ def sgd(p, g, state, h, VARIANT: tl.constexpr):
 
 
 def _variant(group: Group) -> str:
-    if group["momentum"] == 0:
+    if not numbers.is_on(group["momentum"]):
         return "plain"
     return "nesterov" if group["nesterov"] else "momentum"
 

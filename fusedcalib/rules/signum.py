@@ -9,7 +9,7 @@ import torch
 from ..arguments import Options
 from ..kernels.language import jit, tl
 from ..kernels.ops import sign
-from ..numbers import Group
+from ..numbers import Group, is_on
 from ..optimizer import FusedOptimizer, ParamsT
 from ..recipe import Rule, decay_of
 
@@ -62,7 +62,7 @@ class Signum(FusedOptimizer, Options):
         update=signum,
         scalars=_scalars,
         states={"plain": (), "momentum": ("momentum_buffer",)},
-        variant=lambda group: "momentum" if group["momentum"] else "plain",
+        variant=lambda group: "momentum" if is_on(group["momentum"]) else "plain",
         counts=False,
         decay=decay_of,
     )
