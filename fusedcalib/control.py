@@ -17,7 +17,7 @@ from torch import Tensor
 from .asked import Asked
 from .counts import Counters, HostCounts
 from .distributed import summed
-from .numbers import number_of
+from .numbers import fp32, number_of
 from .recipe import Demand, Recipe
 from .scalars import Situation, numbers_of, row_of
 from .tables import Array, Bucket, Scalars, Slot, prepare
@@ -153,23 +153,27 @@ class HostControl:
         self._new_products = np.empty(0, dtype=np.float32)  # of each row
         self._rows: Array | None = None  # of each slot
         self._numbers: dict[int, tuple[int, dict[str, Any]]] = {}
+        self._expected: bytes | None = None  # the counts as the last step has left them
 
     def refresh(self, asked: Asked) -> None:
         """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
         self._asked = asked
-        self._found, rows = self._distinct()
+        if self._expected is not None and self._taken.note() == self._expected:
+            self._found = [(group, fp32(step + 1), *more) for group, step, *more in self._found]
+        else:
+            self._found, rows = self._distinct()
+            if rows is not self._rows:
+                self._rows = rows
+                for bucket in self._buckets:
+                    bucket.set_rows(rows)
         self._write()
-        if rows is not self._rows:
-            self._rows = rows
-            for bucket in self._buckets:
-                bucket.set_rows(rows)
 
     def _write(self, norm: float = 0.0, scale: float = 1.0) -> None:
         values, products = [], []
         for group, step, *product in self._found:
-            before = float(product[0]) if product else 1.0
-            now = Situation(float(step), before, norm, scale)
-            row, after = row_of(self._recipes[int(group)].rule, self._numbers_of(int(group)), now)
+            before = product[0] if product else 1.0
+            now = Situation(step, before, norm, scale)
+            row, after = row_of(self._recipes[group].rule, self._numbers_of(group), now)
             values.append(row)
             products.append(after)
         self._scalars.set(values)
@@ -183,16 +187,18 @@ class HostControl:
             self._numbers[group] = version, numbers_of(self._recipes[group], self._asked.groups[group])
         return self._numbers[group][1]
 
-    def _distinct(self) -> tuple[Array, Array]:
+    def _distinct(self) -> tuple[list[Any], Array]:
         """The distinct (group, step, ...) that occur, a row each, and which of them each slot has."""
         history = [self._taken.read() + 1]
         if self._product is not None:
             history.append(self._product.read())
         if all(h.size and h.min() == h.max() for h in history):  # the usual case: a group is a row
-            firsts = self._firsts
-            return np.stack([self._groups[firsts], *(h[firsts] for h in history)], axis=1), self._of_slots
-        found, rows = np.unique(np.stack([self._groups, *history], axis=1), axis=0, return_inverse=True)
-        return found, rows.reshape(-1)
+            found = np.stack([x[self._firsts] for x in (self._groups, *history)], axis=1)
+            rows = self._of_slots
+        else:
+            columns = np.stack([self._groups, *history], axis=1)
+            found, rows = np.unique(columns, axis=0, return_inverse=True)
+        return [(int(group), *numbers) for group, *numbers in found.tolist()], rows.reshape(-1)
 
     def ready(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Measures where that is asked for, and makes all ready to be launched; returns whether to step."""
@@ -208,7 +214,8 @@ class HostControl:
             prepare(self._buckets)
         if self._demand.measure:
             self._report[0] = norm
-        self._report[1] += skip
+        if skip:
+            self._report[1] += 1
         return not skip
 
     def decide(self) -> int:
@@ -234,6 +241,8 @@ class HostControl:
 
     def advance(self) -> None:
         """Counts a step."""
-        self._taken.write(np.minimum(self._taken.read() + 1, self._most))
+        self._taken.count(self._most)
         if self._product is not None:
             self._product.write(self._new_products[self._rows])
+        else:
+            self._expected = self._taken.note()

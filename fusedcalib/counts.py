@@ -81,15 +81,15 @@ class HostCounts:
         self._shared, self._places = torch.empty(0), np.empty(0, dtype=np.int64)
         if kept:
             self._shared, self._places = counters.on_host(name, kept, everyone)
+        self._seen: Array = self._shared.numpy()
         count = len(self._shared)
         self._whole = len(kept) == len(entries) == count and bool((self._places == np.arange(count)).all())
 
     def read(self) -> Array:
         """The numbers as they are now."""
-        shared = self._shared.numpy()
         if self._whole:
-            return shared
-        self._own[self._kept] = shared[self._places]
+            return self._seen
+        self._own[self._kept] = self._seen[self._places]
         return self._own
 
     def write(self, values: Array) -> None:
@@ -100,6 +100,17 @@ class HostCounts:
         np.copyto(self._own, values)
         if len(self._places):
             self._shared[torch.from_numpy(self._places)] = torch.from_numpy(values[self._kept])
+
+    def count(self, most: Array) -> None:
+        """Adds one to each, up to so many."""
+        if self._whole:
+            self._shared.add_(1)  # none of them ends
+        else:
+            self.write(np.minimum(self.read() + 1, most))
+
+    def note(self) -> bytes | None:
+        """What they are, to be compared at the next step in one look; None where that is not enough."""
+        return self._seen.tobytes() if self._whole else None
 
 
 def on_device(

@@ -132,15 +132,15 @@ class NumbaExecutor:
 def _run(bucket: Bucket, recipe: Recipe | None, part: str, totals: int = 0) -> None:
     """Runs the loop of a recipe, or that of the squares, over a bucket's tiles."""
     cache, scalars = bucket.cache, bucket.scalars
-    loop = _loop(bucket, recipe, part)
-    if "elements" not in cache:
-        cache["elements"] = sum(local_of(slot.param).numel() for slot in bucket.slots)
-    tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data, scalars.ctypes.data)
+    if "job" not in cache:
+        elements = sum(local_of(slot.param).numel() for slot in bucket.slots)
+        tables = (bucket.table.ctypes.data, bucket.table.shape[1], bucket.tiles.ctypes.data)
+        cache["job"] = np.array([*tables, 0, len(bucket.tiles), 0, 0, 0])
+        cache["data"], cache["elements"] = cache["job"].ctypes.data, elements
     count = len(bucket.tiles)
     threads = threads_for(count, cache["elements"])
-    chunk = max(1, count // (threads * CHUNKS))
-    job = np.array([*tables, count, chunk, 0, totals])
-    on_threads(loop.ctypes, job.ctypes.data, threads)
+    cache["job"][3:] = scalars.ctypes.data, count, max(1, count // (threads * CHUNKS)), 0, totals
+    on_threads(_loop(bucket, recipe, part), cache["data"], threads)
 
 
 def _named(bucket: Bucket, part: str) -> str:
@@ -152,8 +152,8 @@ def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Function:
     """The compiled loop, looked up once for a bucket."""
     cache, key = bucket.cache, bucket.key
     if (recipe, part) not in cache:
-        shape = (key.dtypes, bucket.compute, bucket.scalars.shape[1], key.inner)
-        cache[recipe, part] = kernel_for(recipe, *shape, key.factored, part)
+        shape = (key.dtypes, bucket.compute, bucket.shared.count, key.inner)
+        cache[recipe, part] = kernel_for(recipe, *shape, key.factored, part).ctypes
     return cache[recipe, part]
 
 

@@ -100,8 +100,9 @@ class EagerExecutor:
         flags = bucket.key.recipe.flags
         if not flags.needs(part):
             return 0
+        scalars = bucket.scalars.tolist()
         for slot, row, totals in zip(bucket.slots, bucket.scalar_rows, bucket.totals, strict=True):
-            h = tuple(bucket.scalars[row].tolist())
+            h = tuple(scalars[row])
             tensors = slot.tensors()
             param = tensors[0]
             noise = bits = param  # of no use

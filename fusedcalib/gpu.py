@@ -133,9 +133,9 @@ class Together:
         shared, compute = bucket.shared, bucket.compute
         if compute in shared.resident:  # the step is decided there
             return shared.resident[compute]
-        rows = shared.of(compute)
         if compute == torch.float32 and (row := bucket.only_row()) is not None:
-            return tuple(rows[row].tolist())
+            return tuple(shared.rows[row])
+        rows = shared.of(compute)
         mirror = self._scalars.get(compute)
         if mirror is None or mirror.host.shape != rows.shape:
             mirror = self._scalars[compute] = Mirror(self._device, rows)
@@ -209,7 +209,7 @@ def spec_of(bucket: Bucket) -> launch.Spec:
         dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
         compute=launch.dtype_of(_name(bucket.compute)),
         fields=fields_of(len(key.dtypes), key.inner),
-        scalars=bucket.shared.values.shape[1],
+        scalars=bucket.shared.count,
         inner=key.inner,
         quads=key.quads,
         vector=vector if key.aligned else 1,

@@ -62,7 +62,7 @@ class DeviceControl:
         computes = {bucket.compute for bucket in buckets}
         for compute in computes:
             scalars.resident[compute] = torch.zeros(len(found), width, dtype=compute, device=device)
-        scalars.set(np.zeros((len(found), width)))
+        scalars.set([(0.0,) * width] * len(found))
         grids = [launch.programs_for(len(bucket.tiles)) for bucket in buckets] if demand.measure else []
         firsts = np.cumsum([0, *grids])
         self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=device)

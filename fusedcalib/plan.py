@@ -69,9 +69,8 @@ class Plan:
         addresses = self._watch.grad_pointers
         if not np.array_equal(self._alignment(addresses), self._aligned):
             return False  # better or worse aligned: other kernels
-        moved = np.array(addresses, dtype=np.int64)
         for bucket in self.buckets:
-            bucket.set_gradients(moved)
+            bucket.set_gradients(addresses)
         self._addresses = addresses
         return True
 
@@ -84,8 +83,9 @@ class Plan:
         """Whether a step of these parameters parts some that are counted as one here."""
         return bool(self.control.parted_by([slot.param in live for slot in self._slots]))
 
-    def _alignment(self, addresses: list[int]) -> Array:
-        return np.array(addresses, dtype=np.int64)[self._alignable] % 16 == 0
+    def _alignment(self, addresses: Array) -> Array:
+        aligned: Array = addresses[self._alignable] % 16 == 0
+        return aligned
 
     def refresh(self, asked: Asked) -> None:
         """Takes over the options of the groups for the coming step."""

@@ -101,21 +101,24 @@ class Scalars:
     """The rows of scalars of a step in double, and as buckets read them: in their type."""
 
     def __init__(self) -> None:
-        self.values: Array = np.zeros((0, 0))
+        self.rows: Sequence[Sequence[float]] = [()]
         self.resident: dict[torch.dtype, Tensor] = {}  # made on the device, where the step is decided there
         self._casts: dict[torch.dtype, Array] = {}
 
-    def set(self, values: Any) -> None:
-        """Takes over the scalars of a step."""
-        new = np.array(values, dtype=np.float64)
-        if not np.array_equal(new, self.values, equal_nan=True):
-            self.values = new
-            self._casts.clear()
+    def set(self, values: Sequence[Sequence[float]]) -> None:
+        """Takes over the scalars of a step, a row each."""
+        self.rows = values
+        self._casts.clear()
+
+    @property
+    def count(self) -> int:
+        """Scalars in a row."""
+        return len(self.rows[0])
 
     def of(self, compute: torch.dtype) -> Array:
         """Rows in the type of the arithmetic."""
         if compute not in self._casts:
-            self._casts[compute] = self.values.astype(_NUMPY[compute])
+            self._casts[compute] = np.array(self.rows, dtype=_NUMPY[compute])
         return self._casts[compute]
 
 

@@ -78,9 +78,8 @@ class BranchPlan:
 
     def refresh(self, groups: Groups) -> None:
         """Takes over gradients and options for the coming step."""
-        addresses = np.array(self._watch.grad_pointers, dtype=np.int64)
         for bucket in self._buckets:
-            bucket.table[:, 1] = addresses[bucket.indices]
+            bucket.table[:, 1] = self._watch.grad_pointers[bucket.indices]
             _module(bucket).refresh(bucket, groups)
 
     def run(self, groups: Groups, given: Given) -> None:

@@ -1,0 +1,232 @@
+"""Plans: laid out once for each set of live parameters, never used where they no longer hold."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import DEVICE, parameters
+from rule_cases import RULES, each
+
+import fusedcalib
+from fusedcalib import mirror, optimizer, plan, watch
+
+SETS = [(0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (2,), (1, 2), (0, 1), (0, 1, 2)]
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """The plans that are laid out from now on."""
+    found = []
+    init = plan.Plan.__init__
+
+    def made(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        found.append(weakref.ref(self))
+
+    monkeypatch.setattr(plan.Plan, "__init__", made)
+    return found
+
+
+def live(params, indices):
+    for i, p in enumerate(params):
+        p.grad = torch.randn_like(p) if i in indices else None
+
+
+def step(opt, params, indices):
+    live(params, indices)
+    opt.step()
+
+
+def test_a_live_set_that_was_seen_is_not_laid_out_again(ours, laid_out):
+    params = parameters(((4, 3), (5,), (6, 2)))
+    opt = ours(params)
+    for indices in SETS * 2:
+        step(opt, params, indices)
+    before = len(laid_out)
+    for indices in SETS * 2:
+        step(opt, params, indices)
+    assert len(laid_out) == before
+
+
+def test_alternating_live_sets_step_as_torch_does(twin):
+    """Each parameter counts its own steps, whichever plan takes them."""
+    run = twin()
+    for indices in SETS:
+        run.step(missing=[i for i in range(len(run.params)) if i % 3 not in indices])
+    run.check()
+
+
+def test_few_plans_are_kept(ours, laid_out):
+    params = parameters([(3, 2)] * 12)
+    opt = ours(params)
+    for i in range(12):
+        step(opt, params, (i,))
+    gc.collect()
+    assert sum(p() is not None for p in laid_out) <= optimizer.KEPT
+
+
+@each({name: RULES[name] for name in ("SGD", "AdamW")})
+@pytest.mark.parametrize("backend", ["eager"])
+def test_kept_plans_do_not_keep_states_alive(rule, backend, laid_out):
+    params = parameters(((4, 3), (5,)))
+    opt = rule.ours(params, backend=backend, **{**rule.options, "ema_decay": 0.5})
+    for indices in ((0, 1), (0,), (0, 1)):
+        step(opt, params, indices)
+    old = [weakref.ref(opt.state[p]["ema"]) for p in params]
+    for p in params:
+        opt.state[p]["ema"] = opt.state[p]["ema"].clone()
+    step(opt, params, (0, 1))
+    gc.collect()
+    assert not any(t() is not None for t in old)
+
+
+def unaligned(t):
+    """A tensor like it whose address is no multiple of 16."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).normal_()
+
+
+def test_a_gradient_less_aligned_once(ours, laid_out):
+    """Two plans, and neither is laid out again; the better one comes back with better gradients."""
+    (p,) = params = parameters(((8, 16),))
+    opt = ours(params)
+    aligned = []
+    for make in (torch.randn_like, unaligned, torch.randn_like, unaligned, torch.randn_like):
+        p.grad = make(p)
+        opt.step()
+        aligned.append(opt._plan.buckets[0].key.aligned)
+    assert aligned == [True, False, True, False, True]
+    assert len(laid_out) == 2
+
+
+def test_counters_are_read_in_one_copy(monkeypatch):
+    """However many there are: each `float(t)` of a tensor on a GPU would wait for it."""
+    from fusedcalib import counts
+
+    class OnDevice(torch.Tensor):
+        asked = 0
+
+        @property
+        def device(self):
+            return torch.device("cuda", 0)
+
+        def to(self, *args, **kwargs):
+            return self.as_subclass(torch.Tensor)
+
+        def __float__(self):
+            OnDevice.asked += 1
+            return super().__float__()
+
+    counters = [torch.tensor(float(i)).as_subclass(OnDevice) for i in range(5)]
+    assert counts.values_of([*counters, 7, torch.tensor(8.0)]).tolist() == [0, 1, 2, 3, 4, 7, 8]
+    assert OnDevice.asked == 0
+
+
+def test_a_step_that_fails_before_its_first_launch_leaves_no_state(ours, monkeypatch):
+    params = parameters(((4, 3), (5,)))
+    opt = ours(params)
+    step(opt, params, (0,))
+    kept = {p: dict(entry) for p, entry in opt.state.items()}
+    before = [p.detach().clone() for p in params]
+
+    def fails(self, *args):
+        raise MemoryError
+
+    live(params, (0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.Plan, "run", fails)
+        with pytest.raises(MemoryError):
+            opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert {p: entry.keys() for p, entry in opt.state.items()} == {p: entry.keys() for p, entry in kept.items()}
+    opt.step()
+
+
+def test_loops_are_compiled_before_the_first_one_runs(monkeypatch):
+    cpu = pytest.importorskip("fusedcalib.cpu")
+    order = []
+    kernel_for, on_threads = cpu.kernel_for, cpu.on_threads
+    monkeypatch.setattr(cpu, "kernel_for", lambda *a: (order.append("compile"), kernel_for(*a))[1])
+    monkeypatch.setattr(cpu, "on_threads", lambda *a: (order.append("run"), on_threads(*a)))
+    params = [torch.nn.Parameter(torch.zeros(4, dtype=d)) for d in (torch.float32, torch.float64)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    fusedcalib.SGD(params, lr=0.1, backend="numba").step()
+    assert order == ["compile", "compile", "run", "run"]
+
+
+# -- streams
+
+
+class Tensor:
+    def __init__(self):
+        self.recorded = []
+
+    def record_stream(self, stream):
+        self.recorded.append(stream)
+
+
+def test_tensors_are_recorded_once_for_each_other_stream(monkeypatch):
+    """A plan that is dropped must not give its memory away while another stream still reads it."""
+    current = ["first"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[0])
+    streams = mirror.Streams(torch.device("cuda", 0))
+    tensors = [Tensor(), Tensor()]
+    for name in ("first", "second", "second", "first", "third", "second"):
+        current[0] = name
+        streams.note(lambda: tensors)
+    assert [t.recorded for t in tensors] == [["second", "third"]] * 2
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_plan_dropped_while_another_stream_steps():
+    """What its tables held is not overwritten before the step has read it."""
+    params = parameters(((512, 512),) * 8)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = fusedcalib.SGD(params, lr=1.0)
+    opt.step()
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    before = [p.detach().clone() for p in params]
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(200_000_000)
+        opt.step()
+    opt._drop_plans()
+    gc.collect()
+    rubbish = [torch.full((size,), -1, dtype=torch.int64, device="cuda") for size in (32, 64, 256, 4096) * 64]
+    torch.cuda.synchronize()
+    assert rubbish
+    for p, q in zip(params, before, strict=True):
+        assert torch.equal(p, q - 1)
+
+
+# -- guards of gradients
+
+
+@pytest.mark.skipif(watch.TensorGuards is None, reason="this torch has no such guards")
+def test_new_gradients_are_asked_in_one_call(monkeypatch):
+    """Shapes, strides and dtypes of each are asked only until torch's guards know them."""
+    params = parameters(((4, 3), (5,)))
+    opt = fusedcalib.SGD(params, lr=0.1, backend="eager")
+    for _ in range(2):
+        step(opt, params, (0, 1))
+    monkeypatch.setattr(watch, "_geometry", None)
+    monkeypatch.setattr(watch, "_are_plain", None)
+    for _ in range(3):
+        step(opt, params, (0, 1))
+
+
+def test_guards_that_never_hold_are_not_made_again(monkeypatch, laid_out):
+    """As those of gradients that need gradients themselves, in turns with others."""
+    made = []
+    guards = watch._guards
+    monkeypatch.setattr(watch, "_guards", lambda tensors: (made.append(1), guards(tensors))[1])
+    params = parameters(((4, 3),))
+    opt = fusedcalib.SGD(params, lr=0.1, backend="eager")
+    for i in range(8):
+        live(params, (0,))
+        params[0].grad.requires_grad_(i % 2 == 1)
+        opt.step()
+    assert len(laid_out) == 1
+    assert len(made) <= 2
