@@ -137,9 +137,10 @@ FLOORS = (
     {"control", "cpu_rows", "gpu", "states"},
     {"checks", "cpu_noise", "eager", "row_totals"},
     {"cpu_memory", "cpu_threads"},
-    {"tables", "mirror", "scalars"},
+    {"tables", "mirror", "scalars", "asked", "counts"},
     {"arguments", "recipe", "layout", "watch", "rebind"},
-    {"noise", "numbers", "distributed", "row_factors"},
+    {"noise", "distributed", "row_factors", "pointers"},
+    {"numbers"},
     {"kernels"},
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

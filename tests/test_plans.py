@@ -9,7 +9,7 @@ from cases import DEVICE, parameters
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import mirror, optimizer, plan, watch
+from fusedcalib import mirror, optimizer, plan
 
 SETS = [(0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (2,), (1, 2), (0, 1), (0, 1, 2)]
 
@@ -199,34 +199,3 @@ def test_a_plan_dropped_while_another_stream_steps():
     assert rubbish
     for p, q in zip(params, before, strict=True):
         assert torch.equal(p, q - 1)
-
-
-# -- guards of gradients
-
-
-@pytest.mark.skipif(watch.TensorGuards is None, reason="this torch has no such guards")
-def test_new_gradients_are_asked_in_one_call(monkeypatch):
-    """Shapes, strides and dtypes of each are asked only until torch's guards know them."""
-    params = parameters(((4, 3), (5,)))
-    opt = fusedcalib.SGD(params, lr=0.1, backend="eager")
-    for _ in range(2):
-        step(opt, params, (0, 1))
-    monkeypatch.setattr(watch, "_geometry", None)
-    monkeypatch.setattr(watch, "_are_plain", None)
-    for _ in range(3):
-        step(opt, params, (0, 1))
-
-
-def test_guards_that_never_hold_are_not_made_again(monkeypatch, laid_out):
-    """As those of gradients that need gradients themselves, in turns with others."""
-    made = []
-    guards = watch._guards
-    monkeypatch.setattr(watch, "_guards", lambda tensors: (made.append(1), guards(tensors))[1])
-    params = parameters(((4, 3),))
-    opt = fusedcalib.SGD(params, lr=0.1, backend="eager")
-    for i in range(8):
-        live(params, (0,))
-        params[0].grad.requires_grad_(i % 2 == 1)
-        opt.step()
-    assert len(laid_out) == 1
-    assert len(made) <= 2

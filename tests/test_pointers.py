@@ -1,0 +1,208 @@
+"""Tensors read in bulk from memory: whatever changes of one is seen, and where that cannot be, each is asked."""
+
+import copy
+import gc
+import sys
+
+import pytest
+import torch
+
+import fusedcalib
+from fusedcalib import pointers
+from fusedcalib.pointers import Reading, Versions
+from fusedcalib.watch import Watch
+
+AT = pointers.offsets()
+known = pytest.mark.skipif(AT is None, reason="this Python or torch keeps its objects otherwise")
+SHAPES = ((4, 3), (5,), (2, 3, 4, 1, 2), (), (0, 3))
+
+
+def made(shapes=SHAPES):
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params, [torch.randn(shape) for shape in shapes]
+
+
+def read(params, others):
+    return Reading(params, others, [p.grad for p in params], AT)
+
+
+def test_this_process_is_read_in_bulk():
+    """In CPython with torch as released; elsewhere the slow way is taken, which is no fault but a loss."""
+    assert AT is not None
+    assert (pointers.version_offset() is not None) == (sys.version_info < (3, 13))
+
+
+@known
+def test_nothing_has_changed():
+    params, others = made()
+    reading = read(params, others)
+    for _ in range(2):
+        assert reading.holds()
+        found = reading.gradients().tolist()
+        assert [a for a, p in zip(found, params, strict=True) if p.numel()] == [
+            p.grad.data_ptr() for p in params if p.numel()
+        ]
+    params[0].data.add_(1)
+    others[1].mul_(2)
+    assert reading.holds()
+
+
+CHANGES = {
+    "data": lambda t: setattr(t, "data", t.data.clone()),
+    "transposed": lambda t: setattr(t, "data", torch.randn(3, 4).t()),
+    "another dtype": lambda t: setattr(t, "data", t.data.double()),
+    "set_": lambda t: t.set_(torch.randn_like(t)),
+    "resized": lambda t: t.untyped_storage().resize_(1 << 22),
+    "another place of its storage": lambda t: t.set_(torch.randn(13).as_strided((4, 3), (3, 1), 1)),
+}
+
+
+@known
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("of_params", [True, False])
+def test_what_changes_is_seen(change, of_params):
+    params, others = made(((4, 3), (4, 3)))
+    reading = read(params, others)
+    with torch.no_grad():
+        change((params if of_params else others)[1])
+    assert not reading.holds()
+
+
+@known
+def test_exchanged_tensors_are_seen_and_not_followed():
+    """Python's objects exchange their tensors; the old one is freed."""
+    params, others = made(((4, 3), (4, 3)))
+    reading = read(params, others)
+    torch.utils.swap_tensors(others[0], torch.randn(4, 3))
+    gc.collect()
+    assert not reading.holds()
+
+
+@known
+def test_a_parameters_own_strides_are_seen():
+    """In place, at the same address."""
+    params, others = made(((3, 3), (4,)))
+    reading = read(params, others)
+    params[0].data = params[0].data.t()
+    assert not reading.holds()
+
+
+OTHER_GRADIENTS = {
+    "none": lambda p: None,
+    "transposed": lambda p: torch.randn(3, 4).t(),
+    "lazy": lambda p: torch._neg_view(torch.randn(4, 3)),
+    "expanded": lambda p: torch.randn(1, 3).expand(4, 3),
+    "sparse": lambda p: torch.randn(4, 3).to_sparse(),
+}
+
+
+@known
+@pytest.mark.parametrize("make", OTHER_GRADIENTS.values(), ids=OTHER_GRADIENTS)
+def test_another_kind_of_gradient_is_seen(make):
+    params, others = made(((4, 3), (4, 3)))
+    reading = read(params, others)
+    params[1].grad = make(params[1])
+    assert reading.holds()
+    assert reading.gradients() is None
+
+
+@known
+def test_gradients_of_the_same_kind_are_found_where_they_are():
+    params, others = made()
+    reading = read(params, others)
+    for _ in range(20):
+        for p in params:
+            p.grad = None
+        for p in params:
+            p.grad = torch.randn(p.numel() + 3)[3:].view(p.shape) if p.numel() else torch.randn_like(p)
+        found = reading.gradients()
+        for p, address in zip(params, found.tolist(), strict=True):
+            assert p.grad.data_ptr() in (address, 0)
+
+
+@known
+def test_a_gradient_turned_in_place_is_seen():
+    params, others = made(((3, 3), (4,)))
+    reading = read(params, others)
+    params[0].grad.t_()
+    assert reading.gradients() is None
+
+
+@known
+def test_gradients_of_autograd_are_found():
+    """They have no object of Python's until someone asks."""
+    params, others = made(((4, 3), (5,)))
+    reading = read(params, others)
+    for p in params:
+        p.grad = None
+    sum(p.square().sum() for p in params).backward()
+    found = reading.gradients().tolist()
+    assert found == [p.grad.data_ptr() for p in params]
+
+
+def test_more_dimensions_than_a_tensor_holds_in_itself_are_asked():
+    params, others = made(((1, 2, 1, 2, 1, 2), (4,)))
+    if AT is not None:
+        with pytest.raises(LookupError):
+            read(params, others)
+    watch = Watch([{"params": params}], {})
+    assert watch.holds([{"params": params}], {})
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_both_ways_see_the_same(bulk, monkeypatch):
+    """A run of an optimizer with all that users do between steps."""
+    if not bulk:
+        monkeypatch.setattr("fusedcalib.watch.offsets", lambda: None)
+        monkeypatch.setattr("fusedcalib.watch.version_offset", lambda: None)
+    torch.manual_seed(0)
+    params, _ = made(((4, 3), (5,), (3, 3)))
+    opt = fusedcalib.AdamW(params, lr=0.1, backend="eager")
+    other = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    theirs = torch.optim.AdamW(other, lr=0.1)
+
+    def step():
+        for p, q in zip(params, other, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        opt.step()
+        theirs.step()
+        for p, q in zip(params, other, strict=True):
+            torch.testing.assert_close(p, q)
+
+    step()
+    for change in (
+        lambda: setattr(params[0], "grad", torch.randn(3, 4).t()),
+        lambda: setattr(params[0], "grad", torch.randn(4, 3)),
+        lambda: params[2].grad.copy_(torch.randn(3, 3)),
+        lambda: setattr(params[1], "grad", None),
+        lambda: setattr(params[1], "grad", torch.randn(5)),
+        lambda: [setattr(p, "data", p.data.clone()) for p in params],
+        lambda: opt.state[params[0]].update(exp_avg=opt.state[params[0]]["exp_avg"].clone()),
+        lambda: setattr(opt.state[params[2]]["exp_avg"], "data", opt.state[params[2]]["exp_avg"].data.clone()),
+        lambda: setattr(params[0], "grad", torch.randn(4, 3, requires_grad=True)),
+        lambda: opt.load_state_dict(copy.deepcopy(theirs.state_dict())),
+    ):
+        with torch.no_grad():
+            change()
+        for _ in range(2):
+            step()
+
+
+@pytest.mark.skipif(pointers.version_offset() is None, reason="this Python keeps no versions of dicts")
+def test_every_change_of_a_dict_is_seen():
+    for change in (
+        lambda d: d.update(a=3),
+        lambda d: d.__setitem__("b", 4),
+        lambda d: d.pop("a"),
+        lambda d: d.clear(),
+        lambda d: d.setdefault("c", 1),
+    ):
+        dicts = [{"a": 1, "b": 2}, {"a": 5}]
+        versions = Versions(dicts, pointers.version_offset())
+        assert versions.hold()
+        assert dicts[0]["a"] == 1
+        assert versions.hold()
+        change(dicts[0])
+        assert not versions.hold()
