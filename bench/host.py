@@ -1,21 +1,21 @@
 """Host time of a step: what Python and the launches cost when the arithmetic costs next to nothing.
 
 On a GPU the step is queued behind a sleeping kernel, so that it returns without waiting. On a CPU
-the arithmetic cannot be left out, so the tensors have one element each; `prepare_us` is the part of
-fusedcalib's step before anything is computed, which is all of its host work but the launches.
+the arithmetic cannot be left out, so the tensors have one element each; `work_us` is fusedcalib's step without
+its loops, which is all of its host work but the launches, and is compared with torch's whole fused step.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import shapes, timing
 from .baselines import METHODS
-from .timing import Sampler, Spread, Step, host_seconds, interleave, wall_sampler
+from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wall_sampler
 
 TENSORS = 1000
 COMPARED = ("torch_fused", "own_plain", "own_gc")
@@ -30,7 +30,6 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
     out = []
     for variant in VARIANTS:
         samplers: dict[str, Sampler] = {}
-        prepares: dict[str, Sampler] = {}
         for name in COMPARED:
             params = shapes.build(spec, device)
             shapes.load_gradients(spec, [params], 0)
@@ -39,9 +38,8 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
                 built.step()
             turn = turns(params, moving=variant == "reallocated")
             samplers[name] = _after(turn, built.step, device)
-            prepare: Step | None = getattr(built.optimizer, "_prepare", None)
-            if prepare is not None:
-                prepares[name] = _after(turn, torch.no_grad()(prepare), device)
+            if name.startswith("own") and not timing.on_gpu(device):
+                samplers[f"{name} work"] = _without_loops(turn, built.step)
         timed = interleave(samplers, rounds=rounds, seconds=seconds)
         out.append(
             {
@@ -51,8 +49,8 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
                     {
                         "name": name,
                         "host_us": _microseconds(timed.time(name)),
-                        "prepare_us": _prepare_us(prepares.get(name)),
                         "ratio_to": _ratio(timed.ratio(name, COMPARED[0]), name),
+                        **_work(timed, f"{name} work"),
                     }
                     for name in COMPARED
                 ],
@@ -90,9 +88,36 @@ def _microseconds(spread: Spread | None) -> float | None:
     return 1e6 * spread.median if spread else None
 
 
-def _prepare_us(sampler: Sampler | None) -> float | None:
-    """Median of 20, taken alone: a part of a step, and so compared with nothing."""
-    return 1e6 * float(np.median([sampler() for _ in range(20)])) if sampler else None
+def _without_loops(turn: Step, step: Step) -> Sampler:
+    """Time `step` after an untimed `turn`, less what its compiled loops take."""
+
+    def sample() -> float:
+        from fusedcalib import cpu
+
+        turn()
+        on_threads, spent = cpu.on_threads, 0.0
+
+        def timed(*args: Any) -> None:
+            nonlocal spent
+            start = time.perf_counter()
+            on_threads(*args)
+            spent += time.perf_counter() - start
+
+        cpu.on_threads = timed
+        try:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start - spent
+        finally:
+            cpu.on_threads = on_threads
+
+    return sample
+
+
+def _work(timed: Rounds, name: str) -> dict[str, Any]:
+    """Microseconds of host work, and its ratios to torch's whole step."""
+    ratio = timed.ratio(name, COMPARED[0])
+    return {"work_us": _microseconds(timed.time(name)), "work_to": vars(ratio)} if ratio else {}
 
 
 def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:

@@ -235,10 +235,6 @@ class HostControl:
             total += squares
         return total
 
-    def parted_by(self, live: list[bool]) -> bool:
-        """Whether slots of which only some take a step could not be told apart: here each is counted."""
-        return False
-
     def advance(self) -> None:
         """Counts a step."""
         self._taken.count(self._most)

@@ -23,10 +23,11 @@ from .executors import choose
 from .mirror import capturing
 from .noise import words_for
 from .plan import Plan
-from .recipe import Rule, merged
+from .recipe import Recipe, Rule, merged
 from .row_factors import row_factors_of
 from .states import Versions, make_state, state_dtype, states_of
-from .tables import Array, Executor, Slot
+from .shelf import Shelf
+from .tables import Array, Executor, Laid, Slot
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -144,6 +145,9 @@ class FusedOptimizer(Optimizer):
         self._plan: Plan | None = None  # of the last step
         self._plans: list[Plan] = []  # it and those of other live sets and options, the latest first
         self._live_sets: list[Any] = []
+        self._shelf = Shelf()
+        self._last_compiled: list[Recipe] = []
+        self._last_params: list[int] = []
 
     def _tell_scaler(self) -> None:
         """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
@@ -322,40 +326,41 @@ class FusedOptimizer(Optimizer):
         """Checks everything, then makes missing state, then plans."""
         recipes, demand = asked.recipes, asked.demand
         live = list(self._live())
-        self._misplaced += [param for _, _, param in live if redistribute_gradient(param)]
-        for group, index, param in live:
+        factors = [self._factors(param) for _, _, param in live]
+        entries = [self.state.get(param) for _, _, param in live]
+        found = [
+            self._shelf.find(param, group, recipes[group], entry, factor)
+            for (group, _, param), entry, factor in zip(live, entries, factors, strict=True)
+        ]
+        unknown = [each for each, slot in zip(live, found, strict=True) if slot is None]
+        self._misplaced += [param for _, _, param in unknown if redistribute_gradient(param)]
+        for group, index, param in unknown:
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, param, recipes[group], self.state.get(param, {}))
         if not self._warned:
             by_rows = [param for group, _, param in live if recipes[group].flags.by_rows]
             self._warned = warn_of_flat(type(self).__name__, by_rows)
-        executors = [self._executor(param) for _, _, param in live]
+        executors = [
+            slot.executor if slot else self._executor(param)
+            for slot, (_, _, param) in zip(found, live, strict=True)
+        ]
         places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
         on_device = decides_on_device(type(self).__name__, self.param_groups, places, demand)
-        may_be_left_out = demand.tentative
-        compiled = [
-            replace(r, flags=r.flags._replace(skips=on_device and may_be_left_out), tentative=may_be_left_out)
-            for r in merged(recipes)
-        ]
+        compiled = self._compiled(recipes, on_device, demand.tentative)
         check_slots(type(self).__name__, [param for _, _, param in live])
-        fresh = [
-            make_state(self.state, self._versions, param, compiled[group], self.param_groups[group])
-            for group, _, param in live
-        ]
-        words = words_for(self.param_groups)
-        slots = [
-            Slot(
-                param,
-                states_of(self.state, param, compiled[group]),
-                group,
-                compiled[group],
-                executor,
-                words[param],
-                place_of(param) if is_spread(param) else None,
-                self._factors(param),
-            )
-            for (group, _, param), executor in zip(live, executors, strict=True)
-        ]
+        random = any(recipe.flags.random for recipe in compiled)
+        words = words_for(self.param_groups) if random and not all(found) else {}
+        slots, fresh = [], []
+        for (group, _, param), slot, executor, factor in zip(live, found, executors, factors, strict=True):
+            recipe = compiled[group]
+            if slot is not None and slot.recipe is recipe:
+                fresh.append(not recipe.own_states)
+            else:
+                fresh.append(make_state(self.state, self._versions, param, recipe, self.param_groups[group]))
+                states = states_of(self.state, param, recipe)
+                place = place_of(param) if is_spread(param) else None
+                slot = Slot(param, states, group, recipe, executor, words.get(param, (0, 0, 0)), place, factor)
+            slots.append(slot)
         work = Work(
             slots,
             fresh,
@@ -365,9 +370,24 @@ class FusedOptimizer(Optimizer):
             demand,
             self._outcome,
             self._counters,
-            self._kin(live),
+            self._kin(live) if on_device else np.zeros(len(live)),
         )
-        return Plan(work, recipes, on_device, self._versions)
+
+        def lay(slot: Slot, totals: Tensor | None) -> Laid:
+            return self._shelf.lay(slot, recipes[slot.group], self.state, totals)
+
+        return Plan(work, recipes, on_device, self._versions, lay)
+
+    def _compiled(self, recipes: list[Recipe], on_device: bool, tentative: bool) -> list[Recipe]:
+        """What is compiled for each group; the same objects where it is the same as before."""
+        made = [
+            replace(r, flags=r.flags._replace(skips=on_device and tentative), tentative=tentative)
+            for r in merged(recipes)
+        ]
+        params = [id(p) for group in self.param_groups for p in group["params"]]
+        if made != self._last_compiled or params != self._last_params:  # noise goes by place and name
+            self._last_compiled, self._last_params, self._shelf = made, params, Shelf()
+        return self._last_compiled
 
     def _kin(self, live: list[tuple[int, int, Tensor]]) -> Array:
         """Of each live parameter a number, shared by those that every live set so far has all of, or none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from .control import HostControl, Work
 from .recipe import Recipe
 from .row_totals import RowTotals
 from .states import Versions
-from .tables import Array, Scalars, build_buckets
+from .tables import Array, Laid, Scalars, Slot, build_buckets
 from .watch import Watch
 
 
@@ -26,20 +26,28 @@ class Plan:
         recipes: the recipe that each group asks for; those of the slots may be merged.
         on_device: whether the step is decided there; else on the host.
         versions: the optimizer's, over all its plans.
+        lay: lays a slot out.
 
     Attributes:
         taken: whether the last step was, as far as the host knows.
         begun: whether anything of it has been launched.
     """
 
-    def __init__(self, work: Work, recipes: list[Recipe], on_device: bool, versions: Versions) -> None:
+    def __init__(
+        self,
+        work: Work,
+        recipes: list[Recipe],
+        on_device: bool,
+        versions: Versions,
+        lay: Callable[[Slot, Tensor | None], Laid],
+    ) -> None:
         self.demand = work.demand
         self.taken = self.begun = False
         self._recipes, self._slots = recipes, work.slots
         scalars = Scalars()
         self._totals = RowTotals(work.slots)
         capturable = on_device and work.demand.remote
-        self.buckets = build_buckets(work.slots, scalars, capturable, self._totals.parts)
+        self.buckets = build_buckets(work.slots, scalars, capturable, self._totals.parts, lay)
         self.control: Any
         if on_device and self.buckets:
             from .gpu_control import DeviceControl
@@ -81,7 +89,8 @@ class Plan:
 
     def parted_by(self, live: Set[Tensor]) -> bool:
         """Whether a step of these parameters parts some that are counted as one here."""
-        return bool(self.control.parted_by([slot.param in live for slot in self._slots]))
+        control = self.control
+        return control.on_device and bool(control.parted_by([slot.param in live for slot in self._slots]))
 
     def _alignment(self, addresses: Array) -> Array:
         aligned: Array = addresses[self._alignable] % 16 == 0

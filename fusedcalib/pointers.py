@@ -15,6 +15,8 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,8 +111,7 @@ def _found() -> Offsets:
     return found
 
 
-def _cdata(t: Any) -> int:
-    return int(t._cdata)
+_cdata: Any = attrgetter("_cdata")
 
 
 def _word(address: int) -> int:
@@ -127,13 +128,13 @@ class Kinds:
     """Words of tensors that tell how they are laid out: class, sizes, strides, dtype, device and dispatch keys."""
 
     def __init__(self, ndims: Sequence[int], at: Offsets) -> None:
-        offs = [
-            (0, at.sizes - 8, at.keys, *(at.sizes + 8 * i for i in range(n)), *(at.strides + 8 * i for i in range(n)))
-            for n in ndims
-        ]
         self._at = at
-        self._counts = np.array([len(o) for o in offs], dtype=np.int64)
-        self._offsets = np.array([o for each in offs for o in each], dtype=np.int64) - 8
+        of_each = [_words_of(n, at) for n in ndims]
+        self._counts = np.array(list(map(len, of_each)), dtype=np.int64)
+        self._offsets = np.concatenate(of_each)
+        # Those that Python tells, which come first of each.
+        told = np.arange(len(self._offsets)) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+        self._told = told < np.repeat(self._counts - 2, self._counts)
 
     def words(self, impls: Array) -> tuple[Array, Array]:
         """Where they lie, and where those of dtype and device do, of which a part counts."""
@@ -144,11 +145,17 @@ class Kinds:
         memory = _memory()
         return memory[words[0]], memory[words[1]] & _DTYPE_AND_DEVICE
 
-    def geometry(self, impls: Array) -> list[tuple[int, ...]]:
-        """Of each: how many dimensions, the sizes and strides."""
-        values = self.read(self.words(impls))[0].tolist()
-        ends = np.cumsum(self._counts).tolist()
-        return [(values[end - n + 1], *values[end - n + 3 : end]) for n, end in zip(self._counts.tolist(), ends, strict=True)]
+    def agree(self, impls: Array, tensors: list[Tensor]) -> bool:
+        """Whether sizes and strides stand there as Python tells them."""
+        told = np.array(list(chain.from_iterable(map(_geometry, tensors))), dtype=np.int64)
+        return np.array_equal(self.read(self.words(impls))[0][self._told], told)
+
+
+@cache
+def _words_of(ndim: int, at: Offsets) -> Array:
+    """Bytes from the beginning of a tensor to word -1 of each: so many dimensions, sizes, strides; class, keys."""
+    sizes, strides = (range(first, first + 8 * ndim, 8) for first in (at.sizes, at.strides))
+    return np.array([at.sizes - 8, *sizes, *strides, 0, at.keys], dtype=np.int64) - 8
 
 
 class Reading:
@@ -158,6 +165,7 @@ class Reading:
         params: tensors that have gradients.
         others: more of which it matters where they lie.
         grads: of the parameters.
+        addresses, of_grads: of their data, as Python tells them.
         at: of `offsets`.
 
     The caller keeps parameters and others alive. Gradients are found through the parameters.
@@ -166,9 +174,17 @@ class Reading:
         LookupError: what is read is not what Python says.
     """
 
-    def __init__(self, params: list[Tensor], others: list[Tensor], grads: list[Tensor], at: Offsets) -> None:
-        tensors = [*params, *others]
-        if any(t.ndim > INLINE for t in (*tensors, *grads)):
+    def __init__(
+        self,
+        params: list[Tensor],
+        others: list[Tensor],
+        grads: list[Tensor],
+        addresses: Array,
+        of_grads: Array,
+        at: Offsets,
+    ) -> None:
+        tensors, ndims = [*params, *others], [list(map(Tensor.dim, ts)) for ts in (params, others, grads)]
+        if max(max(ns, default=0) for ns in ndims) > INLINE:
             raise LookupError("sizes of so many dimensions lie elsewhere")
         self._at = at
         self._objects = (np.array(list(map(id, tensors)), dtype=np.int64) + at.tensor - 8) >> 3
@@ -176,8 +192,8 @@ class Reading:
         if impls.tolist() != list(map(_cdata, tensors)):
             raise LookupError("not the tensors of these objects")
         self._params = impls[: len(params)]
-        self._sizes = np.array([t.element_size() for t in tensors], dtype=np.int64)
-        self._kinds, self._kinds_of_grads = (Kinds([t.ndim for t in ts], at) for ts in (params, grads))
+        self._sizes = _sizes_of(tensors)
+        self._kinds, self._kinds_of_grads = Kinds(ndims[0], at), Kinds(ndims[2], at)
         self._of_params = self._kinds.words(self._params)
         self._param_kinds = Kinds.read(self._of_params)
         self._storages = (impls + at.storage - 8) >> 3
@@ -187,29 +203,23 @@ class Reading:
         self._data = (self._found_storages + at.data - 8) >> 3
         self._first = (impls + at.first - 8) >> 3
         self._found_data, self._found_first = _memory()[self._data], _memory()[self._first]
-        lie = (self._found_data + self._sizes * self._found_first).tolist()
-        if not _agree(tensors, lie) or self._kinds.geometry(self._params) != list(map(_geometry, params)):
+        lie = self._found_data + self._sizes * self._found_first
+        if not _agree(lie, addresses) or not self._kinds.agree(self._params, params):
             raise LookupError("not where and how these tensors lie")
         self._metas = (self._params + at.meta - 8) >> 3
         self._found_metas = _memory()[self._metas]
         if not self._found_metas.all():
             raise LookupError("a parameter of which autograd keeps nothing")
         self._grads = (self._found_metas + at.grad - 8) >> 3
-        self.remember(grads)
-
-    def remember(self, grads: list[Tensor]) -> None:
-        """Takes the kinds of these gradients as those to be found from now on."""
         impls = _memory()[self._grads]
         if impls.tolist() != list(map(_cdata, grads)):
             raise LookupError("not the gradients of these parameters")
-        self._grad_sizes = np.array([t.element_size() for t in grads], dtype=np.int64)
+        self._grad_sizes = _sizes_of(grads)
         self._seen, self._words = impls, self._kinds_of_grads.words(impls)
         self._grad_kinds = Kinds.read(self._words)
-        if self._kinds_of_grads.geometry(impls) != list(map(_geometry, grads)):
-            raise LookupError("not how these gradients lie")
         found = self.gradients()
-        if found is None or not _agree(grads, found.tolist()):
-            raise LookupError("not where these gradients lie")
+        if found is None or not _agree(found, of_grads) or not self._kinds_of_grads.agree(impls, grads):
+            raise LookupError("not where and how these gradients lie")
 
     def holds(self) -> bool:
         """Whether parameters and others lie where and as they did."""
@@ -289,13 +299,17 @@ def version_offset() -> int | None:
     return int(places[np.flatnonzero(counts)[0]]) if counts.any() else None
 
 
+def _sizes_of(tensors: list[Tensor]) -> Array:
+    return np.array(list(map(Tensor.element_size, tensors)), dtype=np.int64)
+
+
 def _equal(x: tuple[Array, Array], y: tuple[Array, Array]) -> bool:
     return bool((x[0] == y[0]).all() and (x[1] == y[1]).all())
 
 
-def _agree(tensors: list[Tensor], addresses: list[int]) -> bool:
+def _agree(found: Array, told: Array) -> bool:
     """Whether tensors lie there. Empty ones say that they lie nowhere."""
-    return all(t.data_ptr() == address or not t.numel() for t, address in zip(tensors, addresses, strict=True))
+    return bool(((found == told) | (told == 0)).all())
 
 
 def _geometry(t: Tensor) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ _FOUND: MutableMapping[Tensor, RowFactors] = WeakTensorKeyDictionary()
 
 def row_factors_of(param: Tensor) -> RowFactors | None:
     """Those of a parameter, if it has such and the optimizer that multiplies them lives."""
-    found = _FOUND.get(param)
+    found = _FOUND.get(param) if len(_FOUND) else None
     return found if found and found.optimizer() is not None else None
 
 

@@ -29,8 +29,10 @@ class RowTotals:
         found: dict[Any, list[tuple[int, int]]] = {}
         flags = []
         for index, slot in enumerate(slots):
+            if not (slot.place and slot.place.across):
+                continue
             recipe = slot.compiled()
-            if recipe.flags.by_rows and slot.place and slot.place.across:
+            if recipe.flags.by_rows:
                 local = local_of(slot.param)
                 where = (slot.place.mesh, slot.place.across, local.device)
                 found.setdefault(where, []).append((index, local.shape[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
@@ -137,8 +137,7 @@ class Bucket:
     table_version: int = 0  # counts changes but those of gradients, for executors that keep a copy
     moves: int = 0  # counts changes of gradients
     cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies
-    # Of each slot, whether all its tensors but the gradient are aligned; while that is not, neither is the slot.
-    alignable: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    alignable: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))  # of each slot, see Laid
     _only: tuple[int, int | None] | None = None
 
     @property
@@ -188,67 +187,106 @@ def prepare(buckets: Sequence[Bucket]) -> None:
         executor.prepare([bucket for bucket in buckets if bucket.key.executor is executor])
 
 
+class Laid(NamedTuple):
+    """A slot as it is part of a launch.
+
+    Attributes:
+        key: what it has in common with the others; None where it has no element.
+        row: of the table.
+        tiles: of the list, those of slot 0.
+        alignable: whether all its tensors but the gradient are aligned; while that is not, neither is the slot.
+    """
+
+    slot: Slot
+    key: Key | None
+    row: Array
+    tiles: Array
+    alignable: bool
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all are."""
+        return self.key is not None and self.key.aligned
+
+
+def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
+    """Lays a slot out. `totals`: of RowTotals, if its rows are split."""
+    tensors = slot.tensors()
+    param = tensors[0]
+    if param.numel() == 0:
+        return Laid(slot, None, np.empty(0), np.empty((0, 3)), False)
+    columns = param.numel() // param.shape[0] if param.ndim else 1
+    recipe = slot.compiled()
+    by_rows = recipe.flags.by_rows or slot.factors is not None
+    place = slot.place or Place(0, columns)
+    # Rows whose elements are not numbered on from one to the next must be told apart.
+    layout = layout_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
+    shape = slot.executor.shape(layout, by_rows, len(tensors), totals is not None)
+    alignable = is_aligned((param, *tensors[2:]), tensors, layout)
+    key = Key(
+        slot.executor,
+        param.device,
+        recipe,
+        tuple(t.dtype for t in tensors),
+        len(layout.sizes),
+        recipe.flags.random and _in_quads(layout, place),
+        alignable and tensors[1].data_ptr() % 16 == 0,
+        shape.row_class,
+        place.mesh,
+        place.copies,
+        totals is not None,
+        slot.factors is not None,
+    )
+    return Laid(slot, key, _row(slot, tensors, layout, shape, place, totals), _tiles(layout, shape), alignable)
+
+
 def build_buckets(
     slots: Sequence[Slot],
     shared: Scalars,
     capturable: bool = False,
     totals: Mapping[int, Tensor] = MappingProxyType({}),
+    lay: Callable[[Slot, Tensor | None], Laid] = lay_slot,
 ) -> list[Bucket]:
     """Sorts slots into launches and lays each launch out. `totals`: of RowTotals."""
-    members: dict[Key, list[_Member]] = {}
+    members: dict[Key, list[tuple[int, Laid]]] = {}
+    alike: dict[int, list[tuple[int, Laid]]] = {}  # by the identity of a key: comparing them takes long
     for index, slot in enumerate(slots):
-        tensors = slot.tensors()
-        param = tensors[0]
-        if param.numel() == 0:
-            continue
-        columns = param.numel() // param.shape[0] if param.ndim else 1
-        recipe, split = slot.compiled(), totals.get(index)
-        by_rows = recipe.flags.by_rows or slot.factors is not None
-        place = slot.place or Place(0, columns)
-        # Rows whose elements are not numbered on from one to the next must be told apart.
-        layout = layout_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
-        shape = slot.executor.shape(layout, by_rows, len(tensors), split is not None)
-        alignable = is_aligned((param, *tensors[2:]), tensors, layout)
-        key = Key(
-            slot.executor,
-            param.device,
-            recipe,
-            tuple(t.dtype for t in tensors),
-            len(layout.sizes),
-            recipe.flags.random and _in_quads(layout, place),
-            alignable and tensors[1].data_ptr() % 16 == 0,
-            shape.row_class,
-            place.mesh,
-            place.copies,
-            split is not None,
-            slot.factors is not None,
-        )
-        rows = members.setdefault(key, [])
-        row = _row(slot, tensors, layout, shape, place, split)
-        rows.append(_Member(index, row, _tiles(len(rows), layout, shape), alignable))
-    return [
-        Bucket(
-            key,
-            [slots[member.index] for member in rows],
-            np.array([member.index for member in rows]),
-            np.stack([member.row for member in rows]),
-            np.concatenate([member.tiles for member in rows]),
-            shared,
-            capturable,
-            [totals.get(member.index) for member in rows],
-            alignable=np.array([member.alignable for member in rows], dtype=bool),
-        )
-        for key, rows in members.items()
-    ]
+        laid = lay(slot, totals.get(index))
+        if laid.key is not None:
+            if id(laid.key) not in alike:
+                alike[id(laid.key)] = members.setdefault(laid.key, [])
+            alike[id(laid.key)].append((index, laid))
+    return [_bucket(key, found, shared, capturable, totals) for key, found in members.items()]
 
 
-class _Member(NamedTuple):
-    """A slot of a launch: its number in the plan, row of the table, tiles."""
+def _bucket(
+    key: Key,
+    members: list[tuple[int, Laid]],
+    shared: Scalars,
+    capturable: bool,
+    totals: Mapping[int, Tensor],
+) -> Bucket:
+    indices = np.array([index for index, _ in members])
+    table = np.array([laid.row for _, laid in members])
+    table[:, 1] = [_address_of_gradient(laid.slot) for _, laid in members]
+    tiles = np.concatenate([laid.tiles for _, laid in members])
+    tiles[:, 0] = np.repeat(np.arange(len(members)), [len(laid.tiles) for _, laid in members])
+    return Bucket(
+        key,
+        [laid.slot for _, laid in members],
+        indices,
+        table,
+        tiles,
+        shared,
+        capturable,
+        [totals.get(index) for index, _ in members],
+        alignable=np.array([laid.alignable for _, laid in members], dtype=bool),
+    )
 
-    index: int
-    row: Array
-    tiles: Array
-    alignable: bool
+
+def _address_of_gradient(slot: Slot) -> int:
+    assert slot.param.grad is not None
+    return local_of(slot.param.grad).data_ptr()
 
 
 def is_aligned(these: Sequence[Tensor], tensors: Sequence[Tensor], layout: Layout) -> bool:
@@ -279,12 +317,12 @@ def _row(
     return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)
 
 
-def _tiles(slot: int, layout: Layout, shape: Shape) -> Array:
-    """The tiles of one slot, int32 [n, 3]: slot, row block, column block; a row's pieces side by side."""
+def _tiles(layout: Layout, shape: Shape) -> Array:
+    """The tiles of one slot, int32 [n, 3]: slot 0, row block, column block; a row's pieces side by side."""
     row_blocks = -(-layout.rows // shape.rows)
     column_blocks = -(-layout.columns // shape.columns)
     tiles = np.empty((row_blocks * column_blocks, 3), dtype=np.int32)
-    tiles[:, 0] = slot
+    tiles[:, 0] = 0
     tiles[:, 1] = np.repeat(np.arange(row_blocks, dtype=np.int32), column_blocks)
     tiles[:, 2] = np.tile(np.arange(column_blocks, dtype=np.int32), row_blocks)
     return tiles

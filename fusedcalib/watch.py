@@ -61,15 +61,22 @@ class Watch:
         self._lazy = (_is_sparse_of, Tensor.is_neg, *conjugates)
         self._grads: list[Any] | None = None
         self.grad_pointers = _addresses(grads)
-        self._reading = self._read(moments, grads)
+        self._reading: Reading | None = None  # made when they are asked of first: many a plan never is
+        self._readable = not self._spread and bool(self._live)
+        self._attempts = 4  # to read kinds of gradients that come in turns
         self.stale = False
 
-    def _read(self, moments: list[Tensor], grads: list[Tensor]) -> Reading | None:
+    def _read(self, grads: list[Tensor]) -> Reading | None:
         """What reads all of them in bulk, if that can be had."""
-        at = None if self._spread or not self._live else offsets()
+        moments = self._tensors[len(self._live) :]
+        self._attempts -= 1
+        self._readable &= self._attempts > 0
+        at = offsets() if self._readable else None
         try:
-            return at and Reading(self._live, moments, grads, at)
+            addresses = np.array(self._pointers, dtype=np.int64)
+            return at and Reading(self._live, moments, grads, addresses, self.grad_pointers, at)
         except LookupError:
+            self._readable = False
             return None
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
@@ -115,25 +122,14 @@ class Watch:
         if not same and not _are_plain(grads, self._lazy):
             return False
         pointers = _addresses(grads)
-        if same and np.array_equal(pointers, self.grad_pointers):
+        if same and np.array_equal(pointers, self.grad_pointers) and not self._readable:
             return True
         if _geometry(self._local(self._live), grads) != self._geometry:
             return False
-        if self._reading is None:
-            self._grads = _weak(grads)
-        else:
-            self._read_on(grads)
-        return self._move(pointers)
-
-    def _read_on(self, grads: list[Tensor]) -> None:
-        """Reads in bulk again, of gradients that are of another kind but serve as well, as with a graph."""
-        try:
-            if self._reading is not None and self._reading.holds():
-                self._reading.remember(grads)
-            else:
-                self._reading = self._read(self._tensors[len(self._live) :], grads)
-        except LookupError:
-            self._reading = None
+        self._move(pointers)
+        self._grads = _weak(grads)
+        self._reading = self._read(grads)
+        return True
 
     def _move(self, pointers: Array) -> bool:
         if not np.array_equal(pointers, self.grad_pointers):

@@ -135,7 +135,7 @@ FLOORS = (
     {"executors", "plan"},
     {"cpu", "gpu_control"},
     {"control", "cpu_rows", "gpu", "states"},
-    {"checks", "cpu_noise", "eager", "row_totals"},
+    {"checks", "cpu_noise", "eager", "row_totals", "shelf"},
     {"cpu_memory", "cpu_threads"},
     {"tables", "mirror", "scalars", "asked", "counts"},
     {"arguments", "recipe", "layout", "watch", "rebind"},

@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -25,7 +26,9 @@ def made(shapes=SHAPES):
 
 
 def read(params, others):
-    return Reading(params, others, [p.grad for p in params], AT)
+    grads = [p.grad for p in params]
+    addresses = [numpy.array([t.data_ptr() for t in ts]) for ts in ([*params, *others], grads)]
+    return Reading(params, others, grads, *addresses, AT)
 
 
 def test_this_process_is_read_in_bulk():
@@ -206,3 +209,21 @@ def test_every_change_of_a_dict_is_seen():
         assert versions.hold()
         change(dicts[0])
         assert not versions.hold()
+
+
+def test_gradients_whose_kinds_take_turns_are_asked_in_the_end(monkeypatch):
+    """They serve alike, and reading them anew at each step would take longer than asking each."""
+    made_for = []
+    init = Reading.__init__
+    monkeypatch.setattr(Reading, "__init__", lambda self, *args: (made_for.append(1), init(self, *args))[1])
+    params, _ = made(((4, 3),))
+    opt = fusedcalib.SGD(params, lr=0.1, backend="eager")
+    plans = set()
+    for step in range(20):
+        with torch.inference_mode(step % 2 == 1):
+            grad = torch.randn(4, 3)
+        params[0].grad = grad
+        opt.step()
+        plans.add(id(opt._plan))
+    assert len(plans) == 1
+    assert len(made_for) <= 4
