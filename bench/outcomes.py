@@ -62,13 +62,13 @@ def read(path: Path) -> list[Outcome]:
     return list(found.values())
 
 
-def unfinished(tests: Iterable[Outcome], how: str) -> str | None:
-    """The test in which a process ended, which has failed by that; None where all have ended."""
-    for one in tests:
-        if one.outcome == "began":
-            one.outcome, one.brief = "failed", how
-            return one.test
-    return None
+def close(path: Path, how: str) -> str | None:
+    """The test in which the process ended that wrote the file: it has failed, and the file says so now."""
+    began = [one.test for one in read(path) if one.outcome == "began"]
+    with path.open("a", encoding="utf-8") as file:
+        for test in began:
+            file.write(f"\n{json.dumps({'test': test, 'outcome': 'failed', 'brief': how})}\n")
+    return began[-1] if began else None
 
 
 def write(groups: Sequence[Group], path: Path) -> None:
@@ -98,20 +98,24 @@ def _clean(text: str) -> str:
     return NO_XML.sub("?", text)
 
 
+def counted(count: Counter[str]) -> str:
+    return ", ".join(f"{count[what]} {what}" for what in ("passed", "failed", "skipped"))
+
+
 def summary(groups: Sequence[Group]) -> list[str]:
-    """A line for each group, the failures, each kind once, and all together."""
-    width = max((len(group.name) for group in groups), default=0)
+    """A line for the groups of each file, the failures, each kind once, and all together."""
+    files: dict[str, list[Group]] = {}
+    for group in groups:
+        files.setdefault(group.name.partition(" ")[0], []).append(group)
+    width = max(map(len, files), default=0)
     lines = []
     total: Counter[str] = Counter()
-    for group in groups:
-        count = group.count()
+    for name, found in files.items():
+        count = sum((group.count() for group in found), Counter[str]())
         total += count
-        numbers = ", ".join(f"{count[what]} {what}" for what in ("passed", "failed", "skipped"))
-        lines.append(f"{group.name:<{width}}  {numbers}, {group.seconds:.0f} s")
-        lines += [f"{'':<{width}}  {how}" for how in group.ends]
-    lines += ["", *failures(groups)]
-    lines.append(", ".join(f"{total[what]} {what}" for what in ("passed", "failed", "skipped")))
-    return lines
+        lines.append(f"{name:<{width}}  {counted(count)}, {sum(group.seconds for group in found):.0f} s")
+        lines += [f"{'':<{width}}  {group.name}: {how}" for group in found for how in group.ends]
+    return [*lines, "", *failures(groups), counted(total)]
 
 
 def failures(groups: Iterable[Group]) -> list[str]:

@@ -89,7 +89,7 @@ def _case(case: Case, model: Model, device: torch.device, copy: float) -> Result
     }
 
 
-def made(case: Case, model: Model, device: torch.device) -> Any:
+def made(case: Case, model: Model, device: torch.device, backend: str = "triton") -> Any:
     """The optimizer of a case on parameters of the model, gradients there."""
     dtype, state_dtype = DTYPES[case.dtypes]
     options = case.chosen()
@@ -106,7 +106,7 @@ def made(case: Case, model: Model, device: torch.device) -> Any:
             param.grad = torch.randn_like(param)
         if params:
             groups.append({"params": params, **own})
-    return getattr(fusedcalib, SUBJECTS[case.optimizer].cls)(groups, **options, backend="triton")
+    return getattr(fusedcalib, SUBJECTS[case.optimizer].cls)(groups, **options, backend=backend)
 
 
 def captured(step: timing.Step, device: torch.device) -> list[Event]:
