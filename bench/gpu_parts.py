@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,23 +33,31 @@ class File:
     chosen: str = ""
 
 
-# Those that are interpreted where there is no GPU; with the other executors they are no news on one.
-KERNELS = tuple(
-    File(file, shares, "triton")
-    for file, shares in (
-        ("test_kernels_rows", 2),
-        ("test_kernels", 12),
-        ("test_control", 6),
-        ("test_kernels_limits", 5),
-        ("test_row_totals", 2),
-        ("test_kernels_exact", 6),
-        ("test_kernels_noise", 3),
-        ("test_kernels_special", 8),
-        ("test_nn_branch", 2),
-        ("test_nn_virtual_kernel", 2),
-        ("test_nn_virtual_step", 1),
-    )
-)
+# Tests of kernels, those that are interpreted where there is no GPU: what says most comes first.
+SHARES = {
+    "test_kernels_rows": 2,
+    "test_kernels": 12,
+    "test_control": 6,
+    "test_kernels_limits": 5,
+    "test_row_totals": 2,
+    "test_kernels_exact": 6,
+    "test_kernels_noise": 3,
+    "test_kernels_special": 8,
+    "test_nn_branch": 2,
+    "test_nn_virtual_kernel": 2,
+    "test_nn_virtual_step": 1,
+}
+MARKS = re.compile(r"^from kernel_cases import .*\b(TRITON|FUSED|BACKENDS|matrix)\b", re.M)
+
+
+def kernel_files() -> list[File]:
+    """Every file that has the marks of such tests; with the other executors they are no news on a GPU."""
+    tests = ROOT / "tests"
+    others = [path.stem for path in sorted(tests.glob("test_*.py")) if MARKS.search(path.read_text("utf-8"))]
+    found = dict.fromkeys([*SHARES, *others])
+    return [File(name, SHARES.get(name, 2), "triton") for name in found if name in others]
+
+
 AROUND = (
     File("test_faults", 4),
     File("test_chain", 3),
@@ -69,7 +78,8 @@ AROUND = (
     File("test_contract_arguments", 3),
 )
 CHECKERS = ("memcheck", "racecheck")
-CASE_SECONDS = 60.0  # of the suite
+CASE_SECONDS = 90.0  # of the suite: what takes longer hangs, or compiles too long
+LAST_SECONDS = 40.0  # before its end the suite begins no case
 VARIANTS = ROOT / "bench" / "variants.py"
 # What Nsight Compute looks at: which kernel in which of the steps of gpu_steps.py.
 WATCHED = {"norm": "norm_kernel", "flat": "step_kernel", "8192": "step_kernel", "14336": "step_kernel"}
@@ -86,8 +96,9 @@ def checks(python: str, folder: Path, interpreted: bool = False) -> list[Job]:
         folder: gets a file of outcomes for each, of the name that `outcomes_of` says.
         interpreted: kernels run in Triton's interpreter, where there is no GPU: a trial.
     """
-    first = list(_shares(KERNELS[:2], python, folder))
-    kernels = list(_shares(KERNELS[2:], python, folder))
+    files = kernel_files()
+    first = list(_shares(files[:2], python, folder))
+    kernels = list(_shares(files[2:], python, folder))
     if interpreted:
         return [*first, *kernels]
     step = Job("first-step", (*_started(python), "fusedcalib.bench.gpu_steps", "small"), 120)
@@ -144,8 +155,8 @@ def profile(python: str, out: Path, seconds: float) -> Job:
 
 
 def suite(python: str, out: Path, seconds: float) -> Job:
-    """The benchmark suite; a case that it has begun may end."""
-    begin = max(10.0, seconds - CASE_SECONDS)
+    """The benchmark suite; a case that it has begun may end, as a rule."""
+    begin = max(10.0, seconds - LAST_SECONDS)
     options = ("--device", "cuda", "--out", str(out), "--seconds", f"{begin:.0f}")
     command = (*_started(python), "fusedcalib.bench.suite", *options, "--limit", f"{CASE_SECONDS:.0f}")
     return Job("suite", command, seconds)
