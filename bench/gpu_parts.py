@@ -47,15 +47,17 @@ SHARES = {
     "test_nn_virtual_kernel": 2,
     "test_nn_virtual_step": 1,
 }
+# With the other executors alone the tests are no news on a GPU; those of no executor may need one.
+HERE = "triton or not (numba or eager)"
 MARKS = re.compile(r"^from kernel_cases import .*\b(TRITON|FUSED|BACKENDS|matrix)\b", re.M)
 
 
 def kernel_files() -> list[File]:
-    """Every file that has the marks of such tests; with the other executors they are no news on a GPU."""
+    """Every file that has the marks of such tests."""
     tests = ROOT / "tests"
     others = [path.stem for path in sorted(tests.glob("test_*.py")) if MARKS.search(path.read_text("utf-8"))]
     found = dict.fromkeys([*SHARES, *others])
-    return [File(name, SHARES.get(name, 2), "triton") for name in found if name in others]
+    return [File(name, SHARES.get(name, 2), HERE) for name in found if name in others]
 
 
 AROUND = (

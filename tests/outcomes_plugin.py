@@ -8,13 +8,17 @@ process would fail. So each test waits for the GPU, or another would be blamed, 
 lost the session ends.
 """
 
+import faulthandler
 import json
+import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+STDERR = os.fdopen(os.dup(2), "w")  # before pytest puts another in its place
 LONGEST = 4000  # characters kept of a failure: its beginning and its end
 
 
@@ -100,4 +104,6 @@ def pytest_addoption(parser) -> None:
 
 def pytest_configure(config) -> None:
     if path := config.getoption("--outcomes"):
+        # Of Ctrl-C pytest shows the last line alone: here is how it came there.
+        faulthandler.register(signal.SIGINT, STDERR, all_threads=True, chain=True)
         config.pluginmanager.register(Outcomes(path))
