@@ -22,6 +22,7 @@ from threading import Event
 # Signals to a command that is over its limit, and seconds until the next.
 STAGES = (("SIGINT", 8.0), ("SIGABRT", 4.0), ("SIGTERM", 2.0), ("SIGKILL", 60.0))
 GRACE = sum(seconds for _, seconds in STAGES[:-1])  # within these it has ended
+MISSING = 127  # the exit status of a command that cannot be started, as a shell has it
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,10 @@ def run(
                 while waiting and len(running) < workers and time.monotonic() < deadline:
                     job = waiting.popleft()
                     limit = min(time.monotonic() + job.seconds, deadline)
-                    running.append(_Running(job, Path(folder), limit))
+                    try:
+                        running.append(_Running(job, Path(folder), limit))
+                    except OSError as error:
+                        waiting.extendleft(ended(Ended(job, MISSING, 0.0, False, f"{error}\n")))
                 time.sleep(pause)
                 if stop is not None and stop.is_set() and time.monotonic() < deadline:
                     deadline = time.monotonic()

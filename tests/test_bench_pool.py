@@ -50,6 +50,13 @@ def test_one_that_crashes_costs_itself_only():
     assert left == []
 
 
+def test_a_command_that_is_not_there_costs_itself_only(tmp_path):
+    (missing, one), _ = run(Job("tool", (str(tmp_path / "tool"),), FAR), python("print(1)"), workers=1)
+    assert missing.how == "exit status 127"
+    assert "No such file" in missing.output
+    assert one.output == "1\n"
+
+
 def test_jobs_begin_in_their_order_and_no_more_than_so_many_run():
     """Each writes when it begins and ends: with two workers no third begins before one has ended."""
     stamp = "import time; print(time.time()); time.sleep(0.1); print(time.time())"
