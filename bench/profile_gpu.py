@@ -5,7 +5,8 @@ torch.profiler (CUPTI) tells the time of each kernel, the engine's tables which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,36 +47,52 @@ def here() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
-def profile(cases: Sequence[Case], model: Model, device: torch.device) -> Results:
+def profile(
+    cases: Sequence[Case],
+    model: Model,
+    device: torch.device,
+    told: Callable[[Results], None] = lambda results: None,
+) -> Results:
     """Steps a model's parameters on a GPU under the profiler.
 
+    A case that breaks costs that case only: what was raised is among the "failures". `told` is told what is
+    known after each.
+
     Raises:
-        ValueError: the model does not fit, or the profiler saw something else than the engine launched.
+        ValueError: the model does not fit.
     """
     copy = ceilings.measure(device)["copy_gbs"]
-    return {
+    results: Results = {
         **machine.describe(device),
         "model": model.name,
         "params": model.count,
         "tensors": len(model.params),
         "copy_gbs": copy,
-        "cases": [_case(case, model, device, copy) for case in cases],
+        "cases": [],
+        "failures": [],
     }
+    for case in cases:
+        try:
+            results["cases"].append(_case(case, model, device, copy))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"{model.name} does not fit on {device}: take a smaller --model") from error
+        except Exception as error:  # of the compiler or the profiler
+            traceback.print_exc()
+            results["failures"].append({"case": case.title, "error": f"{type(error).__name__}: {error}"})
+        told(results)
+    return results
 
 
 def _case(case: Case, model: Model, device: torch.device, copy: float) -> Results:
-    try:
-        optimizer = made(case, model, device)
-        for _ in range(WARM):
-            optimizer.step()
-        plan = optimizer._plan
-        decides = type(plan.control).__name__ == "DeviceControl"
-        alike = [1] * sum(len(bucket.slots) for bucket in plan.buckets)
-        expected = profile_steps.launches(plan.buckets, alike, plan.demand.measure, decides)
-        kernels, other = attributed(captured(optimizer.step, device), expected, STEPS)
-        host = timing.host_seconds(device, optimizer.step)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"{model.name} does not fit on {device}: take a smaller --model") from error
+    optimizer = made(case, model, device)
+    for _ in range(WARM):
+        optimizer.step()
+    plan = optimizer._plan
+    decides = type(plan.control).__name__ == "DeviceControl"
+    alike = [1] * sum(len(bucket.slots) for bucket in plan.buckets)
+    expected = profile_steps.launches(plan.buckets, alike, plan.demand.measure, decides)
+    kernels, other = attributed(captured(optimizer.step, device), expected, STEPS)
+    host = timing.host_seconds(device, optimizer.step)
     rows = [_row(variant, took, copy) for variant, took in zip(expected, kernels, strict=True)]
     return {
         "optimizer": case.optimizer,
@@ -89,7 +106,7 @@ def _case(case: Case, model: Model, device: torch.device, copy: float) -> Result
     }
 
 
-def made(case: Case, model: Model, device: torch.device) -> Any:
+def made(case: Case, model: Model, device: torch.device, backend: str = "triton") -> Any:
     """The optimizer of a case on parameters of the model, gradients there."""
     dtype, state_dtype = DTYPES[case.dtypes]
     options = case.chosen()
@@ -106,7 +123,7 @@ def made(case: Case, model: Model, device: torch.device) -> Any:
             param.grad = torch.randn_like(param)
         if params:
             groups.append({"params": params, **own})
-    return getattr(fusedcalib, SUBJECTS[case.optimizer].cls)(groups, **options, backend="triton")
+    return getattr(fusedcalib, SUBJECTS[case.optimizer].cls)(groups, **options, backend=backend)
 
 
 def captured(step: timing.Step, device: torch.device) -> list[Event]:
@@ -206,16 +223,14 @@ def table(found: Results) -> tables.Table:
     return header, rows
 
 
-def show(results: Results) -> None:
-    """Prints the tables."""
-    print(title(results))
-    for found in results["cases"]:
-        case = Case(found["optimizer"], tuple(found["options"]), found["dtypes"])
-        print(f"\n{case.title}:")
-        tables.show(table(found))
-        print(
-            f"a step: {found['device_us']:.1f} us on the GPU ({found['other_us']:.1f} of other kernels "
-            f"and copies), {found['host_us']:.1f} us on the host"
-        )
-        if found["moved"] < CACHED:
-            print("So few bytes lie partly in the L2 cache: GB/s may be more than the memory's.")
+def show(found: Results) -> None:
+    """Prints the table of a case."""
+    case = Case(found["optimizer"], tuple(found["options"]), found["dtypes"])
+    print(f"\n{case.title}:")
+    tables.show(table(found))
+    print(
+        f"a step: {found['device_us']:.1f} us on the GPU ({found['other_us']:.1f} of other kernels "
+        f"and copies), {found['host_us']:.1f} us on the host"
+    )
+    if found["moved"] < CACHED:
+        print("So few bytes lie partly in the L2 cache: GB/s may be more than the memory's.")

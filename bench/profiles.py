@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +118,16 @@ def main(arguments: list[str] | None = None) -> int:
         target = _target(options)
         device = None if target else profile_gpu.here()
         if device is not None:
-            results = profile_gpu.profile(_cases(options), model, device)
-            profile_gpu.show(results)
+            results = profile_gpu.profile(_cases(options), model, device, _teller(options.json))
         else:
             if target is None:
                 target = DEFAULT
                 print(f"No GPU is here to measure on: this is the static profile, compiled for {target}.")
             results = profile_steps.profile(_cases(options), model, _gpu(options, target))
             show(results)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        _write(results, options.json)
+        if failed := [f"{one['case']}: {one['error']}" for one in results.get("failures", ())]:
+            return _failed("; ".join(failed))
         if options.plot:
             from . import profile_plot
 
@@ -136,6 +137,28 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         return _failed(str(error))
     return 0
+
+
+def _teller(path: Path | None) -> Callable[[Results], None]:
+    """Shows and writes each case of a GPU when it is measured: what ends it early costs the rest only."""
+    shown = 0
+
+    def told(results: Results) -> None:
+        nonlocal shown
+        if not shown and results["cases"]:
+            print(profile_gpu.title(results))
+        for found in results["cases"][shown:]:
+            profile_gpu.show(found)
+        sys.stdout.flush()
+        shown = len(results["cases"])
+        _write(results, path)
+
+    return told
+
+
+def _write(results: Results, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _failed(why: str) -> int:

@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, nargs="?", help="a results file of the suite")
     parser.add_argument("--readme", type=Path, default=machine.HERE.parent / "README.md")
     options = parser.parse_args(arguments)
-    files = sorted((machine.HERE / "results").glob("*.json"))
+    files = sorted((machine.HERE / "results").glob("*T*Z-*.json"))  # bench/gpu.sh leaves others there
     if options.source is None and not files:
         print(f"no results in {machine.HERE / 'results'}: run the suite first", file=sys.stderr)
         return 1

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import ceilings, machine, schema, timing
+from . import ceilings, host, machine, schema, timing
 from .case import Case, run
 from .clocks import Effort, Tell
+from .worker import Worker, direct
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ends
 T = TypeVar("T")
@@ -50,10 +51,17 @@ class Run:
         say: Callable[[str], None],
         tell: Tell = lambda what, share: None,
         finish: Callable[[schema.Results], None] = lambda whole: None,
+        worker: Worker | None = None,
     ) -> None:
-        """`path`: where results are written, if they are; `finish` adds to them what follows from them."""
+        """Nothing is measured yet.
+
+        Args:
+            path: where results are written, if they are.
+            finish: adds to them what follows from them.
+            worker: measures in another process, so that what hangs or crashes costs that case only.
+        """
         self.head, self.device, self.path, self.say, self.tell = head, device, path, say, tell
-        self._finish = finish
+        self._finish, self._call = finish, worker.call if worker else direct
         self.ceil: dict[str, Any] = {}
         self.done: list[dict[str, Any]] = []
         self.more: dict[str, Any] = {"host": [], "failures": [], "left_out": []}
@@ -74,11 +82,15 @@ class Run:
 
     def ceilings(self) -> None:
         self.tell("memory bandwidth", 0.0)
-        self.ceil = self.guarded("ceilings", lambda: ceilings.measure(self.device)) or {}
+        self.ceil = self.guarded("ceilings", lambda: self._call(ceilings.measure, self.device)) or {}
+
+    def host(self) -> None:
+        self.more["host"] = self.guarded("host time", lambda: self._call(host.measure, self.device)) or []
 
     def measure(self, case: Case, effort: Effort) -> dict[str, Any] | None:
         """Measure a case and save the run; None where it broke, or the user ended it too early."""
-        measured = self.guarded(case.title, lambda: run(case, self.device, effort, self.tell))
+        tell = () if self._call is not direct else (self.tell,)  # which only this process can
+        measured = self.guarded(case.title, lambda: self._call(run, case, self.device, effort, *tell))
         if measured is not None:
             self.done.append(measured)
             self.interrupted |= measured.get("incomplete", False)

@@ -1,9 +1,10 @@
 """The full suite: every list with a goal, written as one JSON file a run.
 
-python -m fusedcalib.bench.suite [--out DIR] [--device auto|cpu|cuda] [--seconds S] [--only REGEX]
+python -m fusedcalib.bench.suite [--out DIR] [--device auto|cpu|cuda] [--seconds S] [--limit S] [--only REGEX]
 
 What does not fit in the time is left out and said; a case that breaks costs that case only, and
-makes the exit status non-zero.
+makes the exit status non-zero. With --limit so does one that hangs or crashes: cases are then measured in
+another process.
 """
 
 from __future__ import annotations
@@ -17,42 +18,45 @@ from typing import Any
 
 import torch
 
-from . import goals, host, machine, schema, tables, timing
+from . import goals, machine, schema, tables, timing
 from .baselines import CORE, RIVALS, SUBJECTS
 from .case import Case, Effort
 from .runner import Log, Run
+from .worker import Worker
 
 OWN = ("torch_fused", "own_plain", "own_gc")
 WITH_EAGER = (*OWN, "eager_gc_fused")
 COMPILED = ("torch_fused", "own_gc", "compiled_gc")
 
 # In the order of their worth: what comes last is left out first.
-GPU_CASES = (
+GPU_FIRST = (
     Case("gpt2-124m", (*CORE, "eager_gc_foreach", *RIVALS)),
     Case("small-1000", CORE),
     Case("1000x1024", OWN),
-    Case("resnet50", WITH_EAGER),
-    Case("single-2^20", OWN),
-    Case("single-2^26", OWN),
     Case("llama3-8b-layer-x1", WITH_EAGER),
     Case("llama3-8b-layer-x1", OWN, "bf16"),
     Case("llama3-8b-layer-x1", OWN, "bf16+fp32-state"),
     Case("long-rows-128k", OWN),
     Case("long-rows-4m", OWN),
+    Case("aligned", OWN),
+    Case("unaligned", OWN),
+)
+GPU_MORE = (
+    Case("single-2^20", OWN),
+    Case("single-2^26", OWN),
+    Case("resnet50", WITH_EAGER),
     Case("10000x64", OWN),
     Case("split-10", OWN),
     Case("split-1000", OWN),
     Case("split-10000", OWN),
     Case("llama3-8b-layer-x4", OWN),
-    Case("aligned", OWN),
-    Case("unaligned", OWN),
     Case("even-columns", OWN),
     Case("odd-columns", OWN),
     Case("groups-200", OWN),
     Case("depthwise", OWN),
     *(Case(f"single-2^{exponent}", OWN) for exponent in (10, 16, 28)),
 )
-# Apart from the rest: compiling takes long and may fail.
+# Last of all: compiling takes long and may fail.
 GPU_COMPILED = tuple(Case(name, COMPILED) for name in ("llama3-8b-layer-x1", "small-1000"))
 CPU_CASES = (
     Case("gpt2-small-cpu", (*CORE, "own_gc_eager", *RIVALS)),
@@ -87,30 +91,38 @@ def rule_cases(device: torch.device) -> tuple[Case, ...]:
     return tuple(Case(name, RULE_METHODS, subject=subject) for subject in SUBJECTS if subject != "AdamW")
 
 
+def cases_of(device: torch.device) -> tuple[Case, ...]:
+    """All that are measured there, in their order."""
+    if timing.on_gpu(device):
+        return (*GPU_FIRST, *GPU_CHAIN_CASES, *GPU_MORE, *rule_cases(device), *GPU_COMPILED)
+    return (*CPU_CASES, *CHAIN_CASES, *rule_cases(device))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusedcalib.bench.suite", description=__doc__)
     parser.add_argument("--out", type=Path, default=machine.HERE / "results")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=480.0, help="start no case after this")
+    parser.add_argument("--limit", type=float, help="seconds for each case, in a process beside this one")
     parser.add_argument("--only", default="", help="regular expression for `list rule dtypes [with extras]`")
     options = parser.parse_args(arguments)
     device = machine.pick_device(options.device)
-    cases: tuple[Case, ...] = (*CPU_CASES, *CHAIN_CASES)
-    if timing.on_gpu(device):
-        cases = (*GPU_CASES[:8], *GPU_CHAIN_CASES, *GPU_COMPILED, *GPU_CASES[8:])
-    cases = tuple(case for case in (*cases, *rule_cases(device)) if re.search(options.only, case.title))
-    return _suite(cases, device, options.out, options.seconds)
+    cases = tuple(case for case in cases_of(device) if re.search(options.only, case.title))
+    worker = Worker(options.limit) if options.limit else None
+    return _suite(cases, device, options.out, options.seconds, worker)
 
 
-def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: float) -> int:
+def _suite(
+    cases: tuple[Case, ...], device: torch.device, out: Path, seconds: float, worker: Worker | None = None
+) -> int:
     log = Log()
     head = machine.describe(device)
     log(f"{machine.short_name(head)}, torch {torch.__version__}")
     effort = Effort(rounds=30, seconds=5) if timing.on_gpu(device) else Effort(40, 40)
-    work = Run(head, device, out / schema.file_name(head), log, finish=_finish)
+    work = Run(head, device, out / schema.file_name(head), log, finish=_finish, worker=worker)
     work.ceilings()
     log(f"memory: {work.ceil}")
-    work.more["host"] = work.guarded("host time", lambda: host.measure(device)) or []
+    work.host()
     for case in cases:
         title = f"{case.title} ({len(case.methods)} methods)"
         if work.interrupted or log.seconds > seconds:
@@ -121,6 +133,8 @@ def _suite(cases: tuple[Case, ...], device: torch.device, out: Path, seconds: fl
         measured = work.measure(case, short)
         if measured is not None:
             print(_text(measured), flush=True)
+    if worker is not None:
+        worker.close()
     return _say(work, log)
 
 

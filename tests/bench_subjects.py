@@ -1,6 +1,8 @@
 """What the tests of the benchmark share."""
 
+import os
 import sys
+import time
 import types
 
 import torch
@@ -18,6 +20,14 @@ def sampler_of(values):
 def quiet_machine(monkeypatch):
     monkeypatch.setattr(timing.Load, "of_others", lambda self: 0.0)
     monkeypatch.setattr(load, "GLANCE", 0.0)
+
+
+def hang(*_):
+    time.sleep(60)
+
+
+def crash(*_):
+    os.abort()
 
 
 class Fake(torch.optim.AdamW):

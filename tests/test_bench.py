@@ -55,9 +55,7 @@ def test_build_offsets_views_and_separates_groups():
 
 
 def test_every_case_of_the_suite_names_what_exists():
-    rules = (case for kind in ("cpu", "cuda") for case in suite.rule_cases(torch.device(kind)))
-    chains = (*suite.CHAIN_CASES, *suite.GPU_CHAIN_CASES)
-    for one in (*suite.GPU_CASES, *suite.GPU_COMPILED, *suite.CPU_CASES, *chains, *rules):
+    for one in (*suite.cases_of(CPU), *suite.cases_of(torch.device("cuda"))):
         assert shapes.get(one.list).tensors
         assert one.subject in baselines.SUBJECTS
         assert set(one.methods) <= set(baselines.METHODS)

@@ -187,6 +187,21 @@ def test_readme_section_replaces_itself_only(data, tmp_path):
     assert page.read_text() == text
 
 
+def test_readme_is_made_of_the_newest_run_of_the_suite(data, tmp_path, monkeypatch, capsys):
+    """And of no other file that lies there, as bench/gpu.sh leaves some."""
+    monkeypatch.setattr(machine, "HERE", tmp_path)
+    assert readme.main([]) == 1
+    assert "run the suite first" in capsys.readouterr().err
+    for day in (1, 2):
+        name = schema.file_name({**data, "utc": f"2030-01-0{day}T10:00:00Z"})
+        schema.save(data, tmp_path / "results" / name)
+    (tmp_path / "results" / "profile.json").write_text("{}")
+    chosen = []
+    monkeypatch.setattr(readme, "write", lambda source, page: chosen.append(source.name))
+    assert readme.main([]) == 0
+    assert chosen == ["20300102T100000Z-cpu.json"]
+
+
 @pytest.mark.parametrize("page", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}"])
 def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
     pytest.importorskip("matplotlib")

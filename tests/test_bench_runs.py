@@ -229,26 +229,6 @@ def test_suite_keeps_what_it_has_when_a_case_breaks(measured, monkeypatch, tmp_p
     assert "left out for want of time" in capsys.readouterr().out
 
 
-def test_gpu_script_runs_on_after_a_failing_test_and_exits_non_zero(tmp_path):
-    """With a stand-in for Python: the tests fail, everything else passes."""
-    fake = tmp_path / "python"
-    fake.write_text(
-        '#!/bin/sh\ncase "$*" in\n  tests/run.py) echo one failed; exit 1 ;;\n'
-        f'  *bootstrap*) echo {fake} ;;\n  *is_available*) echo cuda ;;\n  *suite*) echo ran "$@" ;;\n'
-        "esac\n"
-    )
-    fake.chmod(0o755)
-    variables = {"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "o"), "PYTHON": str(fake)}
-    script = [str(ROOT / "bench" / "gpu.sh")]
-    done = subprocess.run(script, env=variables, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "FAILED: tests (exit status 1)" in done.stderr
-    assert "ran -m fusedcalib.bench.suite" in (tmp_path / "o" / "suite.log").read_text()
-    fake.write_text(fake.read_text().replace("exit 1", "exit 0"))
-    assert subprocess.run(script, env=variables, capture_output=True).returncode == 0
-    assert not (tmp_path / "o" / "failed.log").exists()
-
-
 # -- memory streams ---------------------------------------------------------------------------
 
 

@@ -113,6 +113,31 @@ def test_a_gpu_is_measured_where_none_is_named(profiled, tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_case_that_breaks_costs_that_case_only(profiled, monkeypatch, tmp_path, capsys):
+    """And what was measured before is written, whatever becomes of the rest."""
+    made, data = profile_gpu.made, tmp_path / "p.json"
+    written = []
+
+    def breaks(case, *given):
+        written.append(json.loads(data.read_text())["cases"] if data.exists() else [])
+        if case.optimizer == "SGD":
+            raise RuntimeError("no such instruction")
+        return made(case, *given)
+
+    monkeypatch.setattr(profile_gpu, "made", breaks)
+    (shapes := tmp_path / "m.json").write_text('[{"name": "fc.weight", "shape": [64, 96]}]')
+    names = ["--optimizer", "AdamW", "SGD", "Lion"]
+    assert command.main(["profile", "--shapes", str(shapes), *names, "--json", str(data)]) == 2
+    assert [len(cases) for cases in written] == [0, 1, 1]
+    results = json.loads(data.read_text())
+    assert [case["optimizer"] for case in results["cases"]] == ["AdamW", "Lion"]
+    assert results["failures"] == [{"case": "SGD, fp32", "error": "RuntimeError: no such instruction"}]
+    said = capsys.readouterr()
+    assert "SGD, fp32: RuntimeError: no such instruction" in said.err
+    assert said.out.count("a copy moves") == 1
+    assert said.out.count("us on the host") == 2
+
+
 def test_a_model_that_does_not_fit_is_said(profiled, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,0 +1,359 @@
+"""What runs on a GPU, without one: order, limits, reports; with a Python and tools that stand in."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+from xml.etree import ElementTree
+
+import pytest
+
+from fusedcalib.bench import gpu, gpu_check, gpu_log, gpu_parts, outcomes, pool
+from fusedcalib.bench.pool import Job
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+ROOT = Path(__file__).resolve().parents[1]
+
+# -- what runs, in which order ----------------------------------------------------------------
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    monkeypatch.setattr(gpu_parts, "tool", lambda name, python: f"/cuda/{name}")
+
+
+def test_what_says_most_comes_first(tools, tmp_path):
+    names = [job.name for job in gpu_parts.checks("python", tmp_path)]
+    order = ["first-step", "test_kernels_rows 1/2", "test_kernels 1/12", "memcheck", "racecheck"]
+    order += ["test_control 1/6", "test_faults 1/4", "test_chain 1/3", "test_noise 1/3", "test_contract 1/4"]
+    assert [name for name in names if name in order] == order
+    assert names[0] == order[0]
+    assert len(set(names)) == len(names)
+
+
+def test_without_a_gpu_only_what_can_be_interpreted_is_tried(tools, tmp_path):
+    jobs = gpu_parts.checks("python", tmp_path, interpreted=True)
+    assert {job.name.split()[0] for job in jobs} == {one.file for one in gpu_parts.kernel_files()}
+    assert all(gpu_parts.has_outcomes(job) for job in jobs)
+    assert all(job.command[job.command.index("-k") + 1] == gpu_parts.HERE for job in jobs)
+
+
+def test_every_file_of_kernel_tests_is_run(monkeypatch, tmp_path):
+    """Those that are named in their order, then those that a later change has added."""
+    names = [one.file for one in gpu_parts.kernel_files()]
+    assert names[: len(gpu_parts.SHARES)] == [*gpu_parts.SHARES]  # they are there
+    assert "test_bench_gpu_steps" in names
+    assert all((ROOT / "tests" / f"{one.file}.py").exists() for one in gpu_parts.AROUND)
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    line = "from kernel_cases import GPU, {}, device_of\n"
+    for name, what in {"new": "TRITON", "kernels": "BACKENDS", "other": "COVERING"}.items():
+        (tmp_path / "tests" / f"test_{name}.py").write_text(f"import os\n{line.format(what)}")
+    assert [one.file for one in gpu_parts.kernel_files()] == ["test_kernels", "test_new"]
+
+
+def test_no_test_is_left_out_between_the_shares(tools, tmp_path):
+    shares = {}
+    for job in filter(gpu_parts.has_outcomes, gpu_parts.checks("python", tmp_path)):
+        number, of = map(int, job.command[job.command.index("--share") + 1].split("/"))
+        shares.setdefault((job.command[-1], of), set()).add(number)
+    assert all(numbers == set(range(1, of + 1)) for (_, of), numbers in shares.items())
+    assert len({file for file, _ in shares}) == len(shares)
+
+
+def test_tools_are_found_wherever_they_are_installed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    python = str(tmp_path / "venv" / "bin" / "python")
+    assert gpu_parts.tool("no-such-tool", python) == ""
+    in_packages = tmp_path / "venv/lib/python3.12/site-packages/nvidia/cuda_sanitizer/bin/no-such-tool"
+    for path in (in_packages, tmp_path / "cuda/bin/no-such-tool", tmp_path / "no-such-tool"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o755)
+        assert gpu_parts.tool("no-such-tool", python) == str(path)
+
+
+# -- check ------------------------------------------------------------------------------------
+
+TESTS = """
+import os, pytest
+@pytest.mark.parametrize("i", range(3))
+def test_passes(i): pass
+def test_crashes(): os.abort()
+def test_last(): assert "GIVEN" not in os.environ, "seen " + "it"
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """`check(*jobs)`: what is wrong, the report, the log."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def run(*jobs, seconds=60.0, stop=None):
+        log = gpu_log.Log(tmp_path / "gpu.log")
+        one = gpu_check.Check(tmp_path / "check.xml", folder, log, stop or Event())
+        wrong = one.run(jobs, 2, time.monotonic() + seconds)
+        return wrong, ElementTree.parse(tmp_path / "check.xml").getroot(), log.path.read_text()
+
+    return run
+
+
+def group(tmp_path, name, text=TESTS, seconds=60.0, **variables):
+    """A job as `checks` has it, of a file of its own."""
+    file = tmp_path / f"{name}.py"
+    file.write_text(text)
+    plugin = ("-p", gpu_parts.PLUGIN, "--outcomes", str(gpu_parts.outcomes_of(tmp_path / "folder", name)))
+    options = ("-q", "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider")
+    variables |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    variables["PYTHONPATH"] = str(ROOT / "tests")
+    command = (sys.executable, "-X", "faulthandler", "-m", "pytest", *plugin, *options, str(file))
+    return Job(name, command, seconds, variables)
+
+
+def command(name, code):
+    return Job(name, (sys.executable, "-S", "-c", code), 60.0)
+
+
+def test_a_group_that_crashes_goes_on_behind_the_crash(check, tmp_path):
+    wrong, report, log = check(group(tmp_path, "one"), group(tmp_path, "two", "def test_it(): pass"))
+    suites = {suite.get("name"): suite for suite in report}
+    cases = {case.get("name"): case for case in suites["one"]}
+    assert list(cases)[:5] == [*(f"test_passes[{i}]" for i in range(3)), "test_crashes", "test_last"]
+    assert [name for name, case in cases.items() if case.find("failure") is not None] == ["test_crashes"]
+    assert wrong == [
+        "one: crashed: SIGABRT in one.py::test_crashes",
+        "1 tests failed: see above, and check.xml",
+    ]
+    assert 'one.py", line 5 in test_crashes' in log  # where it was
+    assert re.search(r"^two +1 passed, 0 failed, 0 skipped, \d+ s$", log, re.M)
+    assert "1 x crashed: SIGABRT\n    one.py::test_crashes\n" in log
+    assert log.endswith("5 passed, 1 failed, 0 skipped\n")
+
+
+def test_a_group_that_hangs_says_where_and_goes_on(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "STAGES", tuple((name, 1.0) for name, _ in pool.STAGES))
+    hangs = "import time\ndef test_hangs(): time.sleep(60)\ndef test_last(): pass"
+    wrong, report, log = check(group(tmp_path, "one", hangs, seconds=6.0))
+    assert re.fullmatch(r"one: stopped after \d+ s in one.py::test_hangs", wrong[0])
+    assert "one.py:2: KeyboardInterrupt" in log
+    assert 'one.py", line 2 in test_hangs' in log
+    assert [case.get("name") for case in report.iter("testcase")] == ["test_hangs", "test_last"]
+
+
+def test_the_report_is_there_after_each_group(check, tmp_path, monkeypatch):
+    seen = []
+    write = outcomes.write
+    monkeypatch.setattr(
+        outcomes, "write", lambda groups, path: (write(groups, path), seen.append(path.read_text()))
+    )
+    check(command("first", "pass"), command("second", "import time; time.sleep(0.5)"))
+    assert ['name="second"' in text for text in seen] == [False, True]
+    assert all('name="first"' in text for text in seen)
+
+
+def test_a_command_is_one_test_and_a_tool_that_the_device_refuses_is_said(check):
+    wrong, report, _ = check(
+        command("step", "print('so far'); raise SystemExit('2 away from plain torch')"),
+        command("memcheck", "print('Error: Device not supported'); raise SystemExit(1)"),
+    )
+    by_name = {case.get("classname"): case for case in report.iter("testcase")}
+    assert by_name["step"].find("failure").get("message") == "exit status 1: 2 away from plain torch"
+    assert by_name["memcheck"].find("skipped") is not None
+    assert wrong[0] == "memcheck does not run here: Error: Device not supported"
+    assert wrong[1] == "1 tests failed: see above, and check.xml"
+
+
+def test_what_was_not_begun_is_named(check, monkeypatch):
+    monkeypatch.setattr(pool, "STAGES", tuple((name, 0.3) for name, _ in pool.STAGES))
+    long = "import time; time.sleep(60)"
+    wrong, _, _ = check(*(command(name, long) for name in ("a", "b", "c")), seconds=0.3)
+    assert wrong[-1] == "no time was left for c"
+
+
+# -- the log ----------------------------------------------------------------------------------
+
+
+def test_the_log_stays_below_its_size_and_its_last_lines_fit(tmp_path, capsys):
+    log = gpu_log.Log(tmp_path / "log", 1000)
+    log("begun")
+    log.output("x" * 5000)
+    log("the end")
+    text = log.path.read_text()
+    assert text.startswith("begun\nx")
+    assert text.endswith("xthe end\n")
+    assert len(text) < 800
+    gpu_log.Log(log.path, 1000)("again")
+    assert log.path.read_text().endswith("the end\nagain\n")
+    assert len(log.path.read_text()) < 300
+    assert capsys.readouterr().out == "begun\nthe end\nagain\n"
+
+
+def test_of_long_output_beginning_and_end_are_kept():
+    text = "".join(map(chr, range(65, 91)))
+    assert gpu_log.shortened(text, 26) == text
+    assert gpu_log.shortened(text, 10) == "ABCDE\n[16 characters are left out]\nVWXYZ"
+
+
+# -- the parts --------------------------------------------------------------------------------
+
+# It writes what the commands write, fails where it is told to, and says what it was asked.
+PYTHON = f"""#!{sys.executable} -S
+import os, sys
+given = sys.argv[1:]
+text = " ".join(given)
+if "is_available" in text:
+    print(os.environ.get("ANSWER", "yes Fake GPU"))
+elif "env --json" in text:
+    print('{{"problems": []}}')
+else:
+    name = next((word for word in given if "fusedcalib" in word or "pytest" in word), "tool")
+    print("ran", text, flush=True)
+    for option, default in (("--json", None), ("--out", "results.json")):
+        if option in given:
+            path = given[given.index(option) + 1]
+            if os.path.isdir(path):
+                path = os.path.join(path, "variants.json" if "variants" in text else default)
+            open(path, "w").write("{{}}")
+    if os.environ.get("BREAK", "nothing") in text:
+        sys.exit("broken")
+"""
+
+
+@pytest.fixture
+def work(monkeypatch, tmp_path, tools):
+    """`work(*parts)`: the exit status, what it wrote, the log; with a Python that does nothing."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_parts, "tool", lambda name, _: str(python))
+    monkeypatch.setattr(gpu.bootstrap, "prepare", lambda *needed: (str(python), dict(os.environ)))
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_parts, "VARIANTS", python)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = gpu.work([*arguments])
+        files = sorted(path.name for path in (tmp_path / "out").iterdir())
+        return status, files, (tmp_path / "out" / "gpu.log").read_text()
+
+    return run
+
+
+FILES = ["check.xml", "env.json", "gpu.log", "ncu.txt", "profile.json", "results.json", "trace.json.gz"]
+
+
+def test_all_parts_in_turn_and_no_more_than_eight_files(work, tmp_path):
+    status, files, log = work()
+    assert status == 0, log
+    assert files == [*FILES, "variants.json"]
+    parts = [line for line in log.splitlines() if line.startswith("== ") and "at most" in line]
+    assert [re.match(r"== (\w+): at most 460 s", line)[1] for line in parts] == [
+        "check",
+        "measure",
+        "explain",
+    ]
+    assert log.endswith("all is well\n")
+    assert json.loads((tmp_path / "out" / "env.json").read_text()) == {"problems": []}
+    order = [
+        log.index(word) for word in ("fusedcalib profile", "bench.suite", "bench.variants", "steps trace")
+    ]
+    assert order == sorted(order)
+    watched = re.findall(
+        r"regex:(\w+) .* fusedcalib\.bench\.gpu_steps (\w+)", (tmp_path / "out/ncu.txt").read_text()
+    )
+    assert watched == [
+        ("norm_kernel", "norm"),
+        ("step_kernel", "flat"),
+        ("step_kernel", "8192"),
+        ("step_kernel", "14336"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "breaks", "goes_on"),
+    [
+        ("measure", "fusedcalib profile", "ran -X faulthandler -m fusedcalib.bench.suite"),
+        ("explain", "bench.variants", "ran -X faulthandler -m fusedcalib.bench.gpu_steps trace"),
+    ],
+)
+def test_what_fails_is_said_at_the_end_and_the_rest_is_run(work, monkeypatch, part, breaks, goes_on):
+    monkeypatch.setenv("BREAK", breaks)
+    status, _, log = work(part)
+    assert status == 1
+    assert goes_on in log
+    assert log.splitlines()[-1] == f"FAILED: {breaks.split()[-1].split('.')[-1]}: exit status 1: broken"
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_without_a_gpu_each_part_says_so_and_runs_nothing(work, monkeypatch, part):
+    monkeypatch.setenv("ANSWER", "no torch 9.9 sees none")
+    status, files, log = work(part)
+    assert status == 1
+    assert "GPU: torch 9.9 sees none\n" in log
+    assert "FAILED: there is no GPU here that torch sees: nothing was run" in log
+    assert "ran " not in log
+    assert files == (["env.json", "gpu.log"] if part == "check" else ["gpu.log"])
+
+
+def test_tools_that_are_missing_are_named(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_parts, "tool", lambda name, _: "")
+    monkeypatch.setattr(gpu_parts, "VARIANTS", tmp_path / "variants.py")
+    status, files, log = work("explain", "check", "--only", "test_row_totals")
+    assert status == 1
+    for sentence in (
+        "compute-sanitizer is not here: no memory is checked",
+        "ncu is not here: no counter of a kernel is read",
+        "variants.py is not here: no variant of the kernels is timed",
+    ):
+        assert f"FAILED: {sentence}\n" in log
+    assert "trace.json.gz" in files
+
+
+def test_how_long_a_part_may_take_is_a_variable(work, monkeypatch):
+    monkeypatch.setenv("MEASURE_SECONDS", "100")
+    _, _, log = work("measure")
+    assert "== measure: at most 100 s" in log
+    (seconds,) = re.findall(r"bench\.suite .* --seconds (\d+)", log)
+    assert 10 <= int(seconds) <= 100 - pool.GRACE - gpu_parts.LAST_SECONDS
+
+
+def test_only_some_groups(work):
+    _, _, log = work("check", "--only", "test_kernels 1/|first")
+    assert "2 groups of tests" in log
+
+
+def test_a_file_that_is_too_large_is_said(work, monkeypatch):
+    monkeypatch.setattr(gpu_log, "MOST", 10)
+    status, _, log = work("explain")
+    assert status == 1
+    assert "FAILED: gpu.log is larger than 16 MiB" in log
+
+
+def test_when_it_is_ended_the_log_says_so_and_no_part_begins(work, monkeypatch):
+    monkeypatch.setattr(gpu.Work, "measure", lambda self, seconds: self.on_signal(15, None))
+    status, _, log = work("measure", "explain")
+    assert status == gpu.INTERRUPTED
+    assert "FAILED: measure was interrupted" in log
+    assert "== explain" not in log
+
+
+def test_a_part_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.work(["chekc"])
+    assert "there is no part 'chekc'; there are check, measure, explain" in capsys.readouterr().err
+
+
+def test_the_script_hands_on_what_it_is_given(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" "$OUT"; exit 7\n')
+    python.chmod(0o755)
+    script = [str(ROOT / "bench" / "gpu.sh"), "check", "--only", "a b"]
+    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": "here"}
+    done = subprocess.run(script, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, f"{ROOT}/bench/gpu.py check --only a b here\n")
