@@ -32,7 +32,7 @@ for info in optim_db:
             (i.optimizer_error_input.desc, i.optimizer_error_input.params,
              i.optimizer_error_input.kwargs, i.error_on is OptimizerErrorEnum.STEP_ERROR,
              i.error_type, i.error_regex)
-            for device in {"cpu", sys.argv[1]}
+            for device in sorted({"cpu", sys.argv[1]})
             for i in info.optim_error_inputs_func(device=device, dtype=torch.float32)
         ]
         found[name] = inputs, errors
