@@ -17,7 +17,7 @@ from .layout import Layout
 from .noise import normals, rounding_bits
 from .rebind import Function, rebound
 from .recipe import Recipe
-from .tables import Bucket, Shape, Slot
+from .tables import Bucket, Shape, Slot, sent
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
@@ -31,7 +31,8 @@ def _over(function: Any) -> Any:
 
     def of_both(x: Any, y: Any) -> Any:
         like = x if isinstance(x, Tensor) else y
-        return function(*(torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (x, y)))
+        # Filled on the device: as_tensor would copy the number there, for which the host waits.
+        return function(*(v if isinstance(v, Tensor) else like.new_full((), v) for v in (x, y)))
 
     return of_both
 
@@ -145,7 +146,7 @@ def _runs(slot: Slot, param: Tensor) -> list[tuple[int, int]]:
 
 def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
     """Values of a parameter's elements, in the order in which the other executors walk it."""
-    flat = torch.from_numpy(values).to(param.device)
+    flat = sent(param.device, values)
     return flat.view(param.shape) if bucket.key.inner else flat.as_strided(param.shape, param.stride())
 
 

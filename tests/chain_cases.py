@@ -30,6 +30,11 @@ EVERYTHING = {
 }
 
 
+def decided_alike(backend):
+    """Options by which a GPU decides a step that the host else would: its powers have other last bits."""
+    return {"capturable": True} if backend == "triton" else {}
+
+
 class Pair:
     """One run under two optimizers of a rule: all in the step, and the rule after what is done by hand."""
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import bootstrap
 
 OPTIONAL = ("numba", "scikit-learn", "hypothesis", "expecttest", "pytest-timeout", "pytest-benchmark")
-OPTIONAL += ("accelerate", "pytorch-lightning", "pytest-xdist")
+OPTIONAL += ("accelerate", "pytorch-lightning", "pytest-xdist", "matplotlib")
 SELECTED = {"plain": "not interpreted", "interpreted": "interpreted"}
 NONE_COLLECTED = 5  # pytest's exit code
 
@@ -30,7 +30,9 @@ def work(arguments: list[str]) -> int:
     if lacking:
         print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
     color = ["--color=yes"] if sys.stdout.isatty() else []
-    command = [python, "-m", "pytest", *color, *plugin_options(lacking), *arguments]
+    # A file that cannot be imported is one failure, and keeps no other from running.
+    options = ["--continue-on-collection-errors", *plugin_options(lacking)]
+    command = [python, "-m", "pytest", *color, *options, *arguments]
     spread = (
         [] if "pytest-xdist" in lacking or arguments else ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
     )

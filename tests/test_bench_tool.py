@@ -17,7 +17,6 @@ from fusedcalib.bench import (
     ceilings,
     choose,
     clocks,
-    plot_steps,
     probe,
     rivals,
     schema,
@@ -118,6 +117,8 @@ def test_features_stand_around_any_rule(bench, name):
 
 def test_figure_and_table_are_of_what_was_measured(bench, tmp_path):
     pytest.importorskip("matplotlib")
+    from fusedcalib.bench import plot_steps
+
     code, results = bench("--plot", str(tmp_path / "plot.png"), against="fused,foreach")
     assert code == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

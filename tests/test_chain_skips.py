@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import DEVICE, assert_identical, parameters, snapshot
-from chain_cases import Pair, each_backend, each_run
+from chain_cases import Pair, decided_alike, each_backend, each_run
 
 import fusedcalib
 
@@ -15,7 +15,7 @@ SPOILED = (0, 1, 7, 8, 30)
 @each_run
 def test_skipped_steps_leave_no_trace(rule, backend):
     """Fifty gradients, some not finite, the first two among them: to the bit as if those had not been."""
-    pair = Pair(rule, backend, {"skip_nonfinite": True})
+    pair = Pair(rule, backend, {"skip_nonfinite": True}, decided_alike(backend))
     for step in range(50):
         pair.gradients(spoiled=step in SPOILED)
         before = snapshot(pair.ours)
@@ -43,7 +43,8 @@ def test_a_scaler_is_what_torch_has(rule, backend, fused):
 
     Scales are powers of two, so all of it is exact. With fused=True gradients stay scaled.
     """
-    pair = Pair(rule, backend, {"fused": True} if fused else {}, dtype=torch.float32)
+    options, plain = ({"fused": True}, decided_alike(backend)) if fused else ({}, {})
+    pair = Pair(rule, backend, options, plain, dtype=torch.float32)
     assert pair.ours._step_supports_amp_scaling == fused
     scaler = scaler_of()
     scaler.scale(torch.zeros((), device=DEVICE))  # makes its tensors

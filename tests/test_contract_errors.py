@@ -79,7 +79,9 @@ FAULTS = {
 @each_few
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_step_that_raises_wrote_nothing(ours, fault, started):
+def test_a_step_that_raises_wrote_nothing(ours, backend, fault, started):
+    if fault == "capturable" and backend == "triton":
+        pytest.skip("it can be captured")
     params = parameters()
     optimizer = ours(params)
     for p in params:

@@ -54,6 +54,8 @@ def test_skipped(): pass
 @pytest.mark.skipif("BREAK" not in os.environ, reason="on demand")
 def test_failing(): raise ValueError("seen " + "it")
 """
+# Of one file that cannot be imported the others are run all the same, in both modes.
+BROKEN = "import os\nif 'BREAK' in os.environ: import no_such_module\n"
 
 
 @pytest.mark.parametrize(
@@ -63,11 +65,13 @@ def test_failing(): raise ValueError("seen " + "it")
         ("nvidia", [], "1 passed, 0 failed, 2 skipped"),
         ("", ["-k", "test_interpreted"], "1 passed, 0 failed, 0 skipped"),
         ("", ["tests/test_it.py", "-k", "test_failing"], "0 passed, 1 failed, 0 skipped"),
+        ("", ["-k", "test_plain or test_failing"], "1 passed, 3 failed, 0 skipped"),
     ],
 )
 def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, arguments, line):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
+    (tmp_path / "tests" / "test_broken.py").write_text(BROKEN)
     settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["interpreted"]\n'
     options = 'addopts = "--strict-markers --benchmark-disable -p no:cacheprovider"\n'
     (tmp_path / "pyproject.toml").write_text(settings + options)
@@ -75,7 +79,7 @@ def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, argum
     variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS"):
         variables.pop(name, None)
-    fails = "test_failing" in arguments
+    fails = "test_failing" in " ".join(arguments)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
     monkeypatch.setattr(bootstrap, "gpu", lambda: gpu)

@@ -126,7 +126,10 @@ class Virtual(nn.Module):
         """The output gradient [m, ...], accumulated and times the factor of each place."""
         if runs_fused(grad, self.r) and self._ranks() == 1:
             s = self.settings
-            gain = torch.as_tensor(self._gain(grad), dtype=torch.float32, device=grad.device)
+            gain = self._gain(grad)
+            if not isinstance(gain, Tensor) or gain.is_cpu:  # filled in there: a copy would be waited for
+                gain = torch.full((), float(gain), dtype=torch.float32, device=grad.device)
+            gain = gain.to(grad.device, torch.float32)
             scaled = torch.empty_like(grad)
             launch_virtual(grad, scaled, self.r, gain, s.scale, s.rho, s.eps, self.training)
             torch.autograd.graph.increment_version(self.r)
