@@ -139,8 +139,8 @@ class HostControl:
         self._recipes = work.recipes
         self._demand = work.demand
         self._meshes = meshes_of(work)
-        here = torch.device("cpu")
-        self._report = work.outcome.on(here, norm_dtype(buckets) if work.demand.measure else None)
+        there = buckets[0].key.device if buckets else torch.device("cpu")
+        self._report = work.outcome.on(there, norm_dtype(buckets) if work.demand.measure else None)
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         entries, everyone = entries_of_slots(work), work.state.values()
@@ -158,9 +158,7 @@ class HostControl:
     def refresh(self, asked: Asked) -> None:
         """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
         self._asked = asked
-        if self._expected is not None and self._taken.note() == self._expected:
-            self._found = [(group, fp32(step + 1), *more) for group, step, *more in self._found]
-        else:
+        if self._expected is None or self._taken.note() != self._expected:
             self._found, rows = self._distinct()
             if rows is not self._rows:
                 self._rows = rows
@@ -242,3 +240,4 @@ class HostControl:
             self._product.write(self._new_products[self._rows])
         else:
             self._expected = self._taken.note()
+            self._found = [(group, fp32(step + 1)) for group, step in self._found]

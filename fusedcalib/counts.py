@@ -40,6 +40,16 @@ class Counters:
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self._places: dict[str, dict[int, int]] = {}  # of a view, by its identity
+        self._private: dict[Tensor, dict[str, Any]] = {}
+
+    def private(self, param: Tensor, begins: bool) -> dict[str, Any]:
+        """Counters on a device of a parameter whose state has none: whether its first step has been taken.
+
+        The state has the same keys wherever a step is decided. Where the device leaves steps out only it knows.
+        """
+        if begins:
+            self._private.pop(param, None)
+        return self._private.setdefault(param, {})
 
     def on_host(self, name: str, entries: Entries, everyone: Iterable[dict[str, Any]]) -> tuple[Tensor, Array]:
         """A buffer, and the places in it of the counters of some entries.
@@ -116,18 +126,15 @@ class HostCounts:
 def on_device(
     name: str, entries: Entries, own: Array, device: torch.device, send: Callable[[torch.device, Array], Tensor]
 ) -> list[Tensor]:
-    """The counters of slots, fp32 0-dim there; those that lie elsewhere, and of slots that keep none, move."""
+    """The counters of slots, fp32 0-dim there; those that lie elsewhere move, missing ones begin as `own`."""
     found: list[Any] = [entry.get(name) for entry in entries]
     moved = [i for i, t in enumerate(found) if not _lies_on(t, device)]
     if moved:
-        kept = [i for i in moved if found[i] is not None]
-        values = np.array(own[moved], dtype=np.float32)
-        of_moved = {i: n for n, i in enumerate(moved)}
-        values[[of_moved[i] for i in kept]] = values_of([found[i] for i in kept])
-        for i, view in zip(moved, send(device, values).unbind(), strict=True):
-            found[i] = view
-            if entries[i]:
-                entries[i][name] = view
+        begun = [i for i in moved if found[i] is not None]
+        values = np.array(own, dtype=np.float32)
+        values[begun] = values_of([found[i] for i in begun])
+        for i, view in zip(moved, send(device, values[moved]).unbind(), strict=True):
+            found[i] = entries[i][name] = view
     return found
 
 

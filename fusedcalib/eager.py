@@ -14,10 +14,11 @@ from torch import Tensor
 from .distributed import Place
 from .kernels import stages
 from .layout import Layout
+from .mirror import sent
 from .noise import normals, rounding_bits
 from .rebind import Function, rebound
 from .recipe import Recipe
-from .tables import Bucket, Shape, Slot, sent
+from .tables import Bucket, Shape, Slot
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:

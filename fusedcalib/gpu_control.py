@@ -40,6 +40,9 @@ class DeviceControl:
         self._recipes = work.recipes
         demand = self._demand = work.demand
         entries, name = entries_of_slots(work), product_of(work)
+        for i, (slot, new) in enumerate(zip(work.slots, work.fresh, strict=True)):
+            if not slot.recipe.counts:
+                entries[i] = work.counters.private(slot.param, new)
         begin, most = begun(work)
         ones = np.ones_like(begin)
         steps = on_device("step", entries, begin, device, sent)

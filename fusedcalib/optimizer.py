@@ -381,8 +381,7 @@ class FusedOptimizer(Optimizer):
     def _compiled(self, recipes: list[Recipe], on_device: bool, tentative: bool) -> list[Recipe]:
         """What is compiled for each group; the same objects where it is the same as before."""
         made = [
-            replace(r, flags=r.flags._replace(skips=on_device and tentative), tentative=tentative)
-            for r in merged(recipes)
+            replace(r, flags=r.flags._replace(skips=on_device and tentative)) for r in merged(recipes)
         ]
         params = [id(p) for group in self.param_groups for p in group["params"]]
         if made != self._last_compiled or params != self._last_params:  # noise goes by place and name

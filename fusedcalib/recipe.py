@@ -65,7 +65,6 @@ class Recipe:
     flags: Flags
     min_ndim: int = 2  # fewest dimensions of a tensor that is centred
     seed: int = 0  # of the noise; not compiled, but a plan is made for one
-    tentative: bool = False  # a step may be left out; not compiled
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -79,8 +78,8 @@ class Recipe:
 
     @property
     def counts(self) -> bool:
-        """Whether a parameter's state has its steps: the rule wants them, or chance, or none may be taken."""
-        return self.rule.counts or self.flags.random or self.tentative
+        """Whether a parameter's state has its steps: the rule wants them, or chance."""
+        return self.rule.counts or self.flags.random
 
     def for_tensor(self, ndim: int, columns: int) -> Recipe:
         """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""

@@ -242,3 +242,21 @@ def test_a_step_that_is_not_ready_is_not_captured(backend):
             opt.step()
         with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
             opt.step()
+
+
+@each({name: RULES[name] for name in ("SGD", "Lion", "AdamW")})
+def test_states_have_the_same_keys_wherever_a_step_is_decided(rule, backend):
+    """A count that only tells whether a first step has been taken stays out of checkpoints, as torch's."""
+    runs = Runs(rule, backend, skip_nonfinite=True)
+    runs.step()
+    for p, q in zip(runs.params, runs.others, strict=True):
+        assert runs.ours.state[p].keys() == runs.theirs.state[q].keys()
+
+
+def test_a_first_step_that_is_left_out_is_not_counted(backend):
+    """Nor by a plan that is laid out between: the first one that is taken is not dampened."""
+    runs = Runs(RULES["SGD"], backend, skip_nonfinite=True, momentum=0.9, dampening=0.5)
+    runs.gradients()
+    runs.params[0].grad[0, 0] = math.nan
+    runs.ours.step()
+    runs.step(missing=(1,)).step().check()
