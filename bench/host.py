@@ -1,8 +1,8 @@
 """Host time of a step: what Python and the launches cost when the arithmetic costs next to nothing.
 
 On a GPU the step is queued behind a sleeping kernel, so that it returns without waiting. On a CPU
-the arithmetic cannot be left out, so the tensors have one element each; `work_us` is fusedcalib's step without
-its loops, which is all of its host work but the launches, and is compared with torch's whole fused step.
+the arithmetic cannot be left out, so the tensors have one element each; `work_us` is fusedcalib's step
+without its loops, which is all of its host work but the launches, beside torch's whole fused step.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
     """Time `step` after an untimed `turn`, less what its compiled loops take."""
 
     def sample() -> float:
-        from fusedcalib import cpu
+        import fusedcalib.cpu
 
+        cpu: Any = fusedcalib.cpu
         turn()
         on_threads, spent = cpu.on_threads, 0.0
 

@@ -125,7 +125,9 @@ def host_times(data: Results) -> list[str]:
             if row["name"] == "own_plain" and ratio:
                 work = row.get("work_to")
                 of_which = f", {work['median']:.2f} without its loops: all that Python does" if work else ""
-                lines.append(f"- gradients {case['variant']}: {ratio['median']:.2f} of torch's fused step{of_which}")
+                lines.append(
+                    f"- gradients {case['variant']}: {ratio['median']:.2f} of torch's fused step{of_which}"
+                )
     return ["A step over 1000 tensors of one element each:\n\n" + "\n".join(lines)] if lines else []
 
 

@@ -1,4 +1,4 @@
-"""What the param groups of an optimizer ask for, looked at again only where one of their values is another."""
+"""What the param groups of an optimizer ask for, looked at again only where a value is another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ class Asked:
 
     Args:
         rule: the optimizer's.
-        check: raises where a group cannot be stepped with its options.
 
     Attributes:
         groups: the param groups.
@@ -26,9 +25,9 @@ class Asked:
         versions: of each group, which changes with its values.
     """
 
-    def __init__(self, rule: Rule, check: Callable[[dict[str, Any]], None]) -> None:
-        self._rule, self._check = rule, check
-        self._seen: list[_Seen | None] = []
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._seen: list[_Seen] = []
         self._scaling: tuple[bool, bool] | None = None
         self.groups: Sequence[dict[str, Any]] = []
         self.recipes: list[Recipe] = []
@@ -36,34 +35,42 @@ class Asked:
         self.versions: list[int] = []
 
     def look(
-        self, groups: Sequence[dict[str, Any]], grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        groups: Sequence[dict[str, Any]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        check: Callable[[dict[str, Any]], None],
     ) -> Asked:
-        """Brings it up to date. An option that cannot be raises, and is asked for again at the next step."""
-        seen = self._seen if len(self._seen) == len(groups) else [None] * len(groups)
-        changed = [
-            i for i, (group, s) in enumerate(zip(groups, seen, strict=True)) if s is None or not s.holds(group)
-        ]
+        """Brings it up to date.
+
+        Args:
+            groups: the param groups.
+            grad_scale, found_inf: what a GradScaler hands over.
+            check: raises where a group cannot be stepped with its options; then asked again the next time.
+        """
+        known = len(self._seen) == len(groups)
+        changed = [i for i, group in enumerate(groups) if not (known and self._seen[i].holds(group))]
         scaling = (grad_scale is None, found_inf is None)
         if not changed and scaling == self._scaling:
             return self
         self._scaling = None  # until all of it is known
         for i in changed:
-            self._check(groups[i])
+            check(groups[i])
         demand = demand_of(groups, grad_scale, found_inf)
-        again = changed if seen is self._seen and demand == self.demand else range(len(groups))
-        recipes = self.recipes if seen is self._seen else [None] * len(groups)
-        recipes = [*recipes]
-        for i in again:
-            recipes[i] = recipe_of(self._rule, groups[i], demand)
+        kept = {} if not known or demand != self.demand else dict(enumerate(self.recipes))
+        for i in changed:
+            kept.pop(i, None)
+        recipes = [kept.get(i) or recipe_of(self._rule, group, demand) for i, group in enumerate(groups)]
         if recipes != self.recipes:
             self.recipes = recipes
-        if seen is not self._seen:
-            self._seen, self.versions = seen, [0] * len(groups)
-        for i in changed:
-            self._seen[i] = _Seen(groups[i])
-            self.versions[i] += 1
+        self._seen = [_Seen(group) if i in changed else self._seen[i] for i, group in enumerate(groups)]
+        versions = self.versions if known else [max(self.versions, default=0)] * len(groups)
+        self.versions = [version + (i in changed) for i, version in enumerate(versions)]
         self.groups, self.demand, self._scaling = groups, demand, scaling
         return self
+
+
+NAMES = ("params", "param_names")  # keys of a group whose lists are not options
 
 
 class _Seen:
@@ -72,13 +79,16 @@ class _Seen:
     def __init__(self, group: dict[str, Any]) -> None:
         self._keys, self._values = [*group], [*group.values()]
         noise = group.get("noise")
-        self._noise = {**noise} if isinstance(noise, dict) else noise
+        self._noise = {**noise} if isinstance(noise, dict) else None
         self._lists = [
             (value, tuple(value))
             for key, value in group.items()
-            if isinstance(value, list) and key not in ("params", "param_names")
+            if isinstance(value, list) and key not in NAMES
         ]
-        numbers = [*self._values, *(x for v in self._values if isinstance(v, (tuple, list)) and v is not group["params"] for x in v)]
+        tuples = [
+            value for key, value in group.items() if isinstance(value, (tuple, list)) and key not in NAMES
+        ]
+        numbers = [*self._values, *(x for value in tuples for x in value), *(self._noise or {}).values()]
         # A tensor on the host may change where it lies.
         self._steady = not any(isinstance(x, Tensor) and not is_remote(x) for x in numbers)
 
@@ -88,6 +98,6 @@ class _Seen:
             self._steady
             and [*group] == self._keys
             and all(map(is_, group.values(), self._values))
-            and group.get("noise") == self._noise
+            and (self._noise is None or group["noise"] == self._noise)
             and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in self._lists)
         )

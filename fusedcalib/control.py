@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def entries_of_slots(work: Work) -> list[dict[str, Any]]:
 
 
 def begun(work: Work) -> tuple[Array, Array]:
-    """Of slots that keep no count: how many steps are taken, of which only the first is told; where it ends."""
+    """Steps taken by slots that keep no count, of which only the first is told; where counting ends."""
     taken = np.array([float(not new) for new in work.fresh], dtype=np.float32)
     most = np.array([math.inf if slot.recipe.counts else 1.0 for slot in work.slots], dtype=np.float32)
     return taken, most
@@ -140,7 +141,9 @@ class HostControl:
         self._demand = work.demand
         self._meshes = meshes_of(work)
         there = buckets[0].key.device if buckets else torch.device("cpu")
-        self._report = work.outcome.on(there, norm_dtype(buckets) if work.demand.measure else None)
+        self._report_on = partial(
+            work.outcome.on, there, norm_dtype(buckets) if work.demand.measure else None
+        )
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         entries, everyone = entries_of_slots(work), work.state.values()
@@ -158,6 +161,7 @@ class HostControl:
     def refresh(self, asked: Asked) -> None:
         """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
         self._asked = asked
+        self._report = self._report_on()  # another plan may have reported last
         if self._expected is None or self._taken.note() != self._expected:
             self._found, rows = self._distinct()
             if rows is not self._rows:

@@ -1,8 +1,8 @@
 """Counts of steps, and running products: 0-dim states of parameters, for every plan of an optimizer at once.
 
 Each `state["step"]` is a 0-dim tensor of its own, as torch.optim's. On the host all are views of one buffer:
-counting a step is one addition whatever the number of parameters. On a device a kernel finds each by its address:
-one that lies there already stays where it is, so that captured graphs go on counting it.
+counting a step is one addition whatever the number of parameters. On a device a kernel finds each by its
+address: one that lies there already stays where it is, so that captured graphs go on counting it.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ class Counters:
     def private(self, param: Tensor, begins: bool) -> dict[str, Any]:
         """Counters on a device of a parameter whose state has none: whether its first step has been taken.
 
-        The state has the same keys wherever a step is decided. Where the device leaves steps out only it knows.
+        The state has the same keys wherever a step is decided. Where the device leaves one out, only it knows.
         """
         if begins:
             self._private.pop(param, None)
         return self._private.setdefault(param, {})
 
-    def on_host(self, name: str, entries: Entries, everyone: Iterable[dict[str, Any]]) -> tuple[Tensor, Array]:
+    def on_host(
+        self, name: str, entries: Entries, everyone: Iterable[dict[str, Any]]
+    ) -> tuple[Tensor, Array]:
         """A buffer, and the places in it of the counters of some entries.
 
         Where one lies elsewhere, as after loading, those of all entries move into a new buffer.
@@ -124,7 +126,11 @@ class HostCounts:
 
 
 def on_device(
-    name: str, entries: Entries, own: Array, device: torch.device, send: Callable[[torch.device, Array], Tensor]
+    name: str,
+    entries: Entries,
+    own: Array,
+    device: torch.device,
+    send: Callable[[torch.device, Array], Tensor],
 ) -> list[Tensor]:
     """The counters of slots, fp32 0-dim there; those that lie elsewhere move, missing ones begin as `own`."""
     found: list[Any] = [entry.get(name) for entry in entries]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -148,12 +149,13 @@ def _named(bucket: Bucket, part: str) -> str:
     return "partial" if bucket.key.split and part == "step" else part
 
 
-def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Function:
+def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Any:
     """The compiled loop, looked up once for a bucket."""
     cache, key = bucket.cache, bucket.key
     if (recipe, part) not in cache:
         shape = (key.dtypes, bucket.compute, bucket.shared.count, key.inner)
-        cache[recipe, part] = kernel_for(recipe, *shape, key.factored, part).ctypes
+        compiled: Any = kernel_for(recipe, *shape, key.factored, part)
+        cache[recipe, part] = compiled.ctypes
     return cache[recipe, part]
 
 

@@ -94,7 +94,9 @@ class Together:
         self._residents = [resident_of(bucket) for bucket in buckets]
         # Each begins at a multiple of 16 bytes, or other kernels would be compiled for it.
         ends = np.cumsum([len(bucket.slots) + len(bucket.slots) % 2 for bucket in buckets])
-        self._places = [slice(end - len(b.slots) - len(b.slots) % 2, end) for end, b in zip(ends, buckets, strict=True)]
+        self._places = [
+            slice(end - len(b.slots) - len(b.slots) % 2, end) for end, b in zip(ends, buckets, strict=True)
+        ]
         self._gradients = Mirror(self._device, np.zeros(ends[-1], dtype=np.int64))
         self._own = [self._gradients.tensor[place] for place in self._places]
         self._scalars: dict[torch.dtype, Mirror] = {}
@@ -129,7 +131,7 @@ class Together:
             resident.gradients = part
 
     def _scalars_of(self, bucket: Bucket) -> Tensor | tuple[float, ...]:
-        """Those of a bucket: on the device; or numbers, which need no copy, where all its slots have one row."""
+        """Those of a bucket: on the device; or numbers, which need no copy, where its slots have one row."""
         shared, compute = bucket.shared, bucket.compute
         if compute in shared.resident:  # the step is decided there
             return shared.resident[compute]

@@ -7,6 +7,7 @@ of a step are computed by the launch that measures the gradients, or by one prog
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,9 @@ class DeviceControl:
         history = [np.array([slot.group for slot in work.slots]), work.kin, values_of(steps)]
         if name:
             history.append(values_of(products))
-        found, example, used = np.unique(np.stack(history, axis=1), axis=0, return_index=True, return_inverse=True)
+        found, example, used = np.unique(
+            np.stack(history, axis=1), axis=0, return_index=True, return_inverse=True
+        )
         self._group_rows = {int(g): np.flatnonzero(found[:, 0] == g) for g in np.unique(found[:, 0])}
         self._versions: dict[int, int] = {}
         rows = self._rows = used.reshape(-1)
@@ -90,8 +93,8 @@ class DeviceControl:
         )
         self._counters = (steps, products)  # whose addresses these are
         rows_of = scalars.resident.get
-        report = work.outcome.on(device, norm_dtype(buckets) if demand.measure else None)
-        self._after = (report, rows_of(torch.float32), rows_of(torch.float64))
+        self._report_on = partial(work.outcome.on, device, norm_dtype(buckets) if demand.measure else None)
+        self._after = (self._report_on(), rows_of(torch.float32), rows_of(torch.float64))
         self._decision = launch.Decision(self._tape.code, self._tape.outputs, leaves, demand.check)
         self._launches: list[launch.Launch] = []
         self._read: tuple[Any, ...] = ()  # what launches read that may be another at the next step
@@ -99,6 +102,7 @@ class DeviceControl:
 
     def refresh(self, asked: Asked) -> None:
         """Hands over the options of the groups where they changed."""
+        self._report_on()  # another plan may have reported last
         changed = [g for g in self._group_rows if self._versions.get(g) != asked.versions[g]]
         if changed:
             values = self._options.host.copy()
@@ -145,7 +149,15 @@ class DeviceControl:
         """What `decide` of kernels/control.py reads and writes."""
         options, grad_scale, found_inf = read[:3]
         numbers = options.view(torch.float64)[: self._split]
-        return (self._sizes, numbers, options[self._split :], *self._of_slots, grad_scale, found_inf, *self._after)
+        return (
+            self._sizes,
+            numbers,
+            options[self._split :],
+            *self._of_slots,
+            grad_scale,
+            found_inf,
+            *self._after,
+        )
 
     def _made(self, read: tuple[Any, ...]) -> list[launch.Launch]:
         """The launches of a step that come before it."""

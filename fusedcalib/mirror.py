@@ -15,7 +15,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+
+def _event() -> Any:
+    cuda: Any = torch.cuda
+    return cuda.Event()
 
 
 def sent(device: torch.device, values: Array) -> Tensor:
@@ -29,8 +35,8 @@ def sent(device: torch.device, values: Array) -> Tensor:
 class Streams:
     """Tells the allocator which streams read a plan's tensors.
 
-    Memory goes back to the stream on which it was taken. Without this a plan that is dropped would give it away
-    while a step on another stream still reads it.
+    Memory goes back to the stream on which it was taken. Without this a plan that is dropped would give it
+    away while a step on another stream still reads it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,9 +59,9 @@ class Mirror:
     """An array's copy on a device, at one address for good.
 
     Copies are queued behind the work of the current stream, from pinned buffers that take turns: the host
-    neither waits nor allocates. What a captured graph reads is its own: a copy that is made anew at each replay,
-    into memory that no later step writes. Memory for that is taken beforehand, for none may be while a graph
-    is captured.
+    neither waits nor allocates. What a captured graph reads is its own: a copy that is made anew at each
+    replay, into memory that no later step writes. That memory is taken beforehand, for none may be while a
+    graph is captured.
 
     Attributes:
         host: what lies on the device, or is on its way there.
@@ -65,7 +71,9 @@ class Mirror:
     def __init__(self, device: torch.device, values: Array) -> None:
         self.host = np.array(values)
         self.tensor = self._empty(device)
-        self._ring: deque[tuple[Tensor, Array, Any]] = deque()  # a buffer, its view, what says when it is free
+        self._ring: deque[tuple[Tensor, Array, Any]] = (
+            deque()
+        )  # a buffer, its view, what says when it is free
         self._spare: tuple[Tensor, Tensor] | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
         self._send()
@@ -88,7 +96,7 @@ class Mirror:
             buffer, view, copied = self._ring.popleft()
         else:  # as at first, and where the device is far behind
             buffer = self._empty(torch.device("cpu"), pin_memory=True)
-            view, copied = buffer.numpy(), torch.cuda.Event()
+            view, copied = buffer.numpy(), _event()
         np.copyto(view, self.host)
         self.tensor.copy_(buffer, non_blocking=True)
         copied.record(torch.cuda.current_stream(self.tensor.device))

@@ -106,8 +106,8 @@ def as_dict(noise: Noise | Mapping[str, Any] | None) -> dict[str, Any]:
     for name, value in options.items():
         if is_remote(value):
             raise ValueError(
-                f"Invalid {name} of {type(noise).__name__}: a tensor on {value.device}, expected a Python number: "
-                "unlike hyperparameters those of a noise cannot lie on a device"
+                f"Invalid {name} of {type(noise).__name__}: a tensor on {value.device}, expected a Python "
+                "number: unlike hyperparameters those of a noise cannot lie on a device"
             )
         options[name] = value = number_of(value)
         if not 0 <= value < math.inf:

@@ -25,8 +25,8 @@ from .noise import words_for
 from .plan import Plan
 from .recipe import Recipe, Rule, merged
 from .row_factors import row_factors_of
-from .states import Versions, make_state, state_dtype, states_of
 from .shelf import Shelf
+from .states import Versions, make_state, state_dtype, states_of
 from .tables import Array, Executor, Laid, Slot
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class FusedOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drops all that is not groups and state."""
         self._drop_plans()
-        self._asked = Asked(self.rule, self._check)
+        self._asked = Asked(self.rule)
         self._counters = Counters()
         self._before: dict[Tensor, dict[str, Any]] | None = None  # the state, where it was made for the plan
         self._captured: list[Any] = []  # what graphs go on reading
@@ -247,7 +247,7 @@ class FusedOptimizer(Optimizer):
         """All host work of a step but the launches."""
         if self._swapped:
             raise RuntimeError("step() within ema_weights(): the parameters are averages; leave it first")
-        asked = self._asked.look(self.param_groups, *self._scaling())
+        asked = self._asked.look(self.param_groups, *self._scaling(), self._check)
         captured = capturing()
         for param in self._misplaced:
             redistribute_gradient(param)
@@ -359,7 +359,9 @@ class FusedOptimizer(Optimizer):
                 fresh.append(make_state(self.state, self._versions, param, recipe, self.param_groups[group]))
                 states = states_of(self.state, param, recipe)
                 place = place_of(param) if is_spread(param) else None
-                slot = Slot(param, states, group, recipe, executor, words.get(param, (0, 0, 0)), place, factor)
+                slot = Slot(
+                    param, states, group, recipe, executor, words.get(param, (0, 0, 0)), place, factor
+                )
             slots.append(slot)
         work = Work(
             slots,
@@ -380,9 +382,7 @@ class FusedOptimizer(Optimizer):
 
     def _compiled(self, recipes: list[Recipe], on_device: bool, tentative: bool) -> list[Recipe]:
         """What is compiled for each group; the same objects where it is the same as before."""
-        made = [
-            replace(r, flags=r.flags._replace(skips=on_device and tentative)) for r in merged(recipes)
-        ]
+        made = [replace(r, flags=r.flags._replace(skips=on_device and tentative)) for r in merged(recipes)]
         params = [id(p) for group in self.param_groups for p in group["params"]]
         if made != self._last_compiled or params != self._last_params:  # noise goes by place and name
             self._last_compiled, self._last_params, self._shelf = made, params, Shelf()
@@ -400,13 +400,15 @@ class FusedOptimizer(Optimizer):
             self._plans = [plan for plan in self._plans if not plan.parted_by(here)]
             if any(isinstance(plan, Plan) and plan.parted_by(here) for plan in self._captured):
                 warnings.warn(
-                    f"{type(self).__name__}: a CUDA graph has captured a step of parameters of which this step "
-                    "leaves some out: the graph counts them as one, and replays would go on with wrong numbers; "
-                    "capture it again, after a step of each set of parameters",
+                    f"{type(self).__name__}: a CUDA graph has captured a step of parameters of which this "
+                    "one leaves some out: the graph counts them as one, and replays would go on with wrong "
+                    "numbers; capture it again, after a step of each set of parameters",
                     stacklevel=2,
                 )
         self._live_sets = known
-        return np.unique(np.stack(known), axis=1, return_inverse=True)[1].reshape(-1)[mask]
+        kinds = np.unique(np.stack(known), axis=1, return_inverse=True)[1].reshape(-1)
+        of_live: Array = kinds[mask]
+        return of_live
 
     def _factors(self, param: Tensor) -> Tensor | None:
         """Of the rows of its gradient, to be multiplied here."""

@@ -1,12 +1,13 @@
 """Where many tensors lie, and how, read in a few NumPy operations instead of asked of each.
 
-`t.data_ptr()` follows pointers: from Python's object to the tensor, from that to its storage, from that to the
-data; shapes, strides, dtype, device and the dispatch keys stand in the tensor. Here all of it is read for all
-tensors at once and compared with what it was. Where it stands in the objects is found by looking for values that
-Python tells (`_cdata`, `data_ptr()`, `stride()`), once in a process, and what is read of each tensor is compared
-with what Python says of it before it is relied on. Nothing is read that may be gone: a pointer is followed only
-while it is the one that an object holds which is known to live. Where anything is not as expected (another Python,
-another layout of torch's objects) there is no such shortcut, and each tensor is asked.
+`t.data_ptr()` follows pointers: from Python's object to the tensor, from that to its storage, from that to
+the data; shapes, strides, dtype, device and dispatch keys stand in the tensor. Here all of it is read for all
+tensors at once and compared with what it was. Where it stands in the objects is found by looking for values
+that Python tells (`_cdata`, `data_ptr()`, `stride()`), once in a process; and what is read of each tensor is
+compared with what Python says of it before it is relied on. Nothing is read that may be gone: a pointer is
+followed only while it is the one that an object holds which is known to live. Where anything is not as
+expected (another Python, another layout of torch's objects) there is no such shortcut, and each tensor is
+asked.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Offsets(NamedTuple):
     data: int  # in the storage
     grad: int  # in what autograd keeps
 
-    # In a tensor, before its storage offset: how many dimensions, five sizes, five strides; after it: the number
-    # of elements, dtype and device, dispatch keys.
+    # In a tensor, before its storage offset: how many dimensions, five sizes, five strides; after it: the
+    # number of elements, dtype and device, dispatch keys.
     @property
     def sizes(self) -> int:
         return self.first - 8 * 2 * INLINE
@@ -65,7 +66,8 @@ def _memory() -> Array:
 
 
 def _read(addresses: Array) -> Array:
-    return _memory()[(addresses - 8) >> 3]
+    words: Array = _memory()[(addresses - 8) >> 3]
+    return words
 
 
 @cache
@@ -125,7 +127,7 @@ def _place(base: int, wanted: int, places: range) -> int:
 
 
 class Kinds:
-    """Words of tensors that tell how they are laid out: class, sizes, strides, dtype, device and dispatch keys."""
+    """Words of tensors that tell how they are laid out: class, sizes, strides, dtype, device, dispatch keys."""
 
     def __init__(self, ndims: Sequence[int], at: Offsets) -> None:
         self._at = at
@@ -153,7 +155,7 @@ class Kinds:
 
 @cache
 def _words_of(ndim: int, at: Offsets) -> Array:
-    """Bytes from the beginning of a tensor to word -1 of each: so many dimensions, sizes, strides; class, keys."""
+    """Bytes from a tensor to what it says: how many dimensions, sizes, strides, class, keys; each less 8."""
     sizes, strides = (range(first, first + 8 * ndim, 8) for first in (at.sizes, at.strides))
     return np.array([at.sizes - 8, *sizes, *strides, 0, at.keys], dtype=np.int64) - 8
 
@@ -248,8 +250,9 @@ class Reading:
         storages = memory[(impls + self._at.storage - 8) >> 3]
         if not storages.all():
             return None
-        data: Array = memory[(storages + self._at.data - 8) >> 3]
-        return data + self._grad_sizes * memory[(impls + self._at.first - 8) >> 3]
+        data = memory[(storages + self._at.data - 8) >> 3]
+        pointers: Array = data + self._grad_sizes * memory[(impls + self._at.first - 8) >> 3]
+        return pointers
 
 
 class Versions:

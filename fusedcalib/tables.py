@@ -194,7 +194,7 @@ class Laid(NamedTuple):
         key: what it has in common with the others; None where it has no element.
         row: of the table.
         tiles: of the list, those of slot 0.
-        alignable: whether all its tensors but the gradient are aligned; while that is not, neither is the slot.
+        alignable: whether all its tensors but the gradient are aligned; it is aligned where that is, too.
     """
 
     slot: Slot
@@ -237,7 +237,9 @@ def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
         totals is not None,
         slot.factors is not None,
     )
-    return Laid(slot, key, _row(slot, tensors, layout, shape, place, totals), _tiles(layout, shape), alignable)
+    return Laid(
+        slot, key, _row(slot, tensors, layout, shape, place, totals), _tiles(layout, shape), alignable
+    )
 
 
 def build_buckets(

@@ -39,9 +39,7 @@ class Launch:
         constants: compile-time arguments and options, by name.
     """
 
-    def __init__(
-        self, kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]
-    ) -> None:
+    def __init__(self, kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
         self._kernel, self._grid, self._constants = kernel, (programs, 1, 1), constants
         self._args = list(args)
         self._passed = [_passed(value) for value in args]

@@ -174,7 +174,17 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
 
 
 def norm_launch(
-    table, grads, tiles, share, partials, done, control, spec: Spec, decision: Decision, decide: bool, backend: str
+    table,
+    grads,
+    tiles,
+    share,
+    partials,
+    done,
+    control,
+    spec: Spec,
+    decision: Decision,
+    decide: bool,
+    backend: str,
 ) -> Launch:
     """Measures the gradients of a list; of all such launches the last program decides: see control.py.
 

@@ -56,7 +56,21 @@ def step_kernel(
                 mean = mean_of_ranks(row, r, COMPUTE, len(DTYPES))
             else:
                 total = sum_of_loop(
-                    row, grad, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
+                    row,
+                    grad,
+                    r,
+                    lane,
+                    columns,
+                    h,
+                    RULE,
+                    FLAGS,
+                    DTYPES,
+                    COMPUTE,
+                    D,
+                    QUADS,
+                    VECTOR,
+                    FACTORED,
+                    C,
                 )
                 mean = divide(total, columns.to(COMPUTE))
         squares = tl.zeros([1, C], COMPUTE)

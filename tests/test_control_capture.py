@@ -38,7 +38,9 @@ class Graph:
                 patch.setattr(module, "capturing", lambda: True)
             patch.setattr(direct.Launch, "__call__", lambda launch: self._note(launch))
             captured = Mirror.captured
-            patch.setattr(Mirror, "captured", lambda mirror, values: self._note_copy(captured(mirror, values), mirror))
+            patch.setattr(
+                Mirror, "captured", lambda mirror, values: self._note_copy(captured(mirror, values), mirror)
+            )
             step()
         return self
 

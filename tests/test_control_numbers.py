@@ -1,4 +1,4 @@
-"""Hyperparameters that are tensors on the GPU: every number of every rule, read there and never by the host."""
+"""Hyperparameters that are tensors on the GPU: every number of every rule is read there, not by the host."""
 
 import sys
 from dataclasses import fields
@@ -34,7 +34,9 @@ def numbers_of(rule):
 
 ALL = [
     (rule, name, value)
-    for rule in {type(r.ours([torch.nn.Parameter(torch.zeros(1))])).__name__: r for r in RULES.values()}.values()
+    for rule in {
+        type(r.ours([torch.nn.Parameter(torch.zeros(1))])).__name__: r for r in RULES.values()
+    }.values()
     for name, value in numbers_of(rule)
 ]
 
@@ -56,11 +58,13 @@ class NoAnswers(TorchDispatchMode):
 
 @pytest.fixture
 def remote(monkeypatch):
-    """`remote(x)`: a tensor that the host may not read, where there is no GPU; it has to ask the package's own."""
+    """`remote(x)`: a tensor that the host may not read; where there is no GPU, by the package's own word."""
     marked = []
 
     def is_remote(value):
-        return any(value is t for t in marked) or (isinstance(value, torch.Tensor) and value.device.type != "cpu")
+        return any(value is t for t in marked) or (
+            isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        )
 
     for name, module in list(sys.modules.items()):
         if name.startswith("fusedcalib") and hasattr(module, "is_remote"):
@@ -90,14 +94,19 @@ def test_every_number_is_read_on_the_device(rule, name, value, backend, remote):
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     options = {**rule.options, "capturable": True}
     on_device = remote(value)
-    ours, theirs = rule.ours(params, backend=backend, **options), rule.ours(others, backend=backend, **options)
+    ours, theirs = (
+        rule.ours(params, backend=backend, **options),
+        rule.ours(others, backend=backend, **options),
+    )
     ours.param_groups[0][name], theirs.param_groups[0][name] = on_device, value
     for step, by in enumerate((1.0, 0.75, 0.5)):
         for p, q in zip(params, others, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         theirs.param_groups[0][name] = changed(value, by)
-        for t, x in zip(*((v if isinstance(v, tuple) else (v,)) for v in (on_device, changed(value, by))), strict=True):
+        for t, x in zip(
+            *((v if isinstance(v, tuple) else (v,)) for v in (on_device, changed(value, by))), strict=True
+        ):
             t.fill_(x)
         if step and DEVICE == "cpu":
             with NoAnswers():

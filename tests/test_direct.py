@@ -1,4 +1,4 @@
-"""Launches called directly: Triton's own objects, from a compiled kernel to its launcher, on a machine that is none.
+"""Launches called directly: Triton's own objects, from a compiled kernel to its launcher, without a GPU.
 
 A stand-in driver answers for an H100. It notes what would be launched, and with what.
 """
@@ -241,7 +241,9 @@ def test_moved_gradients_are_one_array(stand_in):
     assert sent == [together._gradients]
     for bucket in plan.buckets:
         resident = bucket.cache["resident"]
-        assert resident.gradients[: len(bucket.slots)].tolist() == [s.param.grad.data_ptr() for s in bucket.slots]
+        assert resident.gradients[: len(bucket.slots)].tolist() == [
+            s.param.grad.data_ptr() for s in bucket.slots
+        ]
     optimizer.step()
     assert len(sent) == 1
 
@@ -253,7 +255,11 @@ def test_options_that_change_leave_unchanged_groups_alone(stand_in, monkeypatch)
     optimizer.step()
     asked = []
     leaves_of = gpu_control.leaves_of
-    monkeypatch.setattr(gpu_control, "leaves_of", lambda tape, recipe, group: (asked.append(group), leaves_of(tape, recipe, group))[1])
+    monkeypatch.setattr(
+        gpu_control,
+        "leaves_of",
+        lambda tape, recipe, group: (asked.append(group), leaves_of(tape, recipe, group))[1],
+    )
     optimizer.step()
     assert not asked
     optimizer.param_groups[1]["lr"] = 0.5

@@ -138,7 +138,9 @@ def test_a_step_that_fails_before_its_first_launch_leaves_no_state(ours, monkeyp
         with pytest.raises(MemoryError):
             opt.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    assert {p: entry.keys() for p, entry in opt.state.items()} == {p: entry.keys() for p, entry in kept.items()}
+    assert {p: entry.keys() for p, entry in opt.state.items()} == {
+        p: entry.keys() for p, entry in kept.items()
+    }
     opt.step()
 
 

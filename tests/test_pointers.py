@@ -1,4 +1,4 @@
-"""Tensors read in bulk from memory: whatever changes of one is seen, and where that cannot be, each is asked."""
+"""Tensors read in bulk from memory: whatever changes is seen; where that cannot be, each is asked."""
 
 import copy
 import gc
@@ -183,7 +183,9 @@ def test_both_ways_see_the_same(bulk, monkeypatch):
         lambda: setattr(params[1], "grad", torch.randn(5)),
         lambda: [setattr(p, "data", p.data.clone()) for p in params],
         lambda: opt.state[params[0]].update(exp_avg=opt.state[params[0]]["exp_avg"].clone()),
-        lambda: setattr(opt.state[params[2]]["exp_avg"], "data", opt.state[params[2]]["exp_avg"].data.clone()),
+        lambda: setattr(
+            opt.state[params[2]]["exp_avg"], "data", opt.state[params[2]]["exp_avg"].data.clone()
+        ),
         lambda: setattr(params[0], "grad", torch.randn(4, 3, requires_grad=True)),
         lambda: opt.load_state_dict(copy.deepcopy(theirs.state_dict())),
     ):
