@@ -45,7 +45,7 @@ class Counters:
     def private(self, param: Tensor, begins: bool) -> dict[str, Any]:
         """Counters on a device of a parameter whose state has none: whether its first step has been taken.
 
-        The state has the same keys wherever a step is decided. Where the device leaves one out, only it knows.
+        The state has the same keys wherever a step is decided. Of one left out only the device knows.
         """
         if begins:
             self._private.pop(param, None)

@@ -103,8 +103,8 @@ class Plan:
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> int:
         """Steps everything, or nothing; returns the number of kernel launches.
 
-        Whatever can fail (memory, compiling, loading) comes before the first launch. If one is interrupted all
-        the same, as by Ctrl-C, the plan must not be used again.
+        Whatever can fail (memory, compiling, loading) comes before the first launch. If one is interrupted
+        all the same, as by Ctrl-C, the plan must not be used again.
 
         Args:
             grad_scale: by which the gradients are too large.

@@ -127,7 +127,7 @@ def _place(base: int, wanted: int, places: range) -> int:
 
 
 class Kinds:
-    """Words of tensors that tell how they are laid out: class, sizes, strides, dtype, device, dispatch keys."""
+    """Words of tensors that tell how they are laid out: class, sizes, strides, dtype, device, keys."""
 
     def __init__(self, ndims: Sequence[int], at: Offsets) -> None:
         self._at = at

@@ -1,10 +1,11 @@
 """Whether a plan still describes what it was made from.
 
-Asked at every step, so read in bulk (pointers.py), or asked by Python's C loops. A plan holds addresses. Between two steps a gradient may be reallocated, `.data` replaced, a state loaded
-or edited, a parameter exchanged. Each is seen here: nothing is ever stepped through a stale address.
-Not seen where tensors cannot be read in bulk: one gradient object, kept over two steps at one address, that is
-given another shape or strides in place (`p.grad.t_()`), or whose parameter is (`p.data = p.data.t()`); asking
-every tensor for those at every step would double the cost of the watch.
+Asked at every step, so read in bulk (pointers.py), or by Python's C loops. A plan holds addresses. Between
+two steps a gradient may be reallocated, `.data` replaced, a state loaded or edited, a parameter exchanged.
+Each is seen here: nothing is ever stepped through a stale address. Not seen where tensors cannot be read in
+bulk: one gradient object, kept over two steps at one address, that is given another shape or strides in
+place (`p.grad.t_()`), or whose parameter is (`p.data = p.data.t()`); asking every tensor for those at every
+step would double the cost of the watch.
 """
 
 from __future__ import annotations
