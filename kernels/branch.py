@@ -6,6 +6,7 @@ column of `numbers` and `sources` that has its learning rate.
 """
 
 from .control import leaf
+from .direct import Launch
 from .language import jit, tl
 from .ops import divide
 from .table import pointer_of
@@ -84,10 +85,10 @@ def total_of(row, place, K, positions, rate, grad_scale, DTYPES: tl.constexpr, C
     return total
 
 
-def launch_branches(
+def branch_launch(
     table, numbers, sources, grad_scale, found_inf, norm, dtypes, compute, check: bool
-) -> None:
-    """Steps every branch weight of the table on the current stream; arguments as the kernel's."""
+) -> Launch:
+    """The step of every branch weight of the table; arguments as the kernel's."""
     tables = (table, numbers, sources, numbers.shape[1], grad_scale, found_inf, norm)
     constants = {"DTYPES": dtypes, "COMPUTE": compute, "CHECK": check, "P": POSITIONS}
-    branch_kernel[(table.shape[0],)](*tables, **constants, num_warps=4, enable_fp_fusion=False)
+    return Launch(branch_kernel, table.shape[0], tables, {**constants, "num_warps": 4, "enable_fp_fusion": False})

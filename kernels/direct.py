@@ -107,7 +107,9 @@ def _passed(value: Any) -> Any:
 
 
 def _kind(value: Any) -> Any:
-    """What of an argument decides which kernel is compiled. Numbers are floats, of which nothing does."""
+    """What of an argument decides which kernel is compiled; of a float nothing."""
     if isinstance(value, tuple):
         return tuple(map(_kind, value))
-    return value.data_ptr() % 16 == 0 if hasattr(value, "data_ptr") else type(value)
+    if hasattr(value, "data_ptr"):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return float if isinstance(value, float) else (value,)

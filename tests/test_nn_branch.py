@@ -240,7 +240,7 @@ def test_a_learning_rate_on_the_device(backend, dtype):
         lr.fill_(value)
         expected = [expected_of(R, 0.5, "literal") for R in found]
         expected[::2] = [expected_of(R, value) if value else R.detach().clone() for R in found[::2]]
-        kernels.launch_branches(table, numbers, sources, None, None, None, *kinds, False)
+        kernels.branch_launch(table, numbers, sources, None, None, None, *kinds, False)()
         near(found, expected)
 
 

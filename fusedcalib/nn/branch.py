@@ -82,6 +82,11 @@ class BranchPlan:
             bucket.table[:, 1] = self._watch.grad_pointers[bucket.indices]
             _module(bucket).refresh(bucket, groups)
 
+    def prepare(self, given: Given) -> None:
+        """Compiles all launches, so that none fails after others; of what is given only the kind matters."""
+        for bucket in self._buckets:
+            _module(bucket).prepare(bucket, given.on(bucket.key.device))
+
     def run(self, groups: Groups, given: Given) -> None:
         """Steps all of them, without waiting for a device."""
         for bucket in self._buckets:
@@ -121,6 +126,10 @@ class Eager:
     @staticmethod
     def refresh(bucket: Bucket, groups: Groups) -> None:
         """Gradients and options are read when they are needed."""
+
+    @staticmethod
+    def prepare(bucket: Bucket, given: Given) -> None:
+        """There is nothing to make ready."""
 
     @staticmethod
     def run(bucket: Bucket, groups: Groups, given: Given) -> None:

@@ -21,6 +21,11 @@ def refresh(bucket: Bucket, groups: Groups) -> None:
     bucket.take_numbers(groups)
 
 
+def prepare(bucket: Bucket, given: Given) -> None:
+    """Compiles the loop."""
+    loop_for(bucket.key.dtypes, bucket.compute)
+
+
 def run(bucket: Bucket, groups: Groups, given: Given) -> None:
     """Steps every branch weight of the bucket."""
     norm = 0.0 if given.norm is None else given.norm.item()

@@ -6,38 +6,71 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..gpu import guarded
 from ..gpu_control import source_of
-from ..kernels.branch import launch_branches
+from ..kernels.branch import branch_launch
 from ..kernels.launch import dtype_of
-from ..mirror import Mirror, capturing
+from ..mirror import Array, Mirror, Streams, capturing
 from ..numbers import is_remote, number_of
 from .branch_tables import Bucket, Given, Groups
+
+TABLES = ("table", "numbers", "sources")  # the first arguments of the kernel
+GIVEN = 4  # the place of the first of those that are given
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:
     """Hands over addresses, and learning rates or where they lie."""
-    device = bucket.key.device
+    device, cache = bucket.key.device, bucket.cache
     bucket.take_numbers(groups, lambda lr: 0.0 if is_remote(lr) else number_of(lr))
     rates = [group["lr"] for group in groups]
     sources = np.array([source_of(lr, device) if is_remote(lr) else 0 for lr in rates], dtype=np.int64)
-    values = {"table": bucket.table, "numbers": bucket.numbers, "sources": sources}
-    for name, array in values.items():
-        if name not in bucket.cache:
-            bucket.cache[name] = Mirror(device, array.copy())
-        bucket.cache[name].update(array)
-        if bucket.capturable and not capturing():
-            bucket.cache[name].prepare_capture()
+    values: dict[str, Array] = {"table": bucket.table, "numbers": bucket.numbers, "sources": sources}
+    if "mirrors" not in cache:
+        cache["mirrors"] = {name: Mirror(device, array) for name, array in values.items()}
+        cache["streams"] = Streams(device)
+    tensors = []
+    for name, mirror in cache["mirrors"].items():
+        if capturing():
+            tensors.append(mirror.captured(values[name]))
+            continue
+        mirror.update(values[name])
+        tensors.append(mirror.tensor)
+        if bucket.capturable:
+            mirror.prepare_capture()
+    cache["tensors"] = tensors
+    cache["streams"].note(lambda: tensors)
+
+
+def prepare(bucket: Bucket, given: Given) -> None:
+    """Compiles the launch for what will be given: only which of it there is matters."""
+    cache, check = bucket.cache, given.check
+    asked = (tuple(t is None for t in given[:3]), check)
+    with guarded(bucket.key.device):
+        if cache.get("asked") != asked:
+            kinds = tuple(map(_named, bucket.key.dtypes)), _named(bucket.compute)
+            cache["launch"] = branch_launch(*cache["tensors"], *_singles(given), *kinds, check)
+            cache["asked"] = asked
+        for place, tensor in enumerate(cache["tensors"]):
+            cache["launch"].set(place, tensor)
+        cache["launch"].prepare()
 
 
 def run(bucket: Bucket, groups: Groups, given: Given) -> None:
     """One launch on the current stream of the device."""
-    table, numbers, sources = (bucket.cache[name].tensor for name in ("table", "numbers", "sources"))
-    scale, found_inf = (None if t is None else t.to(torch.float32) for t in given[:2])
-    kinds = tuple(map(_named, bucket.key.dtypes)), _named(bucket.compute)
+    prepare(bucket, given)
+    launch = bucket.cache["launch"]
+    for place, tensor in enumerate(_singles(given), GIVEN):
+        launch.set(place, tensor)
     with guarded(bucket.key.device):
-        launch_branches(table, numbers, sources, scale, found_inf, given.norm, *kinds, given.check)
+        launch()
+
+
+def _singles(given: Given) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is given, as the kernel reads it."""
+    scale, found_inf = (None if t is None else t.to(torch.float32) for t in given[:2])
+    return scale, found_inf, given.norm
 
 
 def _named(dtype: torch.dtype) -> Any:

@@ -156,11 +156,14 @@ class CSGD(SGD):
         # Not super().step(): torch.optim may have wrapped that of SGD, and hooks would run twice.
         loss = FusedOptimizer.step(self, closure)
         if self._plan is not None and self._plan.taken and self._branches is not None:
-            check = any(group["skip_nonfinite"] for group in self.param_groups)
-            given = Given(*self._scaling(), self.grad_norm if check else None, check)
             with torch.no_grad():
-                self._branches.run(self._branch_groups(), given)
+                self._branches.run(self._branch_groups(), self._given(self.grad_norm))
         return loss
+
+    def _given(self, norm: Tensor | None) -> Given:
+        """What branch weights are told; the norm counts where steps are left out by it."""
+        check = any(group["skip_nonfinite"] for group in self.param_groups)
+        return Given(*self._scaling(), norm if check else None, check)
 
     def _branch_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["branch"]]
@@ -183,7 +186,9 @@ class CSGD(SGD):
         try:
             for R, _ in held:
                 R.grad = None
-            return super()._prepare()
+            plan = super()._prepare()
+            self._branches.prepare(self._given(self.grad_norm))
+            return plan
         finally:
             for R, grad in held:
                 R.grad = grad
