@@ -25,6 +25,10 @@ from .table import (
     totals_of,
 )
 
+# Of a row that one program walks twice, the caches keep what the second walk reads again, and let go first
+# of what it reads and writes for the last time: else parameters and states would push the gradients out.
+HINTS = tl.constexpr(True)
+
 
 @jit
 def row_total(x, mask):
@@ -49,11 +53,13 @@ def sum_of_loop(
     VECTOR: tl.constexpr,
     FACTORED: tl.constexpr,
     C: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """Sum of the measured quantity over row r [1], C columns (lane [C]) at a time: a scalar."""
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
-        mask, values = load_tile(row, grad, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        c = start + lane
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, EVICT)
         z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
