@@ -150,7 +150,7 @@ def gradients_of(
     RIGHT: tl.constexpr = 0 if R > 1 else WIDE
     for i in tl.static_range(R * C // (TALL * WIDE)):
         rows, lanes = r + i * DOWN + tl.arange(0, TALL), c + i * RIGHT + tl.arange(0, WIDE)
-        _mask, values = load_tile(row, grad, rows, lanes, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        _mask, values = load_tile(row, grad, rows, lanes, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, "")
         found = found + (values[1],)
     return found
 

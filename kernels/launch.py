@@ -22,6 +22,8 @@ ROW_CLASSES = (
 )
 FLAT = (1, 4096, 8)
 HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
+# From so many tensors on, sixteen elements a thread leave a processor registers for one program; eight for two.
+MANY = 6
 # Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
 UNALIGNED_WARPS = 16
 UNALIGNED_LOOP = (1, 1024, 4)
@@ -108,8 +110,17 @@ def tile_for(rows: int, columns: int, by_rows: bool, tensors: int, split: bool =
     for longest, tall, wide, warps, reduction in ROW_CLASSES:
         fits = columns <= longest and (reduction != "tile" or tall * wide * tensors <= HELD)
         if fits and (by_rows or (rows > 1 and reduction == "tile")):
-            return Tile(tall, wide, warps, reduction if by_rows else "none")
-    return Tile(*FLAT, "pieces" if by_rows else "none")
+            return _lighter(Tile(tall, wide, warps, reduction if by_rows else "none"), tensors)
+    return _lighter(Tile(*FLAT, "pieces" if by_rows else "none"), tensors)
+
+
+def _lighter(tile: Tile, tensors: int) -> Tile:
+    """Half of the tile where there are many tensors; a whole row cannot be halved."""
+    if tensors < MANY or (tile.rows == 1 and tile.reduction == "tile"):
+        return tile
+    if tile.rows > 1:
+        return tile._replace(rows=tile.rows // 2)
+    return tile._replace(columns=tile.columns // 2)
 
 
 def dtype_of(name: str):

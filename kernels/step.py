@@ -86,7 +86,7 @@ def step_kernel(
                 )
     else:
         c = column_block * C + lane
-        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, "")
         z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         if FLAGS.centralize != "none":
             if REDUCTION == "tile":
@@ -104,4 +104,4 @@ def step_kernel(
         p = rounded(p, bits, FLAGS, DTYPES[0])
         if not FLAGS.project or REDUCTION == "tile":
             state = averaged(p, state, h, FLAGS, DTYPES[0])
-        store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
+        store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR, "")

@@ -93,7 +93,7 @@ def load_tile(
     D: tl.constexpr,
     VECTOR: tl.constexpr,
     FACTORED: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr,
 ):
     """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside.
 
@@ -133,7 +133,7 @@ def store_tile(
     DTYPES: tl.constexpr,
     D: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr,
 ):
     """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never.
 
