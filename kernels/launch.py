@@ -22,7 +22,8 @@ ROW_CLASSES = (
 )
 FLAT = (1, 4096, 8)
 HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
-# From so many tensors on, sixteen elements a thread leave a processor registers for one program; eight for two.
+# From so many tensors on, sixteen elements a thread leave a processor registers for one program, eight for
+# two or three: while one waits for the memory or for the sum of its row, another works.
 MANY = 6
 # Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
 UNALIGNED_WARPS = 16
