@@ -89,7 +89,7 @@ def _held() -> list[Variant]:
 
 
 def _flat() -> list[Variant]:
-    """Steps without rows: every result is the same to the bit."""
+    """Steps without rows, of which every result is the same to the bit; tiles of many tensors."""
     found = []
     for wide, warps in ((4096, 16), (2048, 8), (2048, 4), (1024, 4)):
         changes: Changes = {"launch": {"FLAT": (1, wide, warps)}}
@@ -101,6 +101,10 @@ def _flat() -> list[Variant]:
         found.append(Variant(f"at most {limit} registers, flat", capped, LARGE, exact=True))
     sixteen: Changes = {"launch": {"MANY": 9}}
     found.append(Variant("Adan: sixteen elements a thread, flat", sixteen, LARGE, "Adan", exact=True))
+    found += [
+        Variant(f"Adan: sixteen elements a thread, rows of {n}", sixteen, rows_of(n), "Adan", GC)
+        for n in (14_336, 32_768)
+    ]
     return found
 
 
@@ -108,16 +112,23 @@ def _norm() -> list[Variant]:
     """The launch that measures; the last rows time it together with a step over few parameters."""
     changes: dict[str, Changes] = {
         **{f"{n} warps": {"launch": {"NORM_WARPS": n}} for n in (2, 8)},
-        **{f"{n} bytes at once": {"control": {"BYTES": n}} for n in (8192, 32_768)},
         **{f"{n} programs": {"control": {"GRID": n}} for n in (512, 2048)},
         **{f"at most {n} registers": norm_options(maxnreg=n) for n in (48, 96)},
-        "blocks of 2048": {"control": {"BLOCK": 2048}},
     }
     found = [
         Variant(f"norm: {name}, {dtypes}", change, LARGE, options=CLIP, dtypes=dtypes, norm=True)
         for name, change in changes.items()
         for dtypes in ("fp32", "bf16")
     ]
+    single: dict[str, Changes] = {  # of fp32 they are one tile already; blocks of 512 are 128 bits a thread
+        "bf16": {"control": {"BYTES": 8192}},
+        "fp32": {"control": {"BLOCK": 512}},
+    }
+    for dtypes, change in single.items():
+        name = "a tile at once" if dtypes == "bf16" else "blocks of 512"
+        found.append(
+            Variant(f"norm: {name}, {dtypes}", change, LARGE, options=CLIP, dtypes=dtypes, norm=True)
+        )
     forwards: Changes = {"control": {"BACKWARDS": False}}
     found += [
         Variant(f"norm and step: forwards, {size}", forwards, tensors, options=CLIP)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from kernel_cases import INTERPRETED, TRITON
-from test_launch import Compiled, Driver
+from test_launch import Compiled, Driver, driver
 
 import fusedcalib.executors
 from fusedcalib import gpu, gpu_control
@@ -15,7 +15,7 @@ from fusedcalib.bench.variants import VARIANTS
 from fusedcalib.bench.variants_run import Side, launch_with
 from fusedcalib.kernels import launch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 plain = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
 CPU = torch.device("cpu")
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -100,7 +100,7 @@ def test_variants_compile_to_other_code(constant, engine):
     """For an H100; also where only a constant within the kernels has changed."""
     variant = small(CHANGED[constant])
     codes = []
-    engine.setattr(triton.runtime.driver.driver, "_active", Driver())
+    engine.setattr(driver, "_active", Driver())
     for changes in (variant.changes, {}):
         built = []
 
@@ -141,7 +141,7 @@ def test_the_present_kernels_stay_as_they_are():
     "name",
     [
         "no eviction hints, rows of 9216",
-        "norm: 32768 bytes at once, bf16",
+        "norm: a tile at once, bf16",
         "norm and step: forwards, 4M parameters",
     ],
 )
