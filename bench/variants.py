@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .variants_run import Changes, Shape, Variant
+from .architectures import Shape
+from .variants_run import Changes, Variant
 
 Row = dict[str, Any]
 TOGETHER = 4  # rows of a process
@@ -70,7 +71,7 @@ def _held() -> list[Variant]:
     loop = class_of(32_768, 1, 4096, 8, "loop", without=[8192])
     found = []
     for dtypes in ("fp32", "bf16"):
-        wide = {"shapes": rows_of(8192), "options": GC, "dtypes": dtypes}
+        wide: dict[str, Any] = {"shapes": rows_of(8192), "options": GC, "dtypes": dtypes}
         found += [
             Variant(f"32 warps, rows of 8192, {dtypes}", class_of(8192, 1, 8192, 32, "tile"), **wide),
             Variant(f"a loop, rows of 8192, {dtypes}", loop, **wide),

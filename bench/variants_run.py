@@ -25,9 +25,10 @@ import fusedcalib
 from fusedcalib import gpu
 
 from . import gate, shapes, timing
+from .architectures import Shape
 from .baselines import SUBJECTS, Extras, step_bytes
 from .case import DTYPES, SAMPLE
-from .shapes import ParamList, Shape
+from .shapes import ParamList
 
 Changes = Mapping[str, Mapping[str, Any]]  # of modules of the kernels: constants by name
 FOLDER = Path(__file__).resolve().parent.parent / "kernels"
@@ -163,7 +164,9 @@ def measured(
     sides["variant"] = Side(variant, launch_with(variant.changes), device)
     if wrong := fault(variant, sides):
         return {"name": variant.name, "kept": False, "reason": wrong}
-    steps = {name: side.norm if variant.norm else side.step for name, side in sides.items()}
+    steps: dict[str, timing.Step] = {
+        name: side.norm if variant.norm else side.step for name, side in sides.items()
+    }
     moved = (
         sum(p.numel() * p.element_size() for p in sides["present"].params) if variant.norm else variant.moved
     )
