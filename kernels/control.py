@@ -20,7 +20,7 @@ _LANES = tl.constexpr(LANES)
 TOTALS = tl.constexpr(1024)  # partial sums at a time: each time waits for the memory once
 # What keeps the memory busy are bytes that are asked for before any is waited for: of several tiles at once
 # where elements are small. Sums of fp64 take registers, so that blocks of a tile share them.
-BYTES = tl.constexpr(16384)  # of gradients that a program asks for at once, 128 a thread
+BYTES = tl.constexpr(16384)  # of gradients that a program reads at a time, 128 a thread
 BLOCK = tl.constexpr(1024)  # elements of a tile with sums of their own
 BACKWARDS = tl.constexpr(True)  # tiles from the last to the first
 
