@@ -48,6 +48,7 @@ class Compiled(NamedTuple):
     asm: dict[str, Any]
     tile: Tile | None = None
     shared: int = 0  # bytes of shared memory for each program
+    at_once: int = 1  # tiles that are read before any is worked on
 
     @property
     def built(self) -> Tile:
@@ -62,8 +63,8 @@ class Compiled(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Elements of a tile for each thread."""
-        return self.built.rows * self.built.columns // self.threads
+        """Elements for each thread of the tiles that are read at once."""
+        return self.at_once * self.built.rows * self.built.columns // self.threads
 
     @property
     def ptx(self) -> Counter[str]:
@@ -161,7 +162,7 @@ def compiled_norm(spec: Spec, decision: Decision, target: str = "sm_90", decide:
     tile = Tile(constants["R"], constants["C"], warps, constants["REDUCTION"])
     options = launch.NORM_OPTIONS[TARGETS[target][0]]
     asm, shared = _compiled(norm_kernel, {**tables, "control": CONTROL}, constants, warps, target, options)
-    return Compiled(spec, target, asm, tile, shared)
+    return Compiled(spec, target, asm, tile, shared, launch.norm_tiles_at_once(spec))
 
 
 @functools.cache

@@ -37,6 +37,8 @@ class DeviceControl:
 
     def __init__(self, work: Work, scalars: Scalars, buckets: Sequence[Bucket]) -> None:
         self._buckets = buckets
+        # The step begins with the first, which is then the latest that the caches have seen.
+        self._measured = buckets[::-1] if work.demand.measure else []
         device = self._device = buckets[0].key.device
         self._recipes = work.recipes
         demand = self._demand = work.demand
@@ -69,17 +71,17 @@ class DeviceControl:
         for compute in computes:
             scalars.resident[compute] = torch.zeros(len(found), width, dtype=compute, device=device)
         scalars.set([(0.0,) * width] * len(found))
-        grids = [launch.programs_for(len(bucket.tiles)) for bucket in buckets] if demand.measure else []
+        grids = [launch.programs_for(len(bucket.tiles)) for bucket in self._measured]
         firsts = np.cumsum([0, *grids])
         self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=device)
         self._done = torch.zeros(1, dtype=torch.int32, device=device)
-        shares = [(len(bucket.tiles), first) for bucket, first in zip(buckets, firsts[:-1], strict=False)]
+        shares = [(len(bucket.tiles), first) for bucket, first in zip(self._measured, firsts[:-1], strict=True)]
         self._shares = [sent(device, np.array(share, dtype=np.int32)) for share in shares]
         self._meshes = meshes_of(work)
         self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh
         for mesh in (None, *self._meshes) if self._meshes else ():
             weights = np.zeros(firsts[-1])
-            for bucket, first, last in zip(buckets, firsts[:-1], firsts[1:], strict=False):
+            for bucket, first, last in zip(self._measured, firsts[:-1], firsts[1:], strict=True):
                 if bucket.key.mesh == mesh:
                     weights[first:last] = 1 / bucket.key.copies
             self._weights[mesh] = sent(device, weights)
@@ -126,7 +128,7 @@ class DeviceControl:
         """Makes all ready to be launched; the device decides whether the step is taken."""
         prepare(self._buckets)
         options = self._options.captured(self._values) if capturing() else self._options.tensor
-        gradients = [resident_of(bucket).gradients for bucket in self._buckets]
+        gradients = [resident_of(bucket).gradients for bucket in self._measured]
         read = (options, *map(self._here, (grad_scale, found_inf)), *gradients)
         with guarded(self._device):
             if not self._launches:
@@ -134,9 +136,8 @@ class DeviceControl:
             elif any(x is not y for x, y in zip(read, self._read, strict=True)):
                 control = self._control(read)
                 for each, gradient in zip(self._launches, gradients, strict=False):
-                    if self._demand.measure:
-                        each.set(1, gradient)
-                        each.set(6, control)
+                    each.set(1, gradient)
+                    each.set(6, control)
                 if not self._demand.measure or self._meshes:
                     self._launches[-1].set(1, control)
             self._read = read
@@ -162,7 +163,7 @@ class DeviceControl:
     def _made(self, read: tuple[Any, ...]) -> list[launch.Launch]:
         """The launches of a step that come before it."""
         control, made = self._control(read), []
-        for bucket, share in zip(self._buckets, self._shares, strict=False):
+        for bucket, share in zip(self._measured, self._shares, strict=True):
             resident = resident_of(bucket)
             tables = (resident.table, resident.gradients, resident.tiles, share, self._partials, self._done)
             decides = not self._meshes

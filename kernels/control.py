@@ -5,18 +5,30 @@ all launches adds them up in a fixed order and writes the scalars, so nothing ha
 not the norm, not whether a step is left out, not how many were taken. Where no norm is asked for, or it is
 added up over ranks, `control_kernel` writes the scalars alone.
 
-Squares are added up in fp64. They cannot overflow for numbers of fp32 and less, so the norm is finite just
-where every gradient is; and however gradients are cut into tiles it comes out the same but for the last bits
-of 53, of which the fp32 factor keeps 24.
+Squares are added up in fp64. They are exact there and cannot overflow for numbers of fp32 and less, so the
+norm is finite just where every gradient is; and however gradients are cut into tiles it comes out the same
+but for the last bits of 53, of which the fp32 factor keeps 24.
 """
 
-from .language import jit, tl
+from .language import constexpr_function, jit, tl
 from .table import columns_of, load_tile, tile_of
 from .tape import played
 
 LANES = 128  # rows of scalars, or slots, at a time
 GRID = 1024  # programs of a launch at most: each takes every GRID-th tile
 _LANES = tl.constexpr(LANES)
+TOTALS = tl.constexpr(1024)  # partial sums at a time: each time waits for the memory once
+# What keeps the memory busy are bytes that are asked for before any is waited for: of several tiles at once
+# where elements are small. Sums of fp64 take registers, so that blocks of a tile share them.
+BYTES = tl.constexpr(16384)  # of gradients that a program reads at a time, 128 a thread
+BLOCK = tl.constexpr(1024)  # elements of a tile with sums of their own
+BACKWARDS = tl.constexpr(True)  # tiles from the last to the first
+
+
+@constexpr_function
+def tiles_at_once(size, elements, bits, vector):
+    """How many tiles of so many elements are read before any is added up: as many bytes as asked for."""
+    return max(1, 8 * size // (elements * bits)) if vector > 1 else 1
 
 
 @jit
@@ -43,35 +55,80 @@ def norm_kernel(
     CHECK: tl.constexpr,
     DECIDE: tl.constexpr,  # else the sums are added up elsewhere
 ):
-    """Sums of squares of the gradients of one list of tiles; the last program goes on to `decide`."""
-    squares = tl.zeros([R, C], tl.float64)
-    for index in range(tl.program_id(0), tl.load(share), tl.num_programs(0)):
-        slot, row_block, column_block = tile_of(tiles, index)
-        row, grad = table + slot * FIELDS, tl.load(grads + slot)
-        columns = columns_of(row, len(DTYPES), VECTOR)
-        r = row_block * R + tl.arange(0, R)
+    """Sums of squares of the gradients of one list of tiles; the last program goes on to `decide`.
+
+    The tiles that the step reads first come last, so that the L2 cache still has them then.
+    """
+    # Blocks are some rows of a tile, or columns of its one.
+    BLOCKS: tl.constexpr = R * C // BLOCK if R * C > BLOCK else 1
+    TALL: tl.constexpr = R // BLOCKS if R > 1 else R
+    WIDE: tl.constexpr = C if R > 1 else C // BLOCKS
+    AT_ONCE: tl.constexpr = tiles_at_once(BYTES, R * C, DTYPES[1].primitive_bitwidth, VECTOR)
+    squares = tl.zeros([TALL, WIDE], tl.float64)
+    count, programs = tl.load(share), tl.num_programs(0)
+    for first in range(tl.program_id(0), count, programs if REDUCTION == "loop" else programs * AT_ONCE):
         if REDUCTION == "loop":
-            for start in range(0, columns, C):
-                c = start + tl.arange(0, C)
-                squares += squares_of(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+            row, grad, columns, r, _ = place_of(
+                table, grads, tiles, first, count, DTYPES, FIELDS, VECTOR, R, C
+            )
+            for start in range(0, columns, AT_ONCE * C):
+                values = ()
+                for i in tl.static_range(AT_ONCE):
+                    c = start + i * C
+                    values = values + gradients_of(
+                        row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, R, C, TALL, WIDE
+                    )
+                squares = with_squares(squares, values)
         else:
-            c = column_block * C + tl.arange(0, C)
-            squares += squares_of(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+            values = ()
+            for i in tl.static_range(AT_ONCE):
+                row, grad, columns, r, c = place_of(
+                    table, grads, tiles, first + i * programs, count, DTYPES, FIELDS, VECTOR, R, C
+                )
+                values = values + gradients_of(
+                    row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, R, C, TALL, WIDE
+                )
+            squares = with_squares(squares, values)
     tl.store(partials + tl.load(share + 1) + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
     if DECIDE:
         tl.debug_barrier()  # what this program wrote comes before its count
-        programs = tl.load(control[0] + 2)
+        programs = tl.load(control[0] + 2)  # of all launches
         if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
             tl.store(done, 0)
-            total = tl.zeros([_LANES], tl.float64)
-            for start in range(0, programs, _LANES):
-                lane = start + tl.arange(0, _LANES)
+            total = tl.zeros([TOTALS], tl.float64)
+            for start in range(0, programs, TOTALS):
+                lane = start + tl.arange(0, TOTALS)
                 total += tl.load(partials + lane, lane < programs, other=0, cache_modifier=".cg")
             decide(tl.sqrt(tl.sum(total, axis=0)), control, CODE, OUTPUTS, LEAVES, CHECK)
 
 
 @jit
-def squares_of(
+def place_of(
+    table,
+    grads,
+    tiles,
+    index,
+    count,
+    DTYPES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Row of the table, address of the gradient, columns, where the tile begins. Past `count`: no columns."""
+    at = tl.minimum(index, count - 1)
+    if BACKWARDS:
+        at = count - 1 - at
+    slot, row_block, column_block = tile_of(tiles, at)
+    row, grad = table + slot * FIELDS, tl.load(grads + slot)
+    columns = tl.where(index < count, columns_of(row, len(DTYPES), VECTOR), 0)
+    if VECTOR > 1:
+        columns = tl.multiple_of(columns, VECTOR)
+    return row, grad, columns, row_block * R, column_block * C
+
+
+@jit
+def gradients_of(
     row,
     grad,
     r,
@@ -82,11 +139,29 @@ def squares_of(
     D: tl.constexpr,
     VECTOR: tl.constexpr,
     FACTORED: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Squares [R, C], fp64, of the gradient at rows r and columns c, 0 outside."""
-    _mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
-    g = values[1].to(tl.float64)
-    return g * g
+    """The gradient's tile from row r and column c on, 0 outside: a tuple of blocks [TALL, WIDE]."""
+    found = ()
+    DOWN: tl.constexpr = TALL if R > 1 else 0  # to the next block
+    RIGHT: tl.constexpr = 0 if R > 1 else WIDE
+    for i in tl.static_range(R * C // (TALL * WIDE)):
+        rows, lanes = r + i * DOWN + tl.arange(0, TALL), c + i * RIGHT + tl.arange(0, WIDE)
+        _mask, values = load_tile(row, grad, rows, lanes, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, "")
+        found = found + (values[1],)
+    return found
+
+
+@jit
+def with_squares(squares, values):
+    """fp64 sums with the squares of some blocks, all of one shape: a multiplication and addition each."""
+    for i in tl.static_range(len(values)):
+        g = values[i].to(tl.float64)
+        squares = tl.fma(g, g, squares)
+    return squares
 
 
 @jit

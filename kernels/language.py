@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 try:
     import triton.language as tl
-    from triton import cdiv, jit
+    from triton import cdiv, constexpr_function, jit
 
     AVAILABLE = True
 except ImportError:  # macOS, Windows: the sources stay readable, nothing can be launched
@@ -18,8 +18,11 @@ except ImportError:  # macOS, Windows: the sources stay readable, nothing can be
     def jit(fn):
         return SimpleNamespace(fn=fn, __name__=fn.__name__)
 
+    def constexpr_function(fn):
+        return fn
+
     def cdiv(x, y):
         return -(-x // y)
 
 
-__all__ = ["AVAILABLE", "cdiv", "jit", "tl"]
+__all__ = ["AVAILABLE", "cdiv", "constexpr_function", "jit", "tl"]

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from .control import GRID, control_kernel, norm_kernel
+from .control import BYTES, GRID, control_kernel, norm_kernel, tiles_at_once
 from .direct import Launch
 from .language import AVAILABLE, tl
 from .rows import project_kernel, row_sums_kernel
@@ -22,6 +22,9 @@ ROW_CLASSES = (
 )
 FLAT = (1, 4096, 8)
 HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
+# From so many tensors on, sixteen elements a thread leave a processor registers for one program, eight for
+# two or three: while one waits for the memory or for the sum of its row, another works.
+MANY = 6
 # Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
 UNALIGNED_WARPS = 16
 UNALIGNED_LOOP = (1, 1024, 4)
@@ -84,6 +87,8 @@ class Spec(NamedTuple):
 
 # Without contraction to fused multiply-add every executor rounds alike; the kernel is bound by memory.
 OPTIONS = {"enable_fp_fusion": False}
+# Programs of few warps: all of them are at work at once, and so the last tiles are the last to be read.
+NORM_WARPS = 4
 # norm_kernel reads, and wants many programs at once: 64 registers are enough for that. `decide`, which takes
 # four times as many, spills then; it is done once, by one program. AMD's compiler knows no such limit.
 NORM_OPTIONS: dict[str, dict[str, Any]] = {
@@ -106,8 +111,17 @@ def tile_for(rows: int, columns: int, by_rows: bool, tensors: int, split: bool =
     for longest, tall, wide, warps, reduction in ROW_CLASSES:
         fits = columns <= longest and (reduction != "tile" or tall * wide * tensors <= HELD)
         if fits and (by_rows or (rows > 1 and reduction == "tile")):
-            return Tile(tall, wide, warps, reduction if by_rows else "none")
-    return Tile(*FLAT, "pieces" if by_rows else "none")
+            return _lighter(Tile(tall, wide, warps, reduction if by_rows else "none"), tensors)
+    return _lighter(Tile(*FLAT, "pieces" if by_rows else "none"), tensors)
+
+
+def _lighter(tile: Tile, tensors: int) -> Tile:
+    """Half of the tile where there are many tensors; a whole row cannot be halved."""
+    if tensors < MANY or (tile.rows == 1 and tile.reduction == "tile"):
+        return tile
+    if tile.rows > 1:
+        return tile._replace(rows=tile.rows // 2)
+    return tile._replace(columns=tile.columns // 2)
 
 
 def dtype_of(name: str):
@@ -167,10 +181,20 @@ def norm_constants(spec: Spec) -> dict[str, Any]:
     built = spec.built
     if built.columns > 4096:
         built = Tile(1, 4096, 8, "loop")
+    if spec.vector > 1:
+        built = built._replace(warps=NORM_WARPS)
     reduction = "loop" if built.reduction in LOOPS else built.reduction
     own = {"R": built.rows, "C": built.columns, "REDUCTION": reduction, "num_warps": built.warps}
     constants = spec.constants()
     return {**{name: constants[name] for name in _NORM_ARGUMENTS}, **own}
+
+
+def norm_tiles_at_once(spec: Spec) -> int:
+    """Tiles that a program of norm_kernel reads before it adds any of them up."""
+    constants = norm_constants(spec)
+    elements = constants["R"] * constants["C"]
+    found: int = tiles_at_once(BYTES, elements, spec.dtypes[1].primitive_bitwidth, spec.vector)
+    return found
 
 
 def norm_launch(
@@ -213,6 +237,7 @@ __all__ = [
     "control_launch",
     "dtype_of",
     "norm_launch",
+    "norm_tiles_at_once",
     "parts_of",
     "programs_for",
     "step_launches",

@@ -25,6 +25,10 @@ from .table import (
     totals_of,
 )
 
+# Of a row that one program walks twice, the caches keep what the second walk reads again, and let go first
+# of what it reads and writes for the last time: else parameters and states would push the gradients out.
+HINTS = tl.constexpr(True)
+
 
 @jit
 def row_total(x, mask):
@@ -49,11 +53,13 @@ def sum_of_loop(
     VECTOR: tl.constexpr,
     FACTORED: tl.constexpr,
     C: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """Sum of the measured quantity over row r [1], C columns (lane [C]) at a time: a scalar."""
     totals = tl.zeros([1, C], COMPUTE)
     for start in range(0, columns, C):
-        mask, values = load_tile(row, grad, r, start + lane, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        c = start + lane
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, EVICT)
         z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         totals += tl.where(mask, x, 0)
@@ -122,15 +128,14 @@ def finish_tile(
 ):
     """Projects and finishes a tile [1, C] of a row of which the norm had to be known first."""
     c = start + lane
-    mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, False)
+    mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, False, "")
     bits = rounding_tile(row, r, start, h, FLAGS, DTYPES, C, QUADS)
     p = rounded(projected(values[0], squares, h), bits, FLAGS, DTYPES[0])
     if FLAGS.ema:
-        store_tile(
-            row, r, c, mask, columns, p, averaged(p, values[2:3], h, FLAGS, DTYPES[0]), DTYPES, D, VECTOR
-        )
+        state = averaged(p, values[2:3], h, FLAGS, DTYPES[0])
+        store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR, "")
     else:
-        store_tile(row, r, c, mask, columns, p, (), DTYPES, D, VECTOR)
+        store_tile(row, r, c, mask, columns, p, (), DTYPES, D, VECTOR, "")
 
 
 @jit
@@ -166,12 +171,12 @@ def row_sums_kernel(
     lane = tl.arange(0, C)
     if REDUCTION == "ranks":
         total = sum_of_loop(
-            row, grad, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C
+            row, grad, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE, D, QUADS, VECTOR, FACTORED, C, ""
         )
         tl.store(totals_of(row, r, len(DTYPES)), total.to(tl.float64) + tl.zeros([R], tl.float64))
     else:
         c = column_block * C + lane
-        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, "")
         z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         x = measured(values[0], values[1], values[2:], h, z, RULE, FLAGS)
         tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(mask, x, 0), axis=1), axis=0))

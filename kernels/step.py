@@ -5,7 +5,7 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 
 from .language import jit, tl
 from .ops import divide
-from .rows import mean_of_pieces, mean_of_ranks, project_row, row_total, square_total, sum_of_loop
+from .rows import HINTS, mean_of_pieces, mean_of_ranks, project_row, row_total, square_total, sum_of_loop
 from .stages import averaged, measured, projected, rounded, stepped
 from .table import (
     columns_of,
@@ -51,32 +51,23 @@ def step_kernel(
     lane = tl.arange(0, C)
     mean = 0.0
     if REDUCTION == "loop" or REDUCTION == "ranks":
+        HINTED: tl.constexpr = HINTS and REDUCTION == "loop" and FLAGS.centralize != "none"
+        KEEP: tl.constexpr = "evict_last" if HINTED else ""
+        DONE: tl.constexpr = "evict_first" if HINTED else ""
+        WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
         if FLAGS.centralize != "none":
             if REDUCTION == "ranks":
                 mean = mean_of_ranks(row, r, COMPUTE, len(DTYPES))
             else:
                 total = sum_of_loop(
-                    row,
-                    grad,
-                    r,
-                    lane,
-                    columns,
-                    h,
-                    RULE,
-                    FLAGS,
-                    DTYPES,
-                    COMPUTE,
-                    D,
-                    QUADS,
-                    VECTOR,
-                    FACTORED,
-                    C,
+                    *(row, grad, r, lane, columns, h, RULE, FLAGS, DTYPES, COMPUTE),
+                    *(D, QUADS, VECTOR, FACTORED, C, KEEP),
                 )
                 mean = divide(total, columns.to(COMPUTE))
         squares = tl.zeros([1, C], COMPUTE)
         for start in range(0, columns, C):
             c = start + lane
-            mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+            mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, DONE)
             z = noise_tile(row, r, start, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
             p, state = stepped(values[0], values[1], values[2:], h, z, mean, RULE, FLAGS)
             if FLAGS.project:
@@ -84,7 +75,7 @@ def step_kernel(
             p = rounded(p, rounding_tile(row, r, start, h, FLAGS, DTYPES, C, QUADS), FLAGS, DTYPES[0])
             if not FLAGS.project:
                 state = averaged(p, state, h, FLAGS, DTYPES[0])
-            store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
+            store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR, WRITTEN)
         if FLAGS.project:
             total = tl.sum(tl.sum(squares, axis=1), axis=0)
             if REDUCTION == "ranks":
@@ -95,7 +86,7 @@ def step_kernel(
                 )
     else:
         c = column_block * C + lane
-        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED)
+        mask, values = load_tile(row, grad, r, c, columns, DTYPES, COMPUTE, D, VECTOR, FACTORED, "")
         z = noise_tile(row, r, column_block * C, h, FLAGS, DTYPES, COMPUTE, C, QUADS)
         if FLAGS.centralize != "none":
             if REDUCTION == "tile":
@@ -113,4 +104,4 @@ def step_kernel(
         p = rounded(p, bits, FLAGS, DTYPES[0])
         if not FLAGS.project or REDUCTION == "tile":
             state = averaged(p, state, h, FLAGS, DTYPES[0])
-        store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR)
+        store_tile(row, r, c, mask, columns, p, state, DTYPES, D, VECTOR, "")

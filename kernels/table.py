@@ -93,11 +93,12 @@ def load_tile(
     D: tl.constexpr,
     VECTOR: tl.constexpr,
     FACTORED: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside.
 
     `grad` is the address of the gradient (tensor 1), whose rows come multiplied by their factors, where they
-    have such.
+    have such. EVICT: when caches let go of what is read, as of tl.load.
     """
     inside = r < tl.load(row + len(DTYPES))
     mask = inside[:, None] & (c < columns)[None, :]
@@ -106,7 +107,7 @@ def load_tile(
         offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
         address = grad if i == 1 else tl.load(row + i)
         pointer = pointer_of(address, DTYPES[i], VECTOR)
-        value = tl.load(pointer + offsets, mask, other=0).to(COMPUTE)
+        value = tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT).to(COMPUTE)
         if FACTORED and i == 1:
             factors = tl.load(row + len(DTYPES) + 11).to(tl.pointer_type(COMPUTE))
             value = value * tl.load(factors + r, inside, other=0)[:, None]
@@ -122,7 +123,17 @@ def totals_of(row, r, K: tl.constexpr):
 
 @jit
 def store_tile(
-    row, r, c, mask, columns, p, state, DTYPES: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr
+    row,
+    r,
+    c,
+    mask,
+    columns,
+    p,
+    state,
+    DTYPES: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never.
 
@@ -133,7 +144,7 @@ def store_tile(
         if i != 1:
             offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
             pointer = pointer_of(tl.load(row + i), DTYPES[i], VECTOR)
-            tl.store(pointer + offsets, values[i].to(DTYPES[i]), mask)
+            tl.store(pointer + offsets, values[i].to(DTYPES[i]), mask, eviction_policy=EVICT)
 
 
 @jit

@@ -7,6 +7,8 @@ from kernel_cases import INTERPRETED
 from kernel_compiled import TARGETS, compiled, compiled_for, sass, spec_of, spilled, spilled_in_loops, traffic
 from kernel_kinds import BF16, CLASSES, KINDS, config
 
+from fusedcalib.bench.static import usage
+from fusedcalib.bench.static_costs import occupancy
 from fusedcalib.kernels import launch
 
 pytest.importorskip("triton")
@@ -92,6 +94,24 @@ def test_rows_are_held_in_registers_as_long_as_they_fit(kind: str, longest: int)
     assert spec.tile == tiles[longest]
     wide = compiled_for(spec._replace(tile=launch.tile_for(8, 8192, True, 0)))
     assert (spilled(wide) > 0) == (longest < 8192)
+
+
+@pytest.mark.parametrize("row_class", ["flat", "rows of 64", "rows of 1024", "loop", "pieces"])
+def test_many_tensors_leave_room_for_two_programs(row_class: str):
+    """Sixteen elements a thread of six tensors leave room for one, see MANY in kernels/launch.py."""
+    spec = spec_of(config("Adan plain", row_class))
+    whole = launch.tile_for(*spec_rows(row_class), row_class != "flat", launch.MANY - 1)
+    for tile, programs in ((spec.tile, (2, 3)), (whole, (1,))):
+        built = compiled_for(spec._replace(tile=tile))
+        room = occupancy("sm_90", usage(built).registers, tile.warps, built.shared)
+        assert room.warps // tile.warps in programs
+    assert 2 * spec.tile.rows * spec.tile.columns == whole.rows * whole.columns
+
+
+def spec_rows(row_class: str) -> tuple[int, int]:
+    """Rows and columns of a class's parameter."""
+    shape, _ = CLASSES[row_class]
+    return (1, *shape) if len(shape) == 1 else (shape[0], shape[1])
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if len(set(KINDS[k].dtypes)) == 1])

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 from kernel_cases import INTERPRETED
 from kernel_compiled import TARGETS, compiled, compiled_control, compiled_for, sass, spec_of, spilled, traffic
-from kernel_kinds import CLASSES, config
+from kernel_kinds import CLASSES, KINDS, config
 
 import fusedcalib
 from fusedcalib import GradientNoise
+from fusedcalib.bench import static
+from fusedcalib.bench.profile_steps import NOTHING
 from fusedcalib.bench.static import spilled_in_loops, usage
 from fusedcalib.kernels.stages import Flags
 
@@ -66,6 +68,29 @@ def test_scalars_are_computed_in_registers(rule: str, target: str):
             assert spilled(built) == 0
         if target != "gfx942":
             assert not [name for name in built.ptx if "approx" in name and ".f32" in name]
+
+
+@pytest.mark.parametrize("row_class", ["flat", "rows of 64", "rows of 1024", "loop"])
+@pytest.mark.parametrize("kind", ["AdamW plain", "AdamW bf16"])
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx942"])
+def test_the_norm_asks_for_many_bytes_before_it_waits(kind: str, row_class: str, target: str):
+    """128 a thread by 128-bit accesses; then a conversion and a fused multiply-add of each, in fp64.
+
+    For sm_80 the compiler saves registers: two to seven of the eight come before the first conversion.
+    """
+    built = static.compiled_norm(spec_of(config(kind, row_class)), NOTHING, target, decide=False)
+    size = KINDS[kind].dtypes[1].itemsize
+    assert built.accesses("ld")[16] == 8
+    assert built.elements * size == 128
+    names = sass(built)
+    loads = [i for i, name in enumerate(names) if name.startswith("LDG.E.128")]
+    waits = [i for i, name in enumerate(names) if name.startswith("F2F.F64")]
+    assert len(loads) == 8
+    assert len(waits) == built.elements
+    assert sum(load < waits[0] for load in loads) >= (2 if target == "sm_80" else 6)
+    assert sum(name == "DFMA" for name in names) == built.elements
+    assert sum(name == "DMUL" for name in names) == 0
+    assert spilled(built) == 0
 
 
 def test_the_last_program_sees_what_the_others_wrote():

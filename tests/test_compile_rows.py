@@ -1,4 +1,4 @@
-"""What the compiler makes of rows that ranks share, and of rows with factors."""
+"""What the compiler makes of rows that are walked twice, that ranks share, and of rows with factors."""
 
 import re
 from typing import Any
@@ -20,6 +20,55 @@ CHAIN = {**CENTRED, "max_row_norm": 1.0, "noise": GradientNoise(0.1), "ema_decay
 
 def rows(slicing: str, columns: int, options: dict[str, Any]) -> Config:
     return Config("AdamW", (8, columns), options=(*options.items(),), slicing=slicing)
+
+
+def hinted(built) -> dict[str, int]:
+    """How many accesses tell the caches when to let go: "ld evict_first" and so on, all of 128 bits."""
+    found: dict[str, int] = {}
+    for name, count in built.ptx.items():
+        if match := re.match(r"(ld|st)\.global\S*L1::(evict_\w+)\.L2::cache_hint\S*\.v4\.b32$", name):
+            key = f"{match[1]} {match[2]}"
+            found[key] = found.get(key, 0) + count
+    assert sum(found.values()) == sum("cache_hint" in name and count for name, count in built.ptx.items())
+    return found
+
+
+COUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": False}
+WALKED = [
+    ({}, (4, 16, 12)),
+    ({"centralize": "update"}, (12, 16, 12)),
+    ({"max_row_norm": 1.0}, (4, 16, 0)),  # what is written may be read again
+    (COUPLED, (8, 16, 12)),
+]
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx942"])
+@pytest.mark.parametrize(("options", "widths"), WALKED, ids=["centred", "update", "projected", "coupled"])
+def test_caches_keep_what_is_read_again(options: dict[str, Any], widths: tuple[int, ...], target: str):
+    """Bytes of an element: read to be kept, in the first walk; read and written for the last time."""
+    rule = "Adam" if "decoupled_weight_decay" in options else "AdamW"
+    asked = Config(rule, (8, 20_000), options=(*{**CENTRED, **options}.items(),))
+    built = compiled(asked, target)
+    found = hinted(built)
+    names = ("ld evict_last", "ld evict_first", "st evict_first")
+    assert tuple(16 * found.pop(name, 0) / built.elements for name in names) == widths
+    assert found == {}
+    assert spilled(built) == 0
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        rows("", 8192, CENTRED),
+        rows("", 20_000, {"max_row_norm": 1.0}),  # walked again only where it is too long
+        rows("", 40_000, CENTRED),
+        rows("ranks", 20_000, CENTRED),
+        rows("", 20_000, {}),
+    ],
+    ids=["held", "projected", "pieces", "ranks", "flat"],
+)
+def test_other_kernels_tell_caches_nothing(asked: Config):
+    assert "evict" not in compiled(asked).asm["ptx"]
 
 
 @pytest.mark.parametrize("columns", [1024, 3584])

@@ -77,11 +77,14 @@ def test_the_whole_chain(rule, backend):
     assert runs.ours.grad_norm.device.type == DEVICE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grid", [1, 3])
-def test_programs_that_take_several_tiles(backend, grid, monkeypatch):
+def test_programs_that_take_several_tiles(backend, grid, dtype, monkeypatch):
+    """Of bf16 two at once, of which the second may be past the last."""
     monkeypatch.setattr("fusedcalib.kernels.launch.GRID", grid)
-    runs = Runs(RULES["SGD"], backend, CLASSES, max_grad_norm=1.0, centralize=True)
+    runs = Runs(RULES["SGD"], backend, CLASSES, (dtype,), max_grad_norm=1.0, centralize=True)
     runs.step(2).check()
+    assert_near(runs.ours.grad_norm, runs.theirs.grad_norm, 1e-6 * runs.theirs.grad_norm.item(), "norm")
 
 
 @each_few
