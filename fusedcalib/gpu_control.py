@@ -75,7 +75,9 @@ class DeviceControl:
         firsts = np.cumsum([0, *grids])
         self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=device)
         self._done = torch.zeros(1, dtype=torch.int32, device=device)
-        shares = [(len(bucket.tiles), first) for bucket, first in zip(self._measured, firsts[:-1], strict=True)]
+        shares = [
+            (len(bucket.tiles), first) for bucket, first in zip(self._measured, firsts[:-1], strict=True)
+        ]
         self._shares = [sent(device, np.array(share, dtype=np.int32)) for share in shares]
         self._meshes = meshes_of(work)
         self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh

@@ -91,4 +91,6 @@ def branch_launch(
     """The step of every branch weight of the table; arguments as the kernel's."""
     tables = (table, numbers, sources, numbers.shape[1], grad_scale, found_inf, norm)
     constants = {"DTYPES": dtypes, "COMPUTE": compute, "CHECK": check, "P": POSITIONS}
-    return Launch(branch_kernel, table.shape[0], tables, {**constants, "num_warps": 4, "enable_fp_fusion": False})
+    return Launch(
+        branch_kernel, table.shape[0], tables, {**constants, "num_warps": 4, "enable_fp_fusion": False}
+    )

@@ -49,8 +49,9 @@ def prepare(bucket: Bucket, given: Given) -> None:
     asked = (tuple(t is None for t in given[:3]), check)
     with guarded(bucket.key.device):
         if cache.get("asked") != asked:
-            kinds = tuple(map(_named, bucket.key.dtypes)), _named(bucket.compute)
-            cache["launch"] = branch_launch(*cache["tensors"], *_singles(given), *kinds, check)
+            args: list[Any] = [*cache["tensors"], *_singles(given)]
+            kinds: list[Any] = [tuple(map(_named, bucket.key.dtypes)), _named(bucket.compute), check]
+            cache["launch"] = branch_launch(*args, *kinds)
             cache["asked"] = asked
         for place, tensor in enumerate(cache["tensors"]):
             cache["launch"].set(place, tensor)
