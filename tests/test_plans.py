@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy
 import pytest
 import torch
 from cases import DEVICE, parameters
@@ -55,6 +56,26 @@ def test_alternating_live_sets_step_as_torch_does(twin):
     for indices in SETS:
         run.step(missing=[i for i in range(len(run.params)) if i % 3 not in indices])
     run.check()
+
+
+def test_another_live_set_asks_nothing_of_what_is_known(ours, laid_out, monkeypatch):
+    """Of 1000 tensors it is laid out in the time of two or three steps: only what is new is checked."""
+    params = parameters(((4, 3), (5,), (6, 2)))
+    opt = ours(params)
+    step(opt, params, (0, 1, 2))
+    asked = []
+    check = optimizer.check_parameter
+    monkeypatch.setattr(
+        optimizer, "check_parameter", lambda owner, *rest: (asked.append(owner), check(owner, *rest))
+    )
+    step(opt, params, (0, 2))
+    assert len(laid_out) == 2
+    assert not asked
+    params[2].data = params[2].data.clone()  # nothing is kept that might keep old memory alive
+    step(opt, params, (1, 2))
+    assert len(asked) == 2
+    opt.param_groups[0]["weight_decay"] = 0.25
+    step(opt, params, (1, 2))
 
 
 def test_few_plans_are_kept(ours, laid_out):
@@ -155,6 +176,65 @@ def test_loops_are_compiled_before_the_first_one_runs(monkeypatch):
         p.grad = torch.ones_like(p)
     fusedcalib.SGD(params, lr=0.1, backend="numba").step()
     assert order == ["compile", "compile", "run", "run"]
+
+
+# -- what a device has
+
+
+class There(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+class Event:
+    done = False
+
+    def record(self, stream):
+        pass
+
+    def query(self):
+        return self.done
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """The pinned buffers that are taken, and the events that say when a copy of one is done."""
+    buffers, events = [], []
+
+    def empty(shape, dtype, device, pin_memory=False):
+        made = torch.zeros(shape, dtype=dtype)
+        if pin_memory:
+            buffers.append(made)
+        return made.as_subclass(There) if torch.device(device).type == "cuda" else made
+
+    def event():
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(mirror.torch, "empty", empty)
+    monkeypatch.setattr(mirror, "_event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    return buffers, events
+
+
+def test_pinned_buffers_take_turns(pinned):
+    """None is written while it is still being read, none is waited for, none is taken without need."""
+    buffers, events = pinned
+    values = numpy.arange(4, dtype=numpy.int64)
+    array = mirror.Mirror(torch.device("cuda", 0), values)
+    array.update(values)  # the same
+    assert len(buffers) == 1
+    array.update(values + 1)
+    assert [b.tolist() for b in buffers] == [[0, 1, 2, 3], [1, 2, 3, 4]]
+    for e in events:
+        e.done = True
+    address = array.tensor.data_ptr()
+    for i in range(2, 8):
+        array.update(values + i)
+        assert array.tensor.tolist() == (values + i).tolist()
+    assert len(buffers) == 2
+    assert array.tensor.data_ptr() == address
 
 
 # -- streams
