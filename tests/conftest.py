@@ -61,6 +61,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, values[name], indirect=True)
 
 
+# Every kind of loop is compiled, and tried, by the kernel tests: these files are about what is around a loop, and
+# have one rule's.
+ONE_RULES_LOOPS = {"test_contract_options", "test_chain", "test_chain_rounding", "test_chain_states"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out loops of other rules than AdamW in files that are not about them."""
+
+    def is_wanted(item: pytest.Item) -> bool:
+        params = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
+        rule = params.get("rule", "AdamW")
+        name = rule.name if isinstance(rule, Rule) else rule
+        elsewhere = item.path.stem in ONE_RULES_LOOPS and params.get("backend") == "numba"
+        return not elsewhere or name == "AdamW"
+
+    items[:] = filter(is_wanted, items)
+
+
 @pytest.fixture
 def rule(request: pytest.FixtureRequest) -> Rule:
     return RULES[request.param]

@@ -1,6 +1,7 @@
 """Hyperparameters that are tensors on the GPU: every number of every rule is read there, not by the host."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
@@ -32,19 +33,13 @@ def numbers_of(rule):
             yield name, value
 
 
-ALL = [
-    (rule, name, value)
-    for rule in {
-        type(r.ours([torch.nn.Parameter(torch.zeros(1))])).__name__: r for r in RULES.values()
-    }.values()
-    for name, value in numbers_of(rule)
-]
+ONE_OF_EACH = {type(r.ours([torch.nn.Parameter(torch.zeros(1))])).__name__: r for r in RULES.values()}
 
 
 def test_the_walk_finds_them():
-    found = {name for _, name, _ in ALL}
-    assert found >= {*SWITCHED, "lr", "betas", "eps", "alpha", "rho", "momentum_decay"}
-    assert len(ALL) > 100
+    found = [name for rule in ONE_OF_EACH.values() for name, _ in numbers_of(rule)]
+    assert {*found} >= {*SWITCHED, "lr", "betas", "eps", "alpha", "rho", "momentum_decay"}
+    assert len(found) > 100
 
 
 class NoAnswers(TorchDispatchMode):
@@ -79,6 +74,10 @@ def remote(monkeypatch):
     return make
 
 
+def flat(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
 def changed(value, by):
     if isinstance(value, tuple):
         return tuple(changed(x, by) for x in value)
@@ -86,32 +85,29 @@ def changed(value, by):
 
 
 @on_triton
-@pytest.mark.parametrize(("rule", "name", "value"), ALL, ids=[f"{r.ours.__name__}-{n}" for r, n, _ in ALL])
-def test_every_number_is_read_on_the_device(rule, name, value, backend, remote):
-    """Also after it has changed in place; as the same run with Python numbers; and nothing waits for it."""
+@pytest.mark.parametrize("rule", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+def test_every_number_is_read_on_the_device(rule, backend, remote):
+    """As the same run with Python numbers, also after all have changed in place; nothing waits for them."""
     torch.manual_seed(0)
     params = parameters(((4, 5), (6,)))
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     options = {**rule.options, "capturable": True}
-    on_device = remote(value)
-    ours, theirs = (
-        rule.ours(params, backend=backend, **options),
-        rule.ours(others, backend=backend, **options),
-    )
-    ours.param_groups[0][name], theirs.param_groups[0][name] = on_device, value
+    values = dict(numbers_of(rule))
+    there = {name: remote(value) for name, value in values.items()}
+    ours, theirs = (rule.ours(ps, backend=backend, **options) for ps in (params, others))
+    ours.param_groups[0].update(there)
     for step, by in enumerate((1.0, 0.75, 0.5)):
         for p, q in zip(params, others, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        theirs.param_groups[0][name] = changed(value, by)
-        for t, x in zip(
-            *((v if isinstance(v, tuple) else (v,)) for v in (on_device, changed(value, by))), strict=True
-        ):
-            t.fill_(x)
-        if step and DEVICE == "cpu":
-            with NoAnswers():
-                ours.step()
-        else:
+        here = {name: changed(value, by) for name, value in values.items()}
+        theirs.param_groups[0].update(here)
+        for name, tensors in there.items():
+            for t, x in zip(
+                *((v if isinstance(v, tuple) else (v,)) for v in (tensors, here[name])), strict=True
+            ):
+                t.fill_(x)
+        with NoAnswers() if step and DEVICE == "cpu" else nullcontext():
             ours.step()
         theirs.step()
     for p, q in zip(params, others, strict=True):
