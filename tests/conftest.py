@@ -61,8 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, values[name], indirect=True)
 
 
-# Every kind of loop is compiled, and tried, by the kernel tests: these files are about what is around a loop, and
-# have one rule's.
+# Every kind of loop is compiled, and tried, by the kernel tests: these files are about what is around a loop,
+# and have one rule's.
 ONE_RULES_LOOPS = {"test_contract_options", "test_chain", "test_chain_rounding", "test_chain_states"}
 
 
