@@ -62,6 +62,7 @@ def kernel_files() -> list[File]:
 
 AROUND = (
     File("test_faults", 4),
+    File("test_plans", 2),
     File("test_chain", 3),
     File("test_chain_skips", 2),
     File("test_chain_states", 3),

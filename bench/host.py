@@ -3,17 +3,23 @@
 On a GPU the step is queued behind a sleeping kernel, so that it returns without waiting. On a CPU
 the arithmetic cannot be left out, so the tensors have one element each; `work_us` is fusedcalib's step
 without its loops, which is all of its host work but the launches, beside torch's whole fused step.
+
+python -m fusedcalib.bench.host [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import shapes, timing
+from . import machine, shapes, tables, timing
 from .baselines import METHODS
 from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wall_sampler
 
@@ -123,3 +129,42 @@ def _work(timed: Rounds, name: str) -> dict[str, Any]:
 
 def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
     return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}
+
+
+def kept(slug: str) -> dict[str, Any] | None:
+    """What was measured on such a device and kept, if it was."""
+    path = machine.HERE / "results" / "host" / f"{slug}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.exists() else None
+    return found
+
+
+def lines(measured: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each variant: the whole step, and what of it is neither loop nor launch."""
+    found = []
+    for case in measured:
+        for row in case["methods"]:
+            ratio, work = row["ratio_to"].get(COMPARED[0]), row.get("work_to")
+            if row["name"] == "own_plain" and ratio:
+                of_which = f", without its loops {tables.spread_text(work)}" if work else ""
+                found.append(
+                    f"gradients {case['variant']}: {tables.spread_text(ratio)} of torch's fused step{of_which}"
+                )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fusedcalib.bench.host", description=__doc__)
+    parser.add_argument("--out", type=Path, help="a file for the results, as JSON")
+    options = parser.parse_args(arguments)
+    device = machine.pick_device("auto")
+    with timing.one_thread():
+        results = {**machine.describe(device), "host": measure(device, rounds=100, seconds=60)}
+    print("\n".join([tables.measured_on(results), *lines(results["host"])]))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

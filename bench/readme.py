@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import machine, schema, tables
+from . import host, machine, schema, tables
 from .schema import Results
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -26,12 +26,12 @@ COLUMNS = (
 )
 
 
-def section(data: Results, figure: str, of_chain: str, of_rules: str) -> str:
-    """The text between the markers."""
+def section(data: Results, figure: str, of_chain: str, of_rules: str, apart: Results | None = None) -> str:
+    """The text between the markers. `apart`: where the host's work was measured, if not with the rest."""
     parts = [f"Ratios of the time of an AdamW step, {_clock(data)}: below 1 is faster."]
     parts += [tables.markdown(table(data)), f"![time of a step]({figure})", losses(data)]
     parts += chain(data, of_chain)
-    parts += host_times(data)
+    parts += host_times(data, apart)
     parts += rules(data, of_rules)
     rounds = [s["n"] for c in data["cases"] for r in c["methods"] for s in r["ratio_to"].values()]
     parts.append(
@@ -116,19 +116,14 @@ def rules(data: Results, figure: str) -> list[str]:
     return [about, tables.markdown((header, rows)), f"![every rule]({figure})"]
 
 
-def host_times(data: Results) -> list[str]:
-    """What a step costs before the work itself: many tensors of one element."""
-    lines = []
-    for case in data["host"] or ():
-        for row in case["methods"]:
-            ratio = row["ratio_to"].get("torch_fused")
-            if row["name"] == "own_plain" and ratio:
-                work = row.get("work_to")
-                of_which = f", {work['median']:.2f} without its loops: all that Python does" if work else ""
-                lines.append(
-                    f"- gradients {case['variant']}: {ratio['median']:.2f} of torch's fused step{of_which}"
-                )
-    return ["A step over 1000 tensors of one element each:\n\n" + "\n".join(lines)] if lines else []
+def host_times(data: Results, apart: Results | None) -> list[str]:
+    """What a step costs before the work itself: many tensors of one element; measured apart, if it was."""
+    lines = host.lines((apart or data)["host"] or [])
+    if not lines:
+        return []
+    where = f" ({tables.measured_on(apart)})" if apart else ""
+    text = "\n".join(f"- {line}" for line in lines)
+    return [f"A step over 1000 tensors of one element each{where}:\n\n{text}"]
 
 
 def _clock(data: Results) -> str:
@@ -166,7 +161,7 @@ def write(source: Path, readme: Path) -> Path:
     if tables.rule_cases(data):
         plots.rules(data, of_rules)
     names = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_chain, of_rules)]
-    readme.write_text(insert(readme.read_text(), section(data, *names)))
+    readme.write_text(insert(readme.read_text(), section(data, *names, host.kept(machine.slug(data)))))
     return figure
 
 

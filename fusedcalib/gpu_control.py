@@ -71,24 +71,9 @@ class DeviceControl:
         for compute in computes:
             scalars.resident[compute] = torch.zeros(len(found), width, dtype=compute, device=device)
         scalars.set([(0.0,) * width] * len(found))
-        grids = [launch.programs_for(len(bucket.tiles)) for bucket in self._measured]
-        firsts = np.cumsum([0, *grids])
-        self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=device)
-        self._done = torch.zeros(1, dtype=torch.int32, device=device)
-        shares = [
-            (len(bucket.tiles), first) for bucket, first in zip(self._measured, firsts[:-1], strict=True)
-        ]
-        self._shares = [sent(device, np.array(share, dtype=np.int32)) for share in shares]
         self._meshes = meshes_of(work)
-        self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh
-        for mesh in (None, *self._meshes) if self._meshes else ():
-            weights = np.zeros(firsts[-1])
-            for bucket, first, last in zip(self._measured, firsts[:-1], firsts[1:], strict=True):
-                if bucket.key.mesh == mesh:
-                    weights[first:last] = 1 / bucket.key.copies
-            self._weights[mesh] = sent(device, weights)
-        self._total = torch.zeros(1, dtype=torch.float64, device=device)
-        sizes = np.array([len(found), len(work.slots), firsts[-1]], dtype=np.int32)
+        programs = self._make_sums()
+        sizes = np.array([len(found), len(work.slots), programs], dtype=np.int32)
         constants = (example.astype(np.int32), rows.astype(np.int32), addresses_of(steps, device), most)
         self._sizes = sent(device, sizes)
         self._of_slots = (
@@ -103,6 +88,26 @@ class DeviceControl:
         self._launches: list[launch.Launch] = []
         self._read: tuple[Any, ...] = ()  # what launches read that may be another at the next step
         self._streams = Streams(device)
+
+    def _make_sums(self) -> int:
+        """Where the launches leave their sums of squares; returns how many programs leave one."""
+        grids = [launch.programs_for(len(bucket.tiles)) for bucket in self._measured]
+        firsts = np.cumsum([0, *grids])
+        self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=self._device)
+        self._done = torch.zeros(1, dtype=torch.int32, device=self._device)
+        shares = [
+            (len(bucket.tiles), first) for bucket, first in zip(self._measured, firsts[:-1], strict=True)
+        ]
+        self._shares = [sent(self._device, np.array(share, dtype=np.int32)) for share in shares]
+        self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh
+        for mesh in (None, *self._meshes) if self._meshes else ():
+            weights = np.zeros(firsts[-1])
+            for bucket, first, last in zip(self._measured, firsts[:-1], firsts[1:], strict=True):
+                if bucket.key.mesh == mesh:
+                    weights[first:last] = 1 / bucket.key.copies
+            self._weights[mesh] = sent(self._device, weights)
+        self._total = torch.zeros(1, dtype=torch.float64, device=self._device)
+        return int(firsts[-1])
 
     def refresh(self, asked: Asked) -> None:
         """Hands over the options of the groups where they changed."""
