@@ -146,9 +146,8 @@ def lines(measured: list[dict[str, Any]]) -> list[str]:
             ratio, work = row["ratio_to"].get(COMPARED[0]), row.get("work_to")
             if row["name"] == "own_plain" and ratio:
                 of_which = f", without its loops {tables.spread_text(work)}" if work else ""
-                found.append(
-                    f"gradients {case['variant']}: {tables.spread_text(ratio)} of torch's fused step{of_which}"
-                )
+                share = f"{tables.spread_text(ratio)} of torch's fused step{of_which}"
+                found.append(f"gradients {case['variant']}: {share}")
     return found
 
 

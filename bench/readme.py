@@ -160,8 +160,11 @@ def write(source: Path, readme: Path) -> Path:
         plots.chain(data, of_chain)
     if tables.rule_cases(data):
         plots.rules(data, of_rules)
-    names = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_chain, of_rules)]
-    readme.write_text(insert(readme.read_text(), section(data, *names, host.kept(machine.slug(data)))))
+    paths = (Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_chain, of_rules))
+    steps, chained, every = paths
+    readme.write_text(
+        insert(readme.read_text(), section(data, steps, chained, every, host.kept(machine.slug(data))))
+    )
     return figure
 
 
