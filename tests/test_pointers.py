@@ -162,7 +162,7 @@ def test_both_ways_see_the_same(bulk, monkeypatch):
         monkeypatch.setattr("fusedcalib.watch.version_offset", lambda: None)
     torch.manual_seed(0)
     params, _ = made(((4, 3), (5,), (3, 3)))
-    opt = fusedcalib.AdamW(params, lr=0.1, backend="eager")
+    opt = fusedcalib.AdamW(params, lr=0.1)  # by loops where there is numba: they step through addresses
     other = [torch.nn.Parameter(p.detach().clone()) for p in params]
     theirs = torch.optim.AdamW(other, lr=0.1)
 
