@@ -167,9 +167,10 @@ def test_two_captures_need_a_step_between(backend, monkeypatch):
         Graph(monkeypatch).capture(runs.ours.step)
 
 
-def leave_out(runs, index):
+def leave_out(runs, *indices):
     runs.gradients()
-    runs.params[index].grad = runs.others[index].grad = None
+    for i in indices:
+        runs.params[i].grad = runs.others[i].grad = None
     runs.both(runs.ours.step)
 
 
@@ -177,16 +178,17 @@ def test_a_graph_counts_where_later_plans_count(backend, graph):
     """Steps of other live parameters lie between: replays go on from their counts."""
     runs = Runs(RULES["AdamW"], backend)
     leave_out(runs, 1)
+    leave_out(runs, 0, 2)
     runs.use_static()
     runs.gradients(runs.static)
-    runs.both(runs.ours.step)
+    runs.both(runs.ours.step)  # all have taken as many, but it is known that they need not
     graph.capture(runs.ours.step)
     leave_out(runs, 1)
     runs.use_static()
     for _ in range(2):
         runs.gradients(runs.static)
         runs.both(graph.replay)
-    assert [int(runs.ours.state[p]["step"]) for p in runs.params] == [5, 3, 5]
+    assert [int(runs.ours.state[p]["step"]) for p in runs.params] == [5, 4, 5]
 
 
 def test_a_set_of_parameters_that_parts_a_graphs_is_told_of(backend, graph):

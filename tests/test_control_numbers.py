@@ -101,6 +101,7 @@ def test_every_number_is_read_on_the_device(rule, backend, remote):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         here = {name: changed(value, by) for name, value in values.items()}
+        ours.param_groups[0]["said"] = step  # so that the group is looked at again
         theirs.param_groups[0].update(here)
         for name, tensors in there.items():
             for t, x in zip(
