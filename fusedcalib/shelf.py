@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Kept(NamedTuple):
     entry: dict[str, Any] | None  # of the state
     pointers: tuple[int, ...]  # of parameter and states
     names: tuple[str, ...]  # of the states
-    like: tuple[Any, ...]  # strides of the parameter, strides and dtype of the gradient
+    kinds: tuple[Any, ...]  # how parameter, gradient and states lie
 
 
 class Shelf:
@@ -45,7 +45,7 @@ class Shelf:
             and slot.factors is factors
             and kept.asked is asked
             and kept.entry is entry
-            and (param.stride(), grad.stride(), grad.dtype) == kept.like
+            and _kinds(param, grad, slot.states) == kept.kinds
             and (param.data_ptr(), *map(Tensor.data_ptr, slot.states)) == kept.pointers
             and (entry is None or all(map(is_, map(entry.get, kept.names), slot.states)))
             and grad.layout is torch.strided
@@ -67,7 +67,15 @@ class Shelf:
         # Parts of a whole are laid out by what other ranks have, complex ones through views.
         if slot.place is None and type(grad) is Tensor and not slot.param.is_complex():
             pointers = (slot.param.data_ptr(), *map(Tensor.data_ptr, slot.states))
-            entry = state.get(slot.param)
-            like = (slot.param.stride(), grad.stride(), grad.dtype)
-            self._kept[id(slot.param)] = Kept(laid, asked, entry, pointers, slot.recipe.states, like)
+            entry, kinds = state.get(slot.param), _kinds(slot.param, grad, slot.states)
+            self._kept[id(slot.param)] = Kept(laid, asked, entry, pointers, slot.recipe.states, kinds)
         return laid
+
+
+def _kinds(param: Tensor, grad: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Shapes and strides of all; what else can have changed of a gradient."""
+    tensors = (param, grad, *states)
+    return (*map(_shape_of, tensors), *map(Tensor.stride, tensors), grad.dtype, grad.device)
+
+
+_shape_of = attrgetter("shape")

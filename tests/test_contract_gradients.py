@@ -120,7 +120,7 @@ def test_a_step_that_fails_while_it_is_planned_leaves_no_state(monkeypatch):
 def test_capture_in_a_graph_is_refused(monkeypatch):
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.ones(2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     opt = fusedcalib.SGD([p])
     with pytest.raises(RuntimeError, match=r"captured.*run some steps before"):
@@ -128,7 +128,7 @@ def test_capture_in_a_graph_is_refused(monkeypatch):
     assert p.tolist() == [0.0, 0.0]
     monkeypatch.undo()
     opt.step()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="construct it with capturable=True"):
         opt.step()
