@@ -24,7 +24,7 @@ from .mirror import capturing
 from .noise import words_for
 from .plan import Plan
 from .recipe import Recipe, Rule, merged
-from .row_factors import row_factors_of
+from .row_factors import factored, row_factors_of
 from .shelf import Shelf
 from .states import Versions, make_state, state_dtype, states_of
 from .tables import Array, Executor, Laid, Slot
@@ -326,7 +326,7 @@ class FusedOptimizer(Optimizer):
         """Checks everything, then makes missing state, then plans."""
         recipes, demand = asked.recipes, asked.demand
         live = list(self._live())
-        factors = [self._factors(param) for _, _, param in live]
+        factors = [self._factors(param) for _, _, param in live] if factored() else [None] * len(live)
         entries = [self.state.get(param) for _, _, param in live]
         found = [
             self._shelf.find(param, group, recipes[group], entry, factor)

@@ -47,8 +47,13 @@ _FOUND: MutableMapping[Tensor, RowFactors] = WeakTensorKeyDictionary()
 
 def row_factors_of(param: Tensor) -> RowFactors | None:
     """Those of a parameter, if it has such and the optimizer that multiplies them lives."""
-    found = _FOUND.get(param) if len(_FOUND) else None
+    found = _FOUND.get(param)
     return found if found and found.optimizer() is not None else None
+
+
+def factored() -> bool:
+    """Whether any parameter has factors: most programs have none, and need not ask for each."""
+    return len(_FOUND) > 0
 
 
 def set_row_factors(param: Tensor, factors: RowFactors | None) -> None:
