@@ -51,7 +51,8 @@ def step_kernel(
     lane = tl.arange(0, C)
     mean = 0.0
     if REDUCTION == "loop" or REDUCTION == "ranks":
-        HINTED: tl.constexpr = HINTS and REDUCTION == "loop" and FLAGS.centralize != "none"
+        # Not where strides take the registers that a hint needs.
+        HINTED: tl.constexpr = HINTS and REDUCTION == "loop" and FLAGS.centralize != "none" and D == 0
         KEEP: tl.constexpr = "evict_last" if HINTED else ""
         DONE: tl.constexpr = "evict_first" if HINTED else ""
         WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
