@@ -222,7 +222,7 @@ def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
     # Rows whose elements are not numbered on from one to the next must be told apart.
     layout = layout_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
     shape = slot.executor.shape(layout, by_rows, len(tensors), totals is not None)
-    alignable = is_aligned((param, *tensors[2:]), tensors, layout)
+    alignable = is_aligned(tensors, layout, (param, *tensors[2:]))
     key = Key(
         slot.executor,
         param.device,
@@ -291,10 +291,11 @@ def _address_of_gradient(slot: Slot) -> int:
     return local_of(slot.param.grad).data_ptr()
 
 
-def is_aligned(these: Sequence[Tensor], tensors: Sequence[Tensor], layout: Layout) -> bool:
-    """Whether 16-byte accesses reach every element of every row of some of a slot's tensors."""
+def is_aligned(tensors: Sequence[Tensor], layout: Layout, some: Sequence[Tensor] | None = None) -> bool:
+    """Whether 16-byte accesses reach every element of every row of a slot's tensors, or of some of them."""
     vector = 16 // min(t.element_size() for t in tensors)
-    return not layout.sizes and layout.columns % vector == 0 and all(t.data_ptr() % 16 == 0 for t in these)
+    whole = not layout.sizes and layout.columns % vector == 0
+    return whole and all(t.data_ptr() % 16 == 0 for t in some or tensors)
 
 
 def _in_quads(layout: Layout, place: Place) -> bool:
