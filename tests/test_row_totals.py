@@ -53,6 +53,7 @@ class Rank:
 
     def run(self, part: str) -> torch.Tensor:
         """Runs it; the totals of the rows."""
+        self.bucket.key.executor.prepare([self.bucket])
         self.bucket.key.executor.run(self.bucket, part)
         (part_of_rows,) = self.bucket.totals
         return part_of_rows
