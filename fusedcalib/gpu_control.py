@@ -66,7 +66,10 @@ class DeviceControl:
         # fp64 numbers, with one more line than leaves where the kernel notes new products; then sources.
         self._split = (leaves + 1) * len(found) + (leaves + 1) * len(found) % 2
         self._shape = (leaves, len(found))
-        self._options = Mirror(device, np.zeros(self._split + leaves * len(found), dtype=np.int64))
+        self._values = np.zeros(self._split + leaves * len(found), dtype=np.int64)
+        self._options = Mirror(device, self._values)
+        self._leaves: dict[int, list[float | Tensor]] = {}  # of each group, whose addresses these may be
+        self._captured: list[Any] = []  # leaves that graphs go on reading
         computes = {bucket.compute for bucket in buckets}
         for compute in computes:
             scalars.resident[compute] = torch.zeros(len(found), width, dtype=compute, device=device)
@@ -114,18 +117,22 @@ class DeviceControl:
         self._report_on()  # another plan may have reported last
         changed = [g for g in self._group_rows if self._versions.get(g) != asked.versions[g]]
         if changed:
-            values = self._options.host.copy()
+            values = self._values.copy()
             numbers = values.view(np.float64)[: self._shape[0] * self._shape[1]].reshape(self._shape)
             sources = values[self._split :].reshape(self._shape)
+            found = {}
             for group in changed:
                 rows = self._group_rows[group]
-                for i, leaf in enumerate(leaves_of(self._tape, self._recipes[group], asked.groups[group])):
+                leaves = leaves_of(self._tape, self._recipes[group], asked.groups[group])
+                for i, leaf in enumerate(leaves):
                     if isinstance(leaf, Tensor):
                         numbers[i, rows], sources[i, rows] = 0.0, source_of(leaf, self._device)
                     else:
                         numbers[i, rows], sources[i, rows] = leaf, 0
-                self._versions[group] = asked.versions[group]
+                found[group] = leaves
             self._values = values
+            self._leaves |= found
+            self._versions |= {group: asked.versions[group] for group in changed}
         if not capturing():
             self._options.update(self._values)
             if self._demand.remote:
@@ -134,7 +141,10 @@ class DeviceControl:
     def ready(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Makes all ready to be launched; the device decides whether the step is taken."""
         prepare(self._buckets)
-        options = self._options.captured(self._values) if capturing() else self._options.tensor
+        options = self._options.tensor
+        if capturing():
+            options = self._options.captured(self._values)
+            self._captured.append(dict(self._leaves))
         gradients = [resident_of(bucket).gradients for bucket in self._measured]
         read = (options, *map(self._here, (grad_scale, found_inf)), *gradients)
         with guarded(self._device):

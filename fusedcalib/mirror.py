@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ class Streams:
                 tensor.record_stream(stream)
 
 
+class _Pinned(NamedTuple):
+    """Memory that a device copies from: as NumPy sees it, and the event that says when the copy is made."""
+
+    buffer: Tensor
+    view: Array
+    copied: Any
+
+
 class Mirror:
     """An array's copy on a device, at one address for good.
 
@@ -69,14 +77,12 @@ class Mirror:
     """
 
     def __init__(self, device: torch.device, values: Array) -> None:
-        self.host = np.array(values)
+        self.host = np.empty_like(values)
         self.tensor = self._empty(device)
-        self._ring: deque[tuple[Tensor, Array, Any]] = (
-            deque()
-        )  # a buffer, its view, what says when it is free
+        self._ring: deque[_Pinned] = deque()
         self._spare: tuple[Tensor, Tensor] | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
-        self._send()
+        self._send(values)
 
     def _empty(self, device: torch.device, **options: Any) -> Tensor:
         dtype = torch.from_numpy(self.host[:0]).dtype
@@ -85,22 +91,25 @@ class Mirror:
     def update(self, values: Array) -> None:
         """Takes over the values, if they are other ones."""
         if not np.array_equal(values, self.host):
-            np.copyto(self.host, values)
-            self._send()
+            self._send(values)
 
-    def _send(self) -> None:
+    def _send(self, values: Array) -> None:
         if self.tensor.device.type != "cuda":
-            self.tensor.copy_(torch.from_numpy(self.host))
-            return
-        if self._ring and self._ring[0][2].query():
-            buffer, view, copied = self._ring.popleft()
+            self.tensor.copy_(torch.from_numpy(values))
+        else:
+            self._send_pinned(values)
+        np.copyto(self.host, values)  # only now: what could not be sent is sent the next time
+
+    def _send_pinned(self, values: Array) -> None:
+        if self._ring and self._ring[0].copied.query():
+            pinned = self._ring.popleft()
         else:  # as at first, and where the device is far behind
             buffer = self._empty(torch.device("cpu"), pin_memory=True)
-            view, copied = buffer.numpy(), _event()
-        np.copyto(view, self.host)
-        self.tensor.copy_(buffer, non_blocking=True)
-        copied.record(torch.cuda.current_stream(self.tensor.device))
-        self._ring.append((buffer, view, copied))
+            pinned = _Pinned(buffer, buffer.numpy(), _event())
+        np.copyto(pinned.view, values)
+        self.tensor.copy_(pinned.buffer, non_blocking=True)
+        pinned.copied.record(torch.cuda.current_stream(self.tensor.device))
+        self._ring.append(pinned)
 
     def captured(self, values: Array) -> Tensor:
         """A copy for the graph that is being captured, and for it alone.

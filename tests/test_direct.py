@@ -233,7 +233,7 @@ def test_moved_gradients_are_one_array(stand_in):
     assert len(plan.buckets) == 3
     sent = []
     for mirror in (together._gradients, *(r._table for r in together._residents)):
-        mirror._send = lambda m=mirror, send=mirror._send: (sent.append(m), send())
+        mirror._send = lambda values, m=mirror, send=mirror._send: (sent.append(m), send(values))
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -265,3 +265,49 @@ def test_options_that_change_leave_unchanged_groups_alone(stand_in, monkeypatch)
     optimizer.param_groups[1]["lr"] = 0.5
     optimizer.step()
     assert [group is optimizer.param_groups[1] for group in asked] == [True]
+
+
+def options_on_device(optimizer):
+    """The learning rates that the device has, a row of scalars each."""
+    control = optimizer._plan.control
+    (index,) = (i for i, leaf in enumerate(control._tape.leaves) if leaf == ("lr", 0))
+    rows = control._shape[1]
+    return control._options.tensor.view(torch.float64)[index * rows : (index + 1) * rows].tolist()
+
+
+def two_groups():
+    first, second = parameters((64, 64), (64, 64))
+    optimizer = made([{"params": [first]}, {"params": [second]}], capturable=True)
+    optimizer.step()
+    return optimizer, optimizer.param_groups
+
+
+def test_a_group_that_is_refused_does_not_lose_the_others_options(stand_in, monkeypatch):
+    optimizer, (first, second) = two_groups()
+    first["lr"], second["lr"] = 0.25, 0.5
+    leaves_of = gpu_control.leaves_of
+
+    def refuse(tape, recipe, group):
+        if group is second:
+            raise ValueError("a hyperparameter lies elsewhere")
+        return leaves_of(tape, recipe, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_control, "leaves_of", refuse)
+        with pytest.raises(ValueError, match="elsewhere"):
+            optimizer.step()
+    optimizer.step()
+    assert options_on_device(optimizer) == [0.25, 0.5]
+
+
+def test_options_of_a_capture_are_not_lost_to_later_steps(stand_in, monkeypatch):
+    """The capture has a copy of its own; another group's change must not bring the old ones back."""
+    optimizer, (first, second) = two_groups()
+    first["lr"] = 0.25
+    with monkeypatch.context() as patch:
+        for module in (gpu, gpu_control, fusedcalib.optimizer):
+            patch.setattr(module, "capturing", lambda: True)
+        optimizer.step()
+    second["lr"] = 0.5
+    optimizer.step()
+    assert options_on_device(optimizer) == [0.25, 0.5]

@@ -181,6 +181,18 @@ def test_loops_are_compiled_before_the_first_one_runs(monkeypatch):
 # -- what a device has
 
 
+def test_what_could_not_be_sent_is_sent_the_next_time(monkeypatch):
+    """As out of memory: the host must not take it for what the device has."""
+    values = numpy.arange(4)
+    array = mirror.Mirror(torch.device("cpu"), values)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "from_numpy", lambda values: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            array.update(values + 1)
+    array.update(values + 1)
+    assert array.tensor.tolist() == [1, 2, 3, 4]
+
+
 class There(torch.Tensor):
     """A tensor that says that it lies on a GPU."""
 
