@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,11 +21,11 @@ from .executors import choose
 from .mirror import capturing
 from .noise import words_for
 from .plan import Plan
-from .recipe import Recipe, Rule, merged
+from .plans import Plans
+from .recipe import Rule
 from .row_factors import factored, row_factors_of
-from .shelf import Shelf
 from .states import Versions, make_state, state_dtype, states_of
-from .tables import Array, Executor, Laid, Slot
+from .tables import Executor, Laid, Slot
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -36,7 +34,6 @@ else:
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
-KEPT = 8  # plans, of as many live sets or options: mixtures of experts, layers that are not always used
 BACKENDS = ("auto", "triton", "numba", "eager")
 
 
@@ -143,11 +140,7 @@ class FusedOptimizer(Optimizer):
     def _drop_plans(self) -> None:
         """Has the next step laid out anew."""
         self._plan: Plan | None = None  # of the last step
-        self._plans: list[Plan] = []  # it and those of other live sets and options, the latest first
-        self._live_sets: list[Any] = []
-        self._shelf = Shelf()
-        self._last_compiled: list[Recipe] = []
-        self._last_params: list[int] = []
+        self._plans = Plans()
 
     def _tell_scaler(self) -> None:
         """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
@@ -252,13 +245,15 @@ class FusedOptimizer(Optimizer):
         for param in self._misplaced:
             redistribute_gradient(param)
         self._before = None
-        plan = self._fitting(asked)
+        plan = self._plans.fitting(asked, self.state)
         if plan is None:
             if captured:
                 raise RuntimeError(
                     f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; "
                     "run some steps before, on another stream, with the same options"
                 )
+            if self._plans.stale:
+                self._drop_plans()
             self._before = {param: dict(entry) for param, entry in self.state.items()}
             try:
                 plan = self._lay_out(asked)
@@ -266,7 +261,7 @@ class FusedOptimizer(Optimizer):
             except BaseException:  # as out of memory
                 self._take_back()
                 raise
-            self._plans = [plan, *self._plans[: KEPT - 1]]
+            self._plans.keep(plan)
         else:
             self._plan = plan
             if captured:
@@ -274,19 +269,6 @@ class FusedOptimizer(Optimizer):
             plan.refresh(asked)
         self._plan = plan
         return plan
-
-    def _fitting(self, asked: Asked) -> Plan | None:
-        """The plan for the parameters that have gradients now, and what is asked for, if one is kept."""
-        for plan in self._plans:
-            if plan.holds(asked, self.state):
-                if plan is not self._plans[0]:
-                    self._plans.remove(plan)
-                    self._plans.insert(0, plan)
-                return plan
-        # One that describes what is no more would keep it alive.
-        if any(plan.stale for plan in self._plans):
-            self._drop_plans()
-        return None
 
     def _abandon(self, plan: Plan) -> None:
         """Drops what a step that failed has left: if nothing was launched all is as before it."""
@@ -329,7 +311,7 @@ class FusedOptimizer(Optimizer):
         factors = [self._factors(param) for _, _, param in live] if factored() else [None] * len(live)
         entries = [self.state.get(param) for _, _, param in live]
         found = [
-            self._shelf.find(param, group, recipes[group], entry, factor)
+            self._plans.shelf.find(param, group, recipes[group], entry, factor)
             for (group, _, param), entry, factor in zip(live, entries, factors, strict=True)
         ]
         unknown = [each for each, slot in zip(live, found, strict=True) if slot is None]
@@ -346,14 +328,15 @@ class FusedOptimizer(Optimizer):
         ]
         places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
         on_device = decides_on_device(type(self).__name__, self.param_groups, places, demand)
-        compiled = self._compiled(recipes, on_device, demand.tentative)
+        compiled = self._plans.compiled(recipes, self.param_groups, on_device and demand.tentative)
+        found = [slot if slot and slot.recipe is compiled[slot.group] else None for slot in found]
         check_slots(type(self).__name__, [param for _, _, param in live])
         random = any(recipe.flags.random for recipe in compiled)
         words = words_for(self.param_groups) if random and not all(found) else {}
         slots, fresh = [], []
         for (group, _, param), slot, executor, factor in zip(live, found, executors, factors, strict=True):
             recipe = compiled[group]
-            if slot is not None and slot.recipe is recipe:
+            if slot is not None:
                 fresh.append(not recipe.own_states)
             else:
                 fresh.append(make_state(self.state, self._versions, param, recipe, self.param_groups[group]))
@@ -372,43 +355,16 @@ class FusedOptimizer(Optimizer):
             demand,
             self._outcome,
             self._counters,
-            self._kin(live) if on_device else np.zeros(len(live)),
+            self._plans.kin((p for _, _, p in live), self.param_groups, self._captured, type(self).__name__)
+            if on_device
+            else np.zeros(len(live)),
         )
+        shelf = self._plans.shelf
 
         def lay(slot: Slot, totals: Tensor | None) -> Laid:
-            return self._shelf.lay(slot, recipes[slot.group], self.state, totals)
+            return shelf.lay(slot, recipes[slot.group], self.state, totals)
 
         return Plan(work, recipes, on_device, self._versions, lay)
-
-    def _compiled(self, recipes: list[Recipe], on_device: bool, tentative: bool) -> list[Recipe]:
-        """What is compiled for each group; the same objects where it is the same as before."""
-        made = [replace(r, flags=r.flags._replace(skips=on_device and tentative)) for r in merged(recipes)]
-        params = [id(p) for group in self.param_groups for p in group["params"]]
-        if made != self._last_compiled or params != self._last_params:  # noise goes by place and name
-            self._last_compiled, self._last_params, self._shelf = made, params, Shelf()
-        return self._last_compiled
-
-    def _kin(self, live: list[tuple[int, int, Tensor]]) -> Array:
-        """Of each live parameter a number, shared by those that every live set so far has all of, or none."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        here = {param for _, _, param in live}
-        mask = np.array([p in here for p in params], dtype=bool)
-        known = [m for m in self._live_sets if len(m) == len(mask)]
-        if not any(np.array_equal(m, mask) for m in known):
-            known = [mask, *known[: 2 * KEPT - 1]]
-            # A plan that counts parameters together which this one parts would go on with wrong numbers.
-            self._plans = [plan for plan in self._plans if not plan.parted_by(here)]
-            if any(isinstance(plan, Plan) and plan.parted_by(here) for plan in self._captured):
-                warnings.warn(
-                    f"{type(self).__name__}: a CUDA graph has captured a step of parameters of which this "
-                    "one leaves some out: the graph counts them as one, and replays would go on with wrong "
-                    "numbers; capture it again, after a step of each set of parameters",
-                    stacklevel=2,
-                )
-        self._live_sets = known
-        kinds = np.unique(np.stack(known), axis=1, return_inverse=True)[1].reshape(-1)
-        of_live: Array = kinds[mask]
-        return of_live
 
     def _factors(self, param: Tensor) -> Tensor | None:
         """Of the rows of its gradient, to be multiplied here."""

@@ -98,6 +98,7 @@ class Plan:
 
     def refresh(self, asked: Asked) -> None:
         """Takes over the options of the groups for the coming step."""
+        self.begun = False
         self.control.refresh(asked)
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> int:
@@ -110,7 +111,6 @@ class Plan:
             grad_scale: by which the gradients are too large.
             found_inf: not 0 if one of them is not finite: then the step is left out.
         """
-        self.begun = False
         self.taken = self.control.ready(grad_scale, found_inf)
         launches = 0
         if self.taken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Shelf:
     ) -> Slot | None:
         """The slot of a parameter with a gradient, if it would be made just so again."""
         kept, grad = self._kept.get(id(param)), param.grad
-        if kept is None or type(grad) is not Tensor:
+        if kept is None or not _is_plain(grad):
             return None
         slot = kept.laid.slot
         fits = (
@@ -48,8 +48,6 @@ class Shelf:
             and _kinds(param, grad, slot.states) == kept.kinds
             and (param.data_ptr(), *map(Tensor.data_ptr, slot.states)) == kept.pointers
             and (entry is None or all(map(is_, map(entry.get, kept.names), slot.states)))
-            and grad.layout is torch.strided
-            and not grad.is_neg()
             and kept.laid.alignable <= (kept.laid.aligned == (grad.data_ptr() % 16 == 0))
         )
         return slot if fits else None
@@ -65,11 +63,16 @@ class Shelf:
         laid = laid._replace(key=self._keys.setdefault(laid.key, laid.key))
         grad = slot.param.grad
         # Parts of a whole are laid out by what other ranks have, complex ones through views.
-        if slot.place is None and type(grad) is Tensor and not slot.param.is_complex():
+        if slot.place is None and _is_plain(grad) and not slot.param.is_complex():
             pointers = (slot.param.data_ptr(), *map(Tensor.data_ptr, slot.states))
             entry, kinds = state.get(slot.param), _kinds(slot.param, grad, slot.states)
             self._kept[id(slot.param)] = Kept(laid, asked, entry, pointers, slot.recipe.states, kinds)
         return laid
+
+
+def _is_plain(grad: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a gradient's memory holds its very values."""
+    return type(grad) is Tensor and grad.layout is torch.strided and not grad.is_neg() and not grad.is_conj()
 
 
 def _kinds(param: Tensor, grad: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, ...]:

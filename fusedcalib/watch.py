@@ -60,6 +60,8 @@ class Watch:
         self._geometry = _geometry(self._local(self._live), grads)
         conjugates = (Tensor.is_conj,) if any(map(Tensor.is_complex, grads)) else ()
         self._lazy = (_is_sparse_of, Tensor.is_neg, *conjugates)
+        # Of a lazy one the plan has a copy, and steps in a way that others need not put up with.
+        self._once = any(map(Tensor.is_neg, grads)) or any(map(Tensor.is_conj, grads))
         self._grads: list[Any] | None = None
         self.grad_pointers = _addresses(grads)
         self._reading: Reading | None = None  # made when they are asked of first: many a plan never is
@@ -82,7 +84,7 @@ class Watch:
 
     def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether the plan may be used; if so `grad_pointers` is up to date afterwards."""
-        if any(p.grad is not None for p in self._idle):
+        if self._once or any(p.grad is not None for p in self._idle):
             return False
         read = self._reading is not None and self._reading.holds()
         self.stale = not (

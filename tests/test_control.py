@@ -266,3 +266,11 @@ def test_a_first_step_that_is_left_out_is_not_counted(backend):
     for optimizer in (runs.ours, runs.theirs):
         optimizer.state.clear()  # to begin anew
     runs.step(2).check()
+
+
+def test_noise_stays_each_parameters_own_where_steps_come_to_be_left_out(backend):
+    """Slots are known then, and made anew for another kernel."""
+    runs = Runs(RULES["AdamW"], backend, ((5, 7), (33,)), capturable=True, noise=GradientNoise(0.1)).step()
+    for optimizer in (runs.ours, runs.theirs):
+        optimizer.param_groups[0]["skip_nonfinite"] = True
+    runs.step().check()

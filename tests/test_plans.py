@@ -10,7 +10,8 @@ from cases import DEVICE, parameters
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import mirror, optimizer, plan
+from fusedcalib import mirror, optimizer, plan, plans
+from fusedcalib.noise import words_for
 
 SETS = [(0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (2,), (1, 2), (0, 1), (0, 1, 2)]
 
@@ -78,13 +79,52 @@ def test_another_live_set_asks_nothing_of_what_is_known(ours, laid_out, monkeypa
     step(opt, params, (1, 2))
 
 
+@pytest.mark.parametrize("change", ["order", "names"])
+def test_every_parameter_keeps_a_stream_of_its_own(change):
+    """Of noise; also where its place or name is another and all else is as before."""
+    params = parameters(((4, 3), (5,), (6, 2)))
+    named = [(f"p{i}", p) for i, p in enumerate(params)] if change == "names" else params
+    opt = fusedcalib.SGD(named, lr=0.1, noise=fusedcalib.WeightNoise(0.1), backend="eager")
+    step(opt, params, (0, 1, 2))
+    (group,) = opt.param_groups
+    for key in ("params", "param_names")[: 1 + (change == "names")]:
+        group[key] = group[key][::-1]
+    step(opt, params, (0, 1, 2))
+    found = {slot.param: slot.words for bucket in opt._plan.buckets for slot in bucket.slots}
+    assert found == words_for(opt.param_groups)
+    assert len({*found.values()}) == 3
+
+
+def test_a_sparse_gradient_after_a_dense_one_is_refused_as_always(ours):
+    """Before anything is asked of it that only dense ones have."""
+    params = parameters(((4, 3), (5,)))
+    opt = ours(params)
+    step(opt, params, (0, 1))
+    params[0].grad = torch.randn(4, 3, device=DEVICE).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        opt.step()
+
+
+def test_a_lazy_gradient_once_does_not_leave_the_loops_for_good():
+    pytest.importorskip("numba")
+    (p,) = params = parameters(((4, 3),))
+    opt = fusedcalib.AdamW(params, backend="auto")
+    ran = []
+    for lazy in (False, True, False):
+        p.grad = torch._neg_view(torch.randn_like(p)) if lazy else torch.randn_like(p)
+        opt.step()
+        ran.append(opt._plan.buckets[0].key.executor.name)
+    assert ran == [ran[0], "eager", ran[0]]
+    assert ran[0] != "eager"
+
+
 def test_few_plans_are_kept(ours, laid_out):
     params = parameters([(3, 2)] * 12)
     opt = ours(params)
     for i in range(12):
         step(opt, params, (i,))
     gc.collect()
-    assert sum(p() is not None for p in laid_out) <= optimizer.KEPT
+    assert sum(p() is not None for p in laid_out) <= plans.KEPT
 
 
 @each({name: RULES[name] for name in ("SGD", "AdamW")})

@@ -187,7 +187,11 @@ class CSGD(SGD):
             for R, _ in held:
                 R.grad = None
             plan = super()._prepare()
-            self._branches.prepare(self._given(self.grad_norm))
+            try:
+                self._branches.prepare(self._given(self.grad_norm))
+            except BaseException:
+                self._abandon(plan)
+                raise
             return plan
         finally:
             for R, grad in held:
