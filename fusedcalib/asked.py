@@ -50,7 +50,7 @@ class Asked:
         """
         known = len(self._seen) == len(groups)
         changed = [i for i, group in enumerate(groups) if not (known and self._seen[i].holds(group))]
-        scaling = (grad_scale is None, found_inf is None)
+        self.groups, scaling = groups, (grad_scale is None, found_inf is None)
         if not changed and scaling == self._scaling:
             return self
         self._scaling = None  # until all of it is known
@@ -66,7 +66,7 @@ class Asked:
         self._seen = [_Seen(group) if i in changed else self._seen[i] for i, group in enumerate(groups)]
         versions = self.versions if known else [max(self.versions, default=0)] * len(groups)
         self.versions = [version + (i in changed) for i, version in enumerate(versions)]
-        self.groups, self.demand, self._scaling = groups, demand, scaling
+        self.demand, self._scaling = demand, scaling
         return self
 
 

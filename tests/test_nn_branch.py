@@ -174,8 +174,10 @@ def test_what_a_step_is_told(backend, given, moves):
     plan.refresh(groups)
     before = [R.detach().clone() for R in found]
     expected = [expected_of(R, 0.1, scale=given.get("scale", 1.0)) if moves else R.detach() for R in found]
+    told = branch_tables.Given(**tensors, check=given.get("check", False))
     with torch.no_grad():
-        plan.run(groups, branch_tables.Given(**tensors, check=given.get("check", False)))
+        plan.prepare(told)
+        plan.run(groups, told)
     near(found, expected)
     assert moves or all(map(torch.equal, found, before))
 

@@ -16,8 +16,7 @@ from ..mirror import Array, Mirror, Streams, capturing
 from ..numbers import is_remote, number_of
 from .branch_tables import Bucket, Given, Groups
 
-TABLES = ("table", "numbers", "sources")  # the first arguments of the kernel
-GIVEN = 4  # the place of the first of those that are given
+GIVEN = 4  # the place of the first of the kernel's arguments that a step is given
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:
@@ -60,7 +59,6 @@ def prepare(bucket: Bucket, given: Given) -> None:
 
 def run(bucket: Bucket, groups: Groups, given: Given) -> None:
     """One launch on the current stream of the device."""
-    prepare(bucket, given)
     launch = bucket.cache["launch"]
     for place, tensor in enumerate(_singles(given), GIVEN):
         launch.set(place, tensor)
