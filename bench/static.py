@@ -144,10 +144,14 @@ def _compiled(
 
 
 @functools.cache
-def compiled_for(spec: Spec, target: str = "sm_90", kernel: str = "step") -> Compiled:
-    """One of launch.KERNELS."""
+def compiled_for(
+    spec: Spec, target: str = "sm_90", kernel: str = "step", as_arguments: bool = False
+) -> Compiled:
+    """One of launch.KERNELS; its scalars in a table, or its one row of them as arguments."""
     scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
-    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "scalars": scalar, "sums": scalar}
+    scalars: Any = ("fp32",) * spec.scalars if as_arguments else scalar
+    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "scalars": scalars, "sums": scalar}
+    spec = spec._replace(scalars=0) if as_arguments else spec
     asm, shared = _compiled(launch.KERNELS[kernel], tables, spec.constants(), spec.built.warps, target)
     return Compiled(spec, target, asm, spec.built, shared)
 

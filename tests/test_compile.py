@@ -114,6 +114,25 @@ def spec_rows(row_class: str) -> tuple[int, int]:
     return (1, *shape) if len(shape) == 1 else (shape[0], shape[1])
 
 
+ONE_ROW = [(k, c) for k in (*HEAVY, *USUAL, "SGD plain") for c in ("flat", "longest rows, all stages")]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("kind", "row_class"), ONE_ROW)
+def test_scalars_as_arguments_cost_no_more(kind: str, row_class: str, target: str):
+    """The form that most launches have: accesses and instructions as with a table or less, room enough."""
+    spec = spec_of(config(kind, row_class))
+    table, arguments = (compiled_for(spec, target, as_arguments=passed) for passed in (False, True))
+    assert spilled(arguments) == 0
+    assert len(sass(arguments)) <= len(sass(table))
+    for kind_of_access in ("ld", "st"):
+        assert arguments.bytes_moved(kind_of_access) == table.bytes_moved(kind_of_access)
+        assert arguments.narrow(kind_of_access) <= table.narrow(kind_of_access)
+    rooms = [occupancy(target, usage(b).registers, b.built.warps, b.shared).warps for b in (table, arguments)]
+    # 32 warps that have asked for 64 bytes a lane keep 64 KB under way; 4.3 TB/s at 700 ns take 23 KB of an SM.
+    assert rooms[1] >= min(rooms[0], 32)
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if len(set(KINDS[k].dtypes)) == 1])
 def test_without_centring_no_lane_waits_for_another(kind: str):
     assert not re.search(r"shfl|bar\.|shared", " ".join(compiled(config(kind)).ptx))
