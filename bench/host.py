@@ -10,6 +10,7 @@ python -m fusedcalib.bench.host [--out FILE]
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -25,8 +26,9 @@ from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wal
 
 TENSORS = 1000
 COMPARED = ("torch_fused", "own_plain", "own_gc")
-# Gradients at the same addresses, and at others in each step, as zero_grad(set_to_none) makes them.
-VARIANTS = ("unchanged", "reallocated")
+# Gradients at the same addresses; at others in each step, as zero_grad(set_to_none) makes them; at each step
+# of a set of parameters that has not been stepped before, as of experts, which is then laid out anew.
+VARIANTS = ("unchanged", "reallocated", "of a new set")
 
 
 def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> list[dict[str, Any]]:
@@ -42,7 +44,7 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
             built = METHODS[name].make(spec, params)
             for _ in range(5):
                 built.step()
-            turn = turns(params, moving=variant == "reallocated")
+            turn = others(params) if variant == VARIANTS[2] else turns(params, moving=variant == VARIANTS[1])
             samplers[name] = _after(turn, built.step, device)
             if name.startswith("own") and not timing.on_gpu(device):
                 samplers[f"{name} work"] = _without_loops(turn, built.step)
@@ -76,6 +78,18 @@ def turns(params: list[Tensor], moving: bool) -> Step:
             param.grad = grad
 
     return swap if moving else lambda: None
+
+
+def others(params: list[Tensor]) -> Step:
+    """What happens before each step: another parameter than before has no gradient."""
+    grads, missing = [param.grad for param in params], itertools.cycle(range(len(params)))
+
+    def leave_out() -> None:
+        left_out = next(missing)
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            param.grad = None if i == left_out else grad
+
+    return leave_out
 
 
 def _after(turn: Step, step: Step, device: torch.device) -> Sampler:

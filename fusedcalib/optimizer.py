@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -130,7 +130,8 @@ class FusedOptimizer(Optimizer):
         self._drop_plans()
         self._asked = Asked(self.rule)
         self._counters = Counters()
-        self._before: dict[Tensor, dict[str, Any]] | None = None  # the state, where it was made for the plan
+        # Where the last plan is a new one: the state of parameters for which some may have been made.
+        self._before: dict[Tensor, dict[str, Any] | None] | None = None
         self._captured: list[Any] = []  # what graphs go on reading
         self._versions = Versions()
         self._outcome = Outcome()
@@ -254,7 +255,7 @@ class FusedOptimizer(Optimizer):
                 )
             if self._plans.stale:
                 self._drop_plans()
-            self._before = {param: dict(entry) for param, entry in self.state.items()}
+            self._before = {}
             try:
                 plan = self._lay_out(asked)
                 plan.refresh(asked)
@@ -277,15 +278,21 @@ class FusedOptimizer(Optimizer):
         elif plan.begun:
             self._drop_plans()
 
+    def _remember(self, params: Iterable[Tensor]) -> None:
+        """Notes the states of parameters before some is made for a new plan."""
+        assert self._before is not None
+        for param in params:
+            if param not in self._before:
+                self._before[param] = dict(self.state[param]) if param in self.state else None
+
     def _take_back(self) -> None:
         """Drops the plan and the state that was made for it."""
-        assert self._before is not None
-        for param in list(self.state):
-            if param in self._before:
-                self.state[param].clear()
-                self.state[param].update(self._before[param])
+        for param, entry in (self._before or {}).items():
+            if entry is None:
+                self.state.pop(param, None)
             else:
-                del self.state[param]
+                self.state[param].clear()
+                self.state[param].update(entry)
         self._drop_plans()
         self._before = None
 
@@ -315,6 +322,7 @@ class FusedOptimizer(Optimizer):
             for (group, _, param), entry, factor in zip(live, entries, factors, strict=True)
         ]
         unknown = [each for each, slot in zip(live, found, strict=True) if slot is None]
+        self._remember(param for _, _, param in unknown)
         self._misplaced += [param for _, _, param in unknown if redistribute_gradient(param)]
         for group, index, param in unknown:
             owner = describe(type(self).__name__, self.param_groups, group, index)
@@ -330,6 +338,7 @@ class FusedOptimizer(Optimizer):
         on_device = decides_on_device(type(self).__name__, self.param_groups, places, demand)
         compiled = self._plans.compiled(recipes, self.param_groups, on_device and demand.tentative)
         found = [slot if slot and slot.recipe is compiled[slot.group] else None for slot in found]
+        self._remember(param for (_, _, param), slot in zip(live, found, strict=True) if slot is None)
         check_slots(type(self).__name__, [param for _, _, param in live])
         random = any(recipe.flags.random for recipe in compiled)
         words = words_for(self.param_groups) if random and not all(found) else {}

@@ -71,8 +71,8 @@ class Shelf:
 
 
 def _is_plain(grad: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a gradient's memory holds its very values."""
-    return type(grad) is Tensor and grad.layout is torch.strided and not grad.is_neg() and not grad.is_conj()
+    """Whether a real gradient's memory holds its very values."""
+    return type(grad) is Tensor and grad.layout is torch.strided and not grad.is_neg()
 
 
 def _kinds(param: Tensor, grad: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, ...]:

@@ -270,7 +270,8 @@ def _bucket(
 ) -> Bucket:
     indices = np.array([index for index, _ in members])
     table = np.array([laid.row for _, laid in members])
-    table[:, 1] = [_address_of_gradient(laid.slot) for _, laid in members]
+    grads: list[Any] = [laid.slot.param.grad for _, laid in members]
+    table[:, 1] = list(map(Tensor.data_ptr, map(local_of, grads)))
     tiles = np.concatenate([laid.tiles for _, laid in members])
     tiles[:, 0] = np.repeat(np.arange(len(members)), [len(laid.tiles) for _, laid in members])
     return Bucket(
@@ -284,11 +285,6 @@ def _bucket(
         [totals.get(index) for index, _ in members],
         alignable=np.array([laid.alignable for _, laid in members], dtype=bool),
     )
-
-
-def _address_of_gradient(slot: Slot) -> int:
-    assert slot.param.grad is not None
-    return local_of(slot.param.grad).data_ptr()
 
 
 def is_aligned(tensors: Sequence[Tensor], layout: Layout, some: Sequence[Tensor] | None = None) -> bool:

@@ -54,7 +54,7 @@ class Watch:
         self._versions: Versions | None = None
         moments = [t for e in entries for k, t in e.items() if k != "step" and isinstance(t, Tensor)]
         self._tensors = [*self._live, *moments]
-        self._spread = any(map(is_spread, self._tensors))  # then looking takes longer
+        self._spread = any(map(is_spread, self._live))  # and states; then looking takes longer
         self._pointers = self._look(self._tensors)
         grads = self._local(list(map(_grad_of, self._live)))
         self._geometry = _geometry(self._local(self._live), grads)

@@ -129,7 +129,7 @@ def test_scalars_as_arguments_cost_no_more(kind: str, row_class: str, target: st
         assert arguments.bytes_moved(kind_of_access) == table.bytes_moved(kind_of_access)
         assert arguments.narrow(kind_of_access) <= table.narrow(kind_of_access)
     rooms = [occupancy(target, usage(b).registers, b.built.warps, b.shared).warps for b in (table, arguments)]
-    # 32 warps that have asked for 64 bytes a lane keep 64 KB under way; 4.3 TB/s at 700 ns take 23 KB of an SM.
+    # 32 warps that have asked for 64 bytes a lane keep 64 KB under way; 4.3 TB/s at 700 ns take 23 KB an SM.
     assert rooms[1] >= min(rooms[0], 32)
 
 
