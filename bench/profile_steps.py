@@ -87,6 +87,7 @@ class Variant(NamedTuple):
         spec: what is compiled of the bucket; None for control.
         tensors, elements: of the model that it serves.
         lanes: elements of all its tiles, those that no tensor has among them.
+        as_arguments: whether its scalars are arguments of the launch, in place of a table.
     """
 
     kernel: str
@@ -95,6 +96,7 @@ class Variant(NamedTuple):
     tensors: int = 0
     elements: int = 0
     lanes: int = 0
+    as_arguments: bool = False
 
 
 def variants(case: Case, model: Model) -> list[Variant]:
@@ -107,13 +109,16 @@ def variants(case: Case, model: Model) -> list[Variant]:
     laid = parts_of(SUBJECTS[case.optimizer].cls, case.chosen(), DTYPES[case.dtypes], found, ALONE)
     scalars = Scalars()
     slots = [part.slot for part in laid.parts]
-    group = laid.groups[0]
-    scalars.set([scalars_of(slots[0].recipe, group, 1.0)])
-    tape = tape_of(slots[0].recipe.rule, shape_of(group))
+    recipes = {slot.group: slot.recipe for slot in slots}
+    scalars.set([scalars_of(recipes[index], group, 1.0) for index, group in enumerate(laid.groups)])
+    tape = tape_of(slots[0].recipe.rule, shape_of(laid.groups[0]))
     check = any(group["skip_nonfinite"] for group in laid.groups)
     decision = launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
     alike = [part.alike for part in laid.parts]
-    return launches(build_buckets(slots, scalars), alike, laid.measures, laid.decides, decision)
+    buckets = build_buckets(slots, scalars)
+    for bucket in buckets:
+        bucket.set_rows(np.array([slot.group for slot in slots]))
+    return launches(buckets, alike, laid.measures, laid.decides, decision)
 
 
 def launches(
@@ -124,7 +129,8 @@ def launches(
     decision: launch.Decision = NOTHING,
 ) -> list[Variant]:
     """The kernels that step these buckets, in order; `alike`: how many there are of each slot of the plan."""
-    before, steps = [], []
+    before: list[Variant] = []
+    steps: list[Variant] = []
     for bucket in buckets:
         spec = gpu.spec_of(bucket)
         counts = np.array([alike[i] for i in bucket.indices])
@@ -132,10 +138,12 @@ def launches(
         served = int(counts.sum()), int(counts @ sizes)
         if measures:
             tile = _norm_tile(spec)
-            before.append(Variant("norm", spec, decision, *served, int(counts @ _lanes(bucket, tile))))
+            lanes = int(counts @ _lanes(bucket, tile))
+            before.insert(0, Variant("norm", spec, decision, *served, lanes))  # the last bucket comes first
+        as_arguments = not decides and gpu.arguments_of(bucket) is not None
         for kernel in launch.parts_of(spec.tile, spec.flags):
             lanes = int(counts @ _lanes(bucket, spec.built))
-            steps.append(Variant(kernel, spec, decision, *served, lanes))
+            steps.append(Variant(kernel, spec, decision, *served, lanes, as_arguments))
     if decides and not measures:
         before.append(Variant("control", None, decision))
     return [*before, *steps]
@@ -261,7 +269,7 @@ def compiled(variant: Variant, target: str) -> static.Compiled:
         return static.compiled_control(variant.decision, target)
     if variant.kernel == "norm":
         return static.compiled_norm(variant.spec, variant.decision, target)
-    return static.compiled_for(variant.spec, target, variant.kernel)
+    return static.compiled_for(variant.spec, target, variant.kernel, variant.as_arguments)
 
 
 def tile_text(variant: Variant) -> str:

@@ -135,8 +135,8 @@ class Together:
         shared, compute = bucket.shared, bucket.compute
         if compute in shared.resident:  # the step is decided there
             return shared.resident[compute]
-        if compute == torch.float32 and (row := bucket.only_row()) is not None:
-            return tuple(shared.rows[row])
+        if (numbers := arguments_of(bucket)) is not None:
+            return numbers
         rows = shared.of(compute)
         mirror = self._scalars.get(compute)
         if mirror is None or mirror.host.shape != rows.shape:
@@ -199,6 +199,12 @@ class Resident:
     def tensors(self) -> list[Tensor]:
         """What lies on the device."""
         return [self.table, self.tiles, self.sums]
+
+
+def arguments_of(bucket: Bucket) -> tuple[float, ...] | None:
+    """The scalars of a launch that takes them as arguments: in fp32, where all slots have the same row."""
+    row = bucket.only_row() if bucket.compute == torch.float32 else None
+    return None if row is None else tuple(bucket.shared.rows[row])
 
 
 def spec_of(bucket: Bucket) -> launch.Spec:

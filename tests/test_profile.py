@@ -43,7 +43,8 @@ def constants_of(variant):
         return {**decision, "num_warps": 4}
     if variant.kernel == "norm":
         return {**launch.norm_constants(variant.spec), **decision, "DECIDE": True}
-    return {**variant.spec.constants(), "num_warps": variant.spec.built.warps, **launch.OPTIONS}
+    spec = variant.spec._replace(scalars=0) if variant.as_arguments else variant.spec
+    return {**spec.constants(), "num_warps": spec.built.warps, **launch.OPTIONS}
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32-state"])
