@@ -124,7 +124,7 @@ def _subject(name: str, options: dict[str, Any]) -> Subject:
     import torch
 
     import fusedcalib
-    from fusedcalib.factory import options_of
+    from fusedcalib.registry import options_of
 
     classes = fusedcalib.optimizers()
     lower = {cls.lower(): cls for cls in classes}

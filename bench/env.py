@@ -100,7 +100,7 @@ def backends() -> Facts:
     """What steps parameters on each device and in each dtype, and why."""
     import torch
 
-    from fusedcalib.executors import choose
+    from fusedcalib.executors.choose import choose
 
     devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
     return {

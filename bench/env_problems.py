@@ -147,7 +147,7 @@ def no_cuda(found: Facts) -> Problem | None:
 
 
 def old_gpu(found: Facts) -> Problem | None:
-    """As fusedcalib/executors.py chooses."""
+    """As fusedcalib/executors/choose.py chooses."""
     if found["gpus"].get("hip"):
         return None
     old = [gpu for gpu in found["gpus"].get("torch_sees", []) if numbers(gpu["capability"]) < (8,)]

@@ -112,9 +112,9 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
     """Time `step` after an untimed `turn`, less what its compiled loops take."""
 
     def sample() -> float:
-        import fusedcalib.cpu
+        import fusedcalib.executors.numba.run
 
-        cpu: Any = fusedcalib.cpu
+        cpu: Any = fusedcalib.executors.numba.run
         turn()
         on_threads, spent = cpu.on_threads, 0.0
 

@@ -50,9 +50,9 @@ class Subject:
 
 def reference_options(cls: str) -> dict[str, Any]:
     """What the reference of a class can be told of its rule, with the defaults of our class."""
-    from fusedcalib.arguments import EXTRAS
-    from fusedcalib.factory import optimizers, options_of
+    from fusedcalib.options import EXTRAS
     from fusedcalib.reference import ORACLES
+    from fusedcalib.registry import optimizers, options_of
 
     aside = {*EXTRAS, "backend", "foreach", "fused", "capturable", "differentiable"} - {"l1", "max_row_norm"}
     known = inspect.signature(ORACLES[cls]).parameters.values()

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, cast
 import torch
 
 import fusedcalib
-from fusedcalib import gpu
-from fusedcalib.distributed import Place
+from fusedcalib.engine.state import make_state, states_of
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.recipe import demand_of, merged, recipe_of
-from fusedcalib.row_totals import RowTotals
-from fusedcalib.states import make_state, states_of
-from fusedcalib.tables import Scalars, Slot, build_buckets
+from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.recipe import merged, needs_of, recipe_of
+from fusedcalib.layout.shards import Place
+from fusedcalib.layout.split_rows import RowTotals
 
 from .baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of
 from .case import DTYPES
@@ -151,9 +151,9 @@ def parts_of(
         {"params": params[kind], **own} for kind, own in KINDS.items() if params[kind]
     ]
     optimizer = getattr(fusedcalib, cls)(groups, **options)
-    demand = demand_of(optimizer.param_groups, None, None)
-    asked = merged([recipe_of(optimizer.rule, group, demand) for group in optimizer.param_groups])
-    recipes = [replace(r, flags=r.flags._replace(skips=demand.tentative)) for r in asked]
+    needs = needs_of(optimizer.param_groups, None, None)
+    asked = merged([recipe_of(optimizer.rule, group, needs) for group in optimizer.param_groups])
+    recipes = [replace(r, flags=r.flags._replace(skips=needs.tentative)) for r in asked]
     parts = []
     for index, kind in enumerate(kind for kind in KINDS if params[kind]):
         group, recipe = optimizer.param_groups[index], recipes[index]
@@ -163,8 +163,8 @@ def parts_of(
             place = _place(shard, layout.mesh)
             slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)
             parts.append(Part(slot, found[shard]))
-    decides = demand.remote or demand.measure or demand.scaled or demand.tentative
-    return Laid(parts, optimizer.param_groups, demand.measure, decides)
+    decides = needs.remote or needs.measure or needs.scaled or needs.tentative
+    return Laid(parts, optimizer.param_groups, needs.measure, decides)
 
 
 def _tensor(shard: Shard, dtype: torch.dtype) -> torch.nn.Parameter:
@@ -177,7 +177,7 @@ def _tensor(shard: Shard, dtype: torch.dtype) -> torch.nn.Parameter:
 
 
 def _place(shard: Shard, mesh: Mesh | None) -> Place | None:
-    """The place of the first part, as fusedcalib.distributed finds it for a DTensor."""
+    """The place of the first part, as fusedcalib.layout.shards finds it for a DTensor."""
     if mesh is None:
         return None
     across = [i for i, (name, _) in enumerate(mesh.dims) if shard.columns_cut and name == "tp"]

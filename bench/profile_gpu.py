@@ -88,9 +88,9 @@ def _case(case: Case, model: Model, device: torch.device, copy: float) -> Result
     for _ in range(WARM):
         optimizer.step()
     plan = optimizer._plan
-    decides = type(plan.control).__name__ == "DeviceControl"
+    decides = type(plan.control).__name__ == "DeviceDecider"
     alike = [1] * sum(len(bucket.slots) for bucket in plan.buckets)
-    expected = profile_steps.launches(plan.buckets, alike, plan.demand.measure, decides)
+    expected = profile_steps.launches(plan.buckets, alike, plan.needs.measure, decides)
     kernels, other = attributed(captured(optimizer.step, device), expected, STEPS)
     host = timing.host_seconds(device, optimizer.step)
     rows = [_row(variant, took, copy) for variant, took in zip(expected, kernels, strict=True)]

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import plots, profile_gpu, profiles
+from . import plots, profile_gpu, profile_steps
 from .plan_costs import Gpu
 from .static_costs import issue_rate
 
@@ -39,7 +39,9 @@ def draw(results: Results, path: Path) -> Path:
         gpu = Gpu(**results["gpu"])
         _axes(axes, gpu, points)
         _legend(axes, results, {kernel["kernel"] for _, kernel in points})
-        plots.heading(figure, headline(results), f"{profiles.title(results)}\nOn paper: no GPU was measured")
+        plots.heading(
+            figure, headline(results), f"{profile_steps.title(results)}\nOn paper: no GPU was measured"
+        )
         figure.savefig(path, bbox_inches="tight")
     return path
 
@@ -50,7 +52,7 @@ def draw_measured(results: Results, path: Path) -> Path:
     with mpl.rc_context(plots.STYLE):
         figure = Figure(figsize=(9.5, 1.6 + 0.5 * len(bars)))
         axes = figure.subplots(1, 1, gridspec_kw={"left": 0.36, "top": 0.97, "right": 0.95})
-        names = [f"{profiles.case_title(found)}:\n{row['kernel']} {row['tile']}" for found, row in bars]
+        names = [f"{profile_steps.case_title(found)}:\n{row['kernel']} {row['tile']}" for found, row in bars]
         heights = range(len(bars))
         axes.barh(heights, [row["gbs"] for _, row in bars], color=COLOURS[0], height=0.62)
         axes.set_yticks(heights, names)
@@ -111,5 +113,5 @@ def _legend(axes: Axes, results: Results, kernels: set[str]) -> None:
 
 def _lines(found: Results) -> str:
     """The title of a case, its options on lines of their own."""
-    head, dtypes, *options = profiles.case_title(found).split(", ")
+    head, dtypes, *options = profile_steps.case_title(found).split(", ")
     return "\n  ".join((f"{head}, {dtypes}", *options))

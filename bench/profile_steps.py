@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fusedcalib
-from fusedcalib import gpu
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.scalars import scalars_of, shape_of, tape_of
-from fusedcalib.tables import Bucket, Scalars, build_buckets
+from fusedcalib.layout.buckets import Bucket, Scalars, build_buckets
+from fusedcalib.layout.scalars import scalars_of, shape_of, tape_of
 
 from . import layouts, static, static_costs
 from .architectures import Model
@@ -284,3 +284,17 @@ def tile_text(variant: Variant) -> str:
     if spec.vector == 1:
         words.append("strided" if spec.inner else "unaligned")
     return " ".join(words)
+
+
+def title(results: Results) -> str:
+    """Model, GPU and compiler."""
+    gpu = results["gpu"]
+    return (
+        f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
+        f"{gpu['name']} ({gpu['target']}) at {gpu['bandwidth'] / 1e12:.3g} TB/s, Triton {results['triton']}"
+    )
+
+
+def case_title(found: Results) -> str:
+    """Optimizer, storage and options of a case."""
+    return Case(found["optimizer"], tuple(found["options"]), found["dtypes"]).title

@@ -30,20 +30,6 @@ NOTE = (
 )
 
 
-def title(results: Results) -> str:
-    """Model, GPU and compiler."""
-    gpu = results["gpu"]
-    return (
-        f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
-        f"{gpu['name']} ({gpu['target']}) at {gpu['bandwidth'] / 1e12:.3g} TB/s, Triton {results['triton']}"
-    )
-
-
-def case_title(found: Results) -> str:
-    """Optimizer, storage and options of a case."""
-    return Case(found["optimizer"], tuple(found["options"]), found["dtypes"]).title
-
-
 def kernels_table(found: Results) -> tables.Table:
     """Each kernel of a step."""
     header = ["kernel", "tile", "tensors", "elements", "registers", "spilled B", "warps", "KB in flight"]
@@ -81,7 +67,7 @@ def totals_table(results: Results) -> tables.Table:
         kernels, seconds = found["kernels"], found["seconds"]
         rows.append(
             [
-                case_title(found),
+                profile_steps.case_title(found),
                 str(found["launches"]),
                 f"{found['moved_per_param']:.1f}",
                 f"{found['moved'] / 1e9:.3g}",
@@ -95,9 +81,9 @@ def totals_table(results: Results) -> tables.Table:
 
 def show(results: Results) -> None:
     """Prints the tables."""
-    print(title(results))
+    print(profile_steps.title(results))
     for found in results["cases"]:
-        print(f"\n{case_title(found)}:")
+        print(f"\n{profile_steps.case_title(found)}:")
         tables.show(kernels_table(found), width=170)
     print("\nEach step:")
     tables.show(totals_table(results))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fusedcalib
-from fusedcalib import gpu
+from fusedcalib.executors.triton import run as gpu
 
 from . import gate, shapes, timing
 from .architectures import Shape
@@ -90,7 +90,7 @@ def launch_with(changes: Changes) -> Any:
 @contextmanager
 def engine_of(launch: Any) -> Iterator[None]:
     """The engine launches the kernels of this copy."""
-    from fusedcalib import gpu_control
+    from fusedcalib.executors.triton import decide as gpu_control
 
     modules: tuple[Any, ...] = (gpu, gpu_control)
     present = [module.launch for module in modules]

@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
-from fusedcalib.arguments import EXTRAS  # noqa: E402
 from fusedcalib.bench import architectures, layouts, plan, profile_kept, readme, tables  # noqa: E402
 from fusedcalib.bench.baselines import step_bytes  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
+from fusedcalib.options import EXTRAS  # noqa: E402
 
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
 PROFILE = ("<!-- profile:begin -->", "<!-- profile:end -->")

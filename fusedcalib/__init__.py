@@ -13,24 +13,24 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import nn as nn
     from . import reference as reference
-    from .factory import create as create
-    from .factory import optimizers as optimizers
-    from .frameworks import register_timm as register_timm
     from .groups import param_groups as param_groups
     from .noise import GradientNoise as GradientNoise
     from .noise import LangevinNoise as LangevinNoise
     from .noise import WeightNoise as WeightNoise
     from .optimizer import FusedOptimizer as FusedOptimizer
+    from .registry import create as create
+    from .registry import optimizers as optimizers
+    from .registry import register_timm as register_timm
 
 _HOMES = {
     "FusedOptimizer": ".optimizer",
     "GradientNoise": ".noise",
     "LangevinNoise": ".noise",
     "WeightNoise": ".noise",
-    "create": ".factory",
-    "optimizers": ".factory",
+    "create": ".registry",
+    "optimizers": ".registry",
     "param_groups": ".groups",
-    "register_timm": ".frameworks",
+    "register_timm": ".registry",
 }
 _MODULES = ("nn", "reference")
 
@@ -53,5 +53,5 @@ def __dir__() -> list[str]:
 
 
 def _found() -> dict[str, Any]:
-    classes: dict[str, Any] = import_module(".factory", __name__).optimizers()
+    classes: dict[str, Any] = import_module(".registry", __name__).optimizers()
     return classes

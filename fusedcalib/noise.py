@@ -10,8 +10,8 @@ from zlib import crc32
 
 import numpy as np
 
+from .hostmath import is_remote, number_of
 from .kernels import philox as device
-from .numbers import is_remote, number_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .arguments import Options, check_ranges, extras_of, plain, signature_of
-from .asked import Asked
-from .checks import check_group, check_parameter, check_slots, describe, warn_of_flat
-from .control import Outcome, Work, decides_on_device
-from .counts import Counters
-from .distributed import is_spread, local_of, place_of, redistribute_gradient
-from .executors import choose
-from .mirror import capturing
+from .engine.checks import check_group, check_parameter, check_slots, describe, warn_of_flat
+from .engine.decide import decides_on_device
+from .engine.plan import Plan
+from .engine.plans import Plans
+from .engine.state import VersionCounters, make_state, state_dtype, states_of
+from .executors.choose import choose
+from .executors.triton.resident import capturing
+from .layout.asked import Asked
+from .layout.buckets import Executor, Laid, Slot
+from .layout.counts import Counters
+from .layout.inputs import PlanInputs, StepReport
+from .layout.row_scales import factored, row_factors_of
+from .layout.shards import is_spread, local_of, place_of, redistribute_gradient
 from .noise import words_for
-from .plan import Plan
-from .plans import Plans
-from .recipe import Rule
-from .row_factors import factored, row_factors_of
-from .states import Versions, make_state, state_dtype, states_of
-from .tables import Executor, Laid, Slot
+from .options import Options, check_ranges, extras_of, plain, signature_of
+from .rule import Rule
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -133,8 +134,8 @@ class FusedOptimizer(Optimizer):
         # Where the last plan is a new one: the state of parameters for which some may have been made.
         self._before: dict[Tensor, dict[str, Any] | None] | None = None
         self._captured: list[Any] = []  # what graphs go on reading
-        self._versions = Versions()
-        self._outcome = Outcome()
+        self._versions = VersionCounters()
+        self._outcome = StepReport()
         self._swapped = self._warned = False
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
 
@@ -298,7 +299,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_capture(self) -> None:
         assert self._plan is not None
-        if not self._plan.demand.remote:
+        if not self._plan.needs.remote:
             raise RuntimeError(
                 f"{type(self).__name__}.step() cannot be captured in a CUDA graph: its numbers come from the "
                 "host; construct it with capturable=True"
@@ -313,7 +314,7 @@ class FusedOptimizer(Optimizer):
 
     def _lay_out(self, asked: Asked) -> Plan:
         """Checks everything, then makes missing state, then plans."""
-        recipes, demand = asked.recipes, asked.demand
+        recipes, needs = asked.recipes, asked.needs
         live = list(self._live())
         factors = [self._factors(param) for _, _, param in live] if factored() else [None] * len(live)
         entries = [self.state.get(param) for _, _, param in live]
@@ -335,8 +336,8 @@ class FusedOptimizer(Optimizer):
             for slot, (_, _, param) in zip(found, live, strict=True)
         ]
         places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
-        on_device = decides_on_device(type(self).__name__, self.param_groups, places, demand)
-        compiled = self._plans.compiled(recipes, self.param_groups, on_device and demand.tentative)
+        on_device = decides_on_device(type(self).__name__, self.param_groups, places, needs)
+        compiled = self._plans.compiled(recipes, self.param_groups, on_device and needs.tentative)
         found = [slot if slot and slot.recipe is compiled[slot.group] else None for slot in found]
         self._remember(param for (_, _, param), slot in zip(live, found, strict=True) if slot is None)
         check_slots(type(self).__name__, [param for _, _, param in live])
@@ -355,13 +356,13 @@ class FusedOptimizer(Optimizer):
                     param, states, group, recipe, executor, words.get(param, (0, 0, 0)), place, factor
                 )
             slots.append(slot)
-        work = Work(
+        work = PlanInputs(
             slots,
             fresh,
             self.param_groups,
             self.state,
             compiled,
-            demand,
+            needs,
             self._outcome,
             self._counters,
             self._plans.kin((p for _, _, p in live), self.param_groups, self._captured, type(self).__name__)

@@ -7,7 +7,6 @@ import torch
 from kernel_kinds import Config
 
 import fusedcalib
-from fusedcalib import gpu
 from fusedcalib.bench import static
 from fusedcalib.bench.static import (
     TARGETS,
@@ -18,12 +17,13 @@ from fusedcalib.bench.static import (
     spilled_in_loops,
 )
 from fusedcalib.bench.traffic import traffic as moved_by
-from fusedcalib.distributed import Place
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.recipe import demand_of, recipe_of
-from fusedcalib.row_totals import RowTotals
-from fusedcalib.scalars import scalars_of, shape_of, tape_of
-from fusedcalib.tables import Scalars, Slot, build_buckets
+from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.recipe import needs_of, recipe_of
+from fusedcalib.layout.scalars import scalars_of, shape_of, tape_of
+from fusedcalib.layout.shards import Place
+from fusedcalib.layout.split_rows import RowTotals
 
 KERNELS = launch.KERNELS
 
@@ -48,9 +48,9 @@ def spec_of(config: Config) -> launch.Spec:
     param.grad = g
     optimizer = getattr(fusedcalib, config.rule)([param], **dict(config.options))
     (group,) = optimizer.param_groups
-    demand = demand_of([group], None, None)
-    recipe = recipe_of(optimizer.rule, group, demand)
-    recipe = replace(recipe, flags=recipe.flags._replace(skips=demand.tentative))
+    needs = needs_of([group], None, None)
+    recipe = recipe_of(optimizer.rule, group, needs)
+    recipe = replace(recipe, flags=recipe.flags._replace(skips=needs.tentative))
     states = tuple(state.float() if name == "ema" else state for name in recipe.states)
     scalars = Scalars()
     scalars.set([scalars_of(recipe, group, 1.0)])

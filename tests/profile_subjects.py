@@ -2,9 +2,9 @@
 
 import pytest
 
-import fusedcalib.executors
-from fusedcalib import gpu
+import fusedcalib.executors.choose
 from fusedcalib.bench.architectures import Model, Param
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
 
 SMALL = Model(
@@ -34,6 +34,6 @@ def launched(monkeypatch):
     for part in ("norm", "control"):
         monkeypatch.setattr(launch, f"{part}_kernel", kernel(part))
     monkeypatch.setattr(gpu, "interpreted", lambda: True)
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
     yield names
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()

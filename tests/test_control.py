@@ -9,7 +9,9 @@ from kernel_cases import TRITON
 from rule_cases import RULES, each, each_few
 
 import fusedcalib
-from fusedcalib import GradientNoise, arguments, recipe, scalars
+from fusedcalib import GradientNoise
+from fusedcalib import options as arguments
+from fusedcalib.layout import recipe, scalars
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
 each_rule = each(RULES)

@@ -13,9 +13,11 @@ from kernel_cases import TRITON
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import gpu, gpu_control, optimizer
+from fusedcalib import optimizer
+from fusedcalib.executors.triton import decide as gpu_control
+from fusedcalib.executors.triton import run as gpu
+from fusedcalib.executors.triton.resident import DeviceArray
 from fusedcalib.kernels import direct
-from fusedcalib.mirror import Mirror
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
 SHAPES = ((5, 7), (33,), (3, 300))
@@ -50,9 +52,11 @@ class PlayedGraph:
             for module in (gpu, gpu_control, optimizer):
                 patch.setattr(module, "capturing", lambda: True)
             patch.setattr(direct.Launch, "__call__", lambda launch: self._note(launch))
-            captured = Mirror.captured
+            captured = DeviceArray.captured
             patch.setattr(
-                Mirror, "captured", lambda mirror, values: self._note_copy(captured(mirror, values), mirror)
+                DeviceArray,
+                "captured",
+                lambda array, values: self._note_copy(captured(array, values), array),
             )
             step()
         return self

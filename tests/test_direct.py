@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fusedcalib
-import fusedcalib.executors
+import fusedcalib.executors.choose
 
 pytest.importorskip("triton")
 
@@ -15,7 +15,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fusedcalib import gpu, gpu_control
+from fusedcalib.executors.triton import decide as gpu_control
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import direct, launch
 
 pytestmark = [
@@ -78,9 +79,9 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(gpu_control, "backend", lambda: "cuda")
     for kernel in (*launch.KERNELS.values(), launch.norm_kernel, launch.control_kernel):
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
     yield found
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
 
 
 def parameters(*shapes, dtype=torch.float32):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fusedcalib
-from fusedcalib.arguments import EXTRAS, Options
+from fusedcalib.options import EXTRAS, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -9,7 +9,8 @@ from nn_cases import network
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedcalib import GradientNoise, LangevinNoise, eager
+from fusedcalib import GradientNoise, LangevinNoise
+from fusedcalib.executors import eager
 from fusedcalib.nn import CSGD, VirtualConv2d, VirtualLinear, set_loss_scale, virtual
 
 aten = torch.ops.aten

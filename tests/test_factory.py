@@ -8,8 +8,8 @@ import torch
 
 import fusedcalib
 from fusedcalib import rules
-from fusedcalib.factory import create, optimizers
 from fusedcalib.optimizer import FusedOptimizer
+from fusedcalib.registry import create, optimizers
 
 CLASSES = optimizers()
 

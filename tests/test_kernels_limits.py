@@ -8,7 +8,7 @@ from kernel_cases import BACKENDS, DTYPES, FUSED, GPU, NUMBA, TRITON, Case, devi
 from kernel_trial import Arrangement, Trial, bits, gradient_values, parameter_values, placed
 
 import fusedcalib
-from fusedcalib.tables import GEOMETRY, Bucket
+from fusedcalib.layout.buckets import GEOMETRY, Bucket
 
 FAR = 2**31 + 2**20  # elements: int32 offsets would have wrapped around
 ADAMW = Case("AdamW", {"lr": 0.1, "centralize": False}, DTYPES["bf16 fp32 state"])
@@ -184,7 +184,7 @@ def test_rows_in_pieces_take_a_launch_for_each_sum_on_a_gpu(
 def compiled(backend: str) -> int:
     """How many kernels have been compiled in this process so far."""
     if backend == "numba":
-        from fusedcalib import cpu
+        from fusedcalib.executors.numba import run as cpu
 
         return cpu.kernel_for.cache_info().misses
     from fusedcalib.kernels.step import step_kernel

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import COVERING, DTYPES, FUSED, STAGES, TRITON, Case
 from kernel_run import Numbers, assert_same_bits, run, special
 
-from fusedcalib.recipe import recipe_of
+from fusedcalib.layout.recipe import recipe_of
 from fusedcalib.reference import ORACLES
 
 # Elements by themselves: no tensor here has rows.

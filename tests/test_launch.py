@@ -6,14 +6,14 @@ A stand-in driver answers for an H100; Triton's own `warmup` binds the real argu
 import pytest
 import torch
 
-import fusedcalib.executors
+import fusedcalib.executors.choose
 
 pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fusedcalib import gpu
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
 
 pytestmark = [
@@ -59,9 +59,9 @@ def launched(monkeypatch):
     for part, kernel in launch.KERNELS.items():
         monkeypatch.setitem(launch.KERNELS, part, Compiled(kernel, names))
     monkeypatch.setattr(gpu, "interpreted", lambda: True)  # tensors on the CPU will do
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
     yield names
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
 
 
 def parameters(dtype):

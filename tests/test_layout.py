@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusedcalib.layout import Layout, is_dense, layout_of, overlaps_itself
-from fusedcalib.tables import Shape, _tiles, is_aligned
+from fusedcalib.layout.buckets import TileShape, _tiles, is_aligned
+from fusedcalib.layout.geometry import Geometry, geometry_of, is_dense, overlaps_itself
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -41,7 +41,7 @@ def slots(draw: st.DrawFn) -> list[torch.Tensor]:
     return [first, *others]
 
 
-def offset(layout: Layout, tensor: int, row: int, column: int) -> int:
+def offset(layout: Geometry, tensor: int, row: int, column: int) -> int:
     """As kernels/table.py computes it."""
     if not layout.sizes:
         return row * layout.columns + column
@@ -52,7 +52,7 @@ def offset(layout: Layout, tensor: int, row: int, column: int) -> int:
     return found
 
 
-def walked(layout: Layout, tensor: int, t: torch.Tensor) -> torch.Tensor:
+def walked(layout: Geometry, tensor: int, t: torch.Tensor) -> torch.Tensor:
     """The elements in the order of rows and columns, read by address."""
     places = [offset(layout, tensor, r, c) for r in range(layout.rows) for c in range(layout.columns)]
     memory = torch.empty(0).set_(t.untyped_storage())
@@ -64,7 +64,7 @@ def walked(layout: Layout, tensor: int, t: torch.Tensor) -> torch.Tensor:
 def test_tensors_are_paired_by_index(tensors: list[torch.Tensor], rows_matter: bool):
     """Whatever the order of the walk, it meets every index once, and the same one in every tensor."""
     centred = rows_matter and tensors[0].ndim > 1
-    layout = layout_of(tensors, centred)
+    layout = geometry_of(tensors, centred)
     assert layout.rows * layout.columns == tensors[0].numel()
     index = torch.arange(tensors[0].numel()).view(tensors[0].shape)
     order = None
@@ -108,7 +108,7 @@ def test_every_overlap_is_found(shape: tuple[int, ...], strides: list[int]):
 def test_aligned_means_that_every_row_starts_on_16_bytes(tensors: list[torch.Tensor], dtype: torch.dtype):
     """And that no vector of 16 bytes of the narrowest tensor reaches over the end of a row."""
     mixed = [tensors[0].to(dtype), *tensors[1:]]
-    layout = layout_of(mixed, mixed[0].ndim > 1)
+    layout = geometry_of(mixed, mixed[0].ndim > 1)
     if is_aligned(mixed, layout):
         assert not layout.sizes
         for t in mixed:
@@ -123,16 +123,16 @@ def test_alignment_of_plain_matrices(rows: int, columns: int):
     """Known cases, so that "never aligned" would not pass: fp32 rows of 4, bf16 rows of 8 elements."""
     for dtype, vector in ((torch.float32, 4), (torch.bfloat16, 8), (torch.float64, 2)):
         t = torch.zeros(rows, columns, dtype=dtype)
-        assert is_aligned([t, t], layout_of([t, t], True)) == (columns % vector == 0)
+        assert is_aligned([t, t], geometry_of([t, t], True)) == (columns % vector == 0)
         moved = torch.zeros(rows * columns + 1, dtype=dtype)[1:].view(rows, columns)
-        assert not is_aligned([t, moved], layout_of([t, moved], True))
+        assert not is_aligned([t, moved], geometry_of([t, moved], True))
 
 
 @checked
 @hypothesis.given(*[st.integers(1, 40)] * 4)
 def test_tiles_cover_every_element_once(rows: int, columns: int, tall: int, wide: int):
     """In order of rows, then columns: the sums of a row's pieces lie side by side."""
-    tiles = _tiles(Layout(rows, columns), Shape(tall, wide, None))
+    tiles = _tiles(Geometry(rows, columns), TileShape(tall, wide, None))
     assert tiles.dtype == np.int32
     assert tiles.tolist() == sorted(tiles.tolist())
     covered = np.zeros((rows, columns), dtype=int)

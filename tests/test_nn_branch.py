@@ -12,7 +12,8 @@ from torch import nn
 from fusedcalib import reference
 from fusedcalib.kernels import branch as kernels
 from fusedcalib.kernels.launch import OPTIONS, dtype_of
-from fusedcalib.nn import CSGD, branch, branch_step, branch_tables
+from fusedcalib.layout import branches as branch_tables
+from fusedcalib.nn import CSGD, branch, branch_step
 
 F64 = torch.float64
 SIGNS = ("descent", "literal")

@@ -12,8 +12,8 @@ from rule_cases import RULES
 
 import fusedcalib
 from fusedcalib import GradientNoise, LangevinNoise, WeightNoise, noise
-from fusedcalib.recipe import recipe_of
-from fusedcalib.scalars import scalars_of
+from fusedcalib.layout.recipe import recipe_of
+from fusedcalib.layout.scalars import scalars_of
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 WORDS = (7, 11, 13)

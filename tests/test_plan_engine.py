@@ -19,12 +19,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fusedcalib
-import fusedcalib.executors
-from fusedcalib import gpu
+import fusedcalib.executors.choose
 from fusedcalib.bench import layouts, plan_steps
 from fusedcalib.bench.architectures import Model, Param
 from fusedcalib.bench.baselines import METHODS, SUBJECTS, centralize_, options_of
 from fusedcalib.bench.layouts import Layout
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
 
 ADAMW = SUBJECTS["AdamW"]
@@ -50,9 +50,9 @@ def launched(monkeypatch):
     for kernel in ("norm_kernel", "control_kernel"):
         monkeypatch.setattr(launch, kernel, Counted(names, kernel))
     monkeypatch.setattr(gpu, "interpreted", lambda: True)
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
     yield names
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from cases import DEVICE, parameters
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import mirror, optimizer, plan, plans
+from fusedcalib import optimizer
+from fusedcalib.engine import plan, plans
+from fusedcalib.executors.triton import resident as mirror
 from fusedcalib.noise import words_for
 
 SETS = [(0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (2,), (1, 2), (0, 1), (0, 1, 2)]
@@ -162,7 +164,7 @@ def test_a_gradient_less_aligned_once(ours, laid_out):
 
 def test_counters_are_read_in_one_copy(monkeypatch):
     """However many there are: each `float(t)` of a tensor on a GPU would wait for it."""
-    from fusedcalib import counts
+    from fusedcalib.layout import counts
 
     class OnDevice(torch.Tensor):
         asked = 0
@@ -206,7 +208,7 @@ def test_a_step_that_fails_before_its_first_launch_leaves_no_state(ours, monkeyp
 
 
 def test_loops_are_compiled_before_the_first_one_runs(monkeypatch):
-    cpu = pytest.importorskip("fusedcalib.cpu")
+    cpu = pytest.importorskip("fusedcalib.executors.numba.run")
     order = []
     kernel_for, on_threads = cpu.kernel_for, cpu.on_threads
     monkeypatch.setattr(cpu, "kernel_for", lambda *a: (order.append("compile"), kernel_for(*a))[1])
@@ -224,7 +226,7 @@ def test_loops_are_compiled_before_the_first_one_runs(monkeypatch):
 def test_what_could_not_be_sent_is_sent_the_next_time(monkeypatch):
     """As out of memory: the host must not take it for what the device has."""
     values = numpy.arange(4)
-    array = mirror.Mirror(torch.device("cpu"), values)
+    array = mirror.DeviceArray(torch.device("cpu"), values)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "from_numpy", lambda values: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
@@ -274,7 +276,7 @@ def test_pinned_buffers_take_turns(pinned):
     """None is written while it is still being read, none is waited for, none is taken without need."""
     buffers, events = pinned
     values = numpy.arange(4, dtype=numpy.int64)
-    array = mirror.Mirror(torch.device("cuda", 0), values)
+    array = mirror.DeviceArray(torch.device("cuda", 0), values)
     array.update(values)  # the same
     assert len(buffers) == 1
     array.update(values + 1)

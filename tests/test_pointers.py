@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fusedcalib
-from fusedcalib import pointers
-from fusedcalib.pointers import Reading, Versions
-from fusedcalib.watch import Watch
+from fusedcalib.engine import pointers
+from fusedcalib.engine.guards import Guards
+from fusedcalib.engine.pointers import DictVersions, Reading
 
 AT = pointers.offsets()
 known = pytest.mark.skipif(AT is None, reason="this Python or torch keeps its objects otherwise")
@@ -150,7 +150,7 @@ def test_more_dimensions_than_a_tensor_holds_in_itself_are_asked():
     if AT is not None:
         with pytest.raises(LookupError):
             read(params, others)
-    watch = Watch([{"params": params}], {})
+    watch = Guards([{"params": params}], {})
     assert watch.holds([{"params": params}], {})
 
 
@@ -158,8 +158,8 @@ def test_more_dimensions_than_a_tensor_holds_in_itself_are_asked():
 def test_both_ways_see_the_same(bulk, monkeypatch):
     """A run of an optimizer with all that users do between steps."""
     if not bulk:
-        monkeypatch.setattr("fusedcalib.watch.offsets", lambda: None)
-        monkeypatch.setattr("fusedcalib.watch.version_offset", lambda: None)
+        monkeypatch.setattr("fusedcalib.engine.guards.offsets", lambda: None)
+        monkeypatch.setattr("fusedcalib.engine.guards.version_offset", lambda: None)
     torch.manual_seed(0)
     params, _ = made(((4, 3), (5,), (3, 3)))
     opt = fusedcalib.AdamW(params, lr=0.1)  # by loops where there is numba: they step through addresses
@@ -205,7 +205,7 @@ def test_every_change_of_a_dict_is_seen():
         lambda d: d.setdefault("c", 1),
     ):
         dicts = [{"a": 1, "b": 2}, {"a": 5}]
-        versions = Versions(dicts, pointers.version_offset())
+        versions = DictVersions(dicts, pointers.version_offset())
         assert versions.hold()
         assert dicts[0]["a"] == 1
         assert versions.hold()

@@ -8,13 +8,13 @@ from kernel_cases import FUSED, device_of
 
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise
-from fusedcalib.distributed import Place
-from fusedcalib.executors import choose
+from fusedcalib.executors.choose import choose
+from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.recipe import needs_of, recipe_of
+from fusedcalib.layout.scalars import scalars_of
+from fusedcalib.layout.shards import Place
+from fusedcalib.layout.split_rows import RowTotals
 from fusedcalib.noise import words_of
-from fusedcalib.recipe import demand_of, recipe_of
-from fusedcalib.row_totals import RowTotals
-from fusedcalib.scalars import scalars_of
-from fusedcalib.tables import Scalars, Slot, build_buckets
 
 ROWS, COLUMNS = 3, 1068
 CUTS = {"unaligned, longer than a tile": 1025, "aligned": 64}
@@ -43,7 +43,7 @@ class Rank:
         self.param.grad = g
         self.states = tuple(states)
         (group,) = optimizer.param_groups
-        recipe = recipe_of(optimizer.rule, group, demand_of([group], None, None))
+        recipe = recipe_of(optimizer.rule, group, needs_of([group], None, None))
         executor = choose(backend, self.param.device, self.param.dtype)
         slot = Slot(self.param, self.states, 0, recipe, executor, words_of(group["seed"], None, 0), place)
         scalars = Scalars()

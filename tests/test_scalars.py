@@ -8,10 +8,11 @@ import torch
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import GradientNoise, LangevinNoise, WeightNoise, scalars
+from fusedcalib import GradientNoise, LangevinNoise, WeightNoise
+from fusedcalib.hostmath import Recorded
 from fusedcalib.kernels.tape import CODES
-from fusedcalib.numbers import Recorded
-from fusedcalib.recipe import recipe_of
+from fusedcalib.layout import scalars
+from fusedcalib.layout.recipe import recipe_of
 
 each_rule = each(RULES)
 # Options of one group each; a tape is one for all of them.
@@ -24,10 +25,10 @@ GROUPS = [
     {"lr": 0.2, "decoupled_weight_decay": True, "no_prox": True, "weight_decay": 0.2, "lr_decay": 0.1},
 ]
 SITUATIONS = [
-    scalars.Situation(1, 1.0),
-    scalars.Situation(2, 0.5, norm=3.0, scale=1024.0),
-    scalars.Situation(9, 0.25, norm=0.5, skip=1.0),
-    scalars.Situation(5000, 1e-9, norm=math.inf, scale=0.5),
+    scalars.StepFacts(1, 1.0),
+    scalars.StepFacts(2, 0.5, norm=3.0, scale=1024.0),
+    scalars.StepFacts(9, 0.25, norm=0.5, skip=1.0),
+    scalars.StepFacts(5000, 1e-9, norm=math.inf, scale=0.5),
 ]
 DOES = {
     "add": np.add,

@@ -7,9 +7,8 @@ import pytest
 import torch
 from libraries import library
 
-from fusedcalib.factory import optimizers
-from fusedcalib.frameworks import register_timm
 from fusedcalib.groups import param_groups
+from fusedcalib.registry import optimizers, register_timm
 
 NEEDED = r"needs timm 1\.0\.12 or newer: pip install"
 STAND_IN = """

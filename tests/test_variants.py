@@ -7,12 +7,13 @@ import torch
 from kernel_cases import INTERPRETED, TRITON
 from test_launch import Compiled, Driver, driver
 
-import fusedcalib.executors
-from fusedcalib import gpu, gpu_control
+import fusedcalib.executors.choose
 from fusedcalib.bench import timing, variants, variants_run
 from fusedcalib.bench.timing import Rounds, Sample, Spread
 from fusedcalib.bench.variants import VARIANTS
 from fusedcalib.bench.variants_run import Side, launch_with
+from fusedcalib.executors.triton import decide as gpu_control
+from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
 
 pytest.importorskip("triton")
@@ -41,9 +42,9 @@ def engine(monkeypatch):
     """Launches on the CPU in place of a GPU, which a kernel put in place of Triton's takes."""
     monkeypatch.setattr(gpu, "interpreted", lambda: True)
     monkeypatch.setattr(gpu_control, "backend", lambda: "cuda")
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
     yield monkeypatch
-    fusedcalib.executors.choose.cache_clear()
+    fusedcalib.executors.choose.choose.cache_clear()
 
 
 def stepped(variant, copy, kernel):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import is_spread
-from ..tables import Executor
-from ..watch import Watch
-from .branch_tables import SIGNS, Bucket, Given, Groups, Key
+from ..engine.guards import Guards
+from ..layout.branches import SIGNS, Bucket, Given, Groups, Key
+from ..layout.buckets import Executor
+from ..layout.shards import is_spread
 from .calib import normalized
 
 
@@ -54,7 +54,7 @@ class BranchPlan:
     """
 
     def __init__(self, groups: Groups, executor_of: Callable[[Tensor], Executor]) -> None:
-        self._watch = Watch(groups, {})
+        self._watch = Guards(groups, {})
         self._sizes = _sizes(groups)
         live = [(i, p) for i, group in enumerate(groups) for p in group["params"] if p.grad is not None]
         places: dict[Key, list[int]] = {}
@@ -110,11 +110,11 @@ def _key(R: Tensor, executor: Executor) -> Key:
 def _module(bucket: Bucket) -> Any:
     """What runs it, imported where it is needed."""
     if bucket.key.executor == "triton":
-        from . import branch_gpu
+        from ..executors.triton import branches as branch_gpu
 
         return branch_gpu
     if bucket.key.executor == "numba":
-        from . import branch_cpu
+        from ..executors.numba import branches as branch_cpu
 
         return branch_cpu
     return Eager

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_parameter, describe
-from ..mirror import capturing
+from ..engine.checks import check_parameter, describe
+from ..executors.triton.resident import capturing
+from ..layout.branches import SIGNS, Given
+from ..layout.recipe import recipe_of
 from ..noise import WeightNoise
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import recipe_of
 from ..rules.sgd import SGD
 from .branch import BranchPlan
-from .branch_tables import SIGNS, Given
 from .calib import CalibConv2d
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..engine.plan import Plan
 
 
 def csgd_groups(model: nn.Module, branch_lr: float | None = None) -> list[dict[str, Any]]:

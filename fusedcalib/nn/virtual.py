@@ -12,9 +12,9 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, imported w
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ..executors import choose
+from ..executors.choose import choose
 from ..kernels.virtual import launch_virtual
-from ..row_factors import row_factors_of
+from ..layout.row_scales import row_factors_of
 
 SHAPES = ("auto", "position", "channel")
 REDUCTIONS = ("mean", "sum")

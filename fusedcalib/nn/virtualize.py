@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layout.row_scales import RowFactors, set_row_factors
 from ..optimizer import FusedOptimizer
-from ..row_factors import RowFactors, set_row_factors
 from .virtual import VIRTUAL, Settings, Virtual
 
 

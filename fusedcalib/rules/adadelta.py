@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
-from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule
+from ..rule import Rule
 
 
 @jit

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ..engine.state import make_state
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
-from ..numbers import Group
+from ..layout.recipe import recipe_of
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule, epsilons, recipe_of
-from ..states import make_state
+from ..rule import Rule, epsilons
 
 
 @jit

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import numbers
+from .. import hostmath
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, sqrt
-from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule, decay_of, epsilons
+from ..rule import Rule, decay_of, epsilons
 
 
 @jit
@@ -33,7 +33,7 @@ def _scalars(group: Group, step: float) -> tuple[float, ...]:
     unbias = 1 - beta2**step
     inside, outside = epsilons(group)
     step_size = group["lr"] / (1 - beta1**step)
-    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / numbers.sqrt(unbias), inside * unbias, outside
+    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / hostmath.sqrt(unbias), inside * unbias, outside
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from .. import numbers
-from ..arguments import Options
+from .. import hostmath
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
-from ..numbers import Group
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Rule
+from ..options import Options
+from ..rule import Rule
 
 
 @jit
@@ -29,8 +29,8 @@ def adan(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2, beta3 = group["betas"]
     averages = beta1, 1 - beta1, beta2, 1 - beta2, beta3, 1 - beta3
-    unbias = 1 / (1 - beta1**step), beta2 / (1 - beta2**step), 1 / numbers.sqrt(1 - beta3**step)
-    return group["lr"], *averages, *unbias, group["eps"], numbers.where(step == 1, 1.0, 0.0)
+    unbias = 1 / (1 - beta1**step), beta2 / (1 - beta2**step), 1 / hostmath.sqrt(1 - beta3**step)
+    return group["lr"], *averages, *unbias, group["eps"], hostmath.where(step == 1, 1.0, 0.0)
 
 
 class Adan(FusedOptimizer, Options):

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .. import numbers
-from ..arguments import Options
+from .. import hostmath
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, minimum, sqrt, where
-from ..numbers import Group
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Rule, decay_of
+from ..options import Options
+from ..rule import Rule, decay_of
 
 
 @jit
@@ -30,10 +30,10 @@ def adopt(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     exponent = group["clip_exponent"]
-    bound = numbers.where(exponent == math.inf, math.inf, (step - 1) ** exponent)
+    bound = hostmath.where(exponent == math.inf, math.inf, (step - 1) ** exponent)
     # The first gradient is only measured: no step is taken.
-    first = numbers.where(step == 1, 1.0, 0.0)
-    step_size = numbers.where(first, 0.0, group["lr"])
+    first = hostmath.where(step == 1, 1.0, 0.0)
+    step_size = hostmath.where(first, 0.0, group["lr"])
     return step_size, 1 - beta1, beta2, 1 - beta2, group["eps"], bound, first
 
 

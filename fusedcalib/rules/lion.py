@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..arguments import Options
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import sign
-from ..numbers import Group
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Rule
+from ..options import Options
+from ..rule import Rule
 
 
 @jit

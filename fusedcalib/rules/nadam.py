@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import numbers
+from .. import hostmath
+from ..hostmath import Group
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
-from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule, decay_of
+from ..rule import Rule, decay_of
 
 
 @jit
@@ -28,7 +28,7 @@ def _mu(group: Group, step: float) -> float:
 def _scalars(group: Group, step: float, product: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     mu, ahead = _mu(group, step), _mu(group, step + 1)
-    averages = 1 - beta1, beta2, 1 - beta2, 1 / numbers.sqrt(1 - beta2**step), group["eps"]
+    averages = 1 - beta1, beta2, 1 - beta2, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
     return group["lr"], *averages, (1 - mu) / (1 - product), ahead / (1 - product * ahead)
 
 

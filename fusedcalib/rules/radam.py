@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import numbers
+from .. import hostmath
+from ..hostmath import Group, Number
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
-from ..numbers import Group, Number
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule, decay_of
+from ..rule import Rule, decay_of
 
 
 @jit
@@ -26,8 +26,8 @@ def _rectification(beta2: Number, step: Number) -> Number:
     unbias = 1 - beta2**step
     length = longest - 2 * step * beta2**step / unbias
     known = length > 5
-    least = numbers.where(known, (longest - 4) * (longest - 2) * length, 1.0)
-    return numbers.where(known, numbers.sqrt((length - 4) * (length - 2) * longest / least * unbias), 0.0)
+    least = hostmath.where(known, (longest - 4) * (longest - 2) * length, 1.0)
+    return hostmath.where(known, hostmath.sqrt((length - 4) * (length - 2) * longest / least * unbias), 0.0)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:

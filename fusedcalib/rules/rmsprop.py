@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..hostmath import Group, is_on
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
-from ..numbers import Group, is_on
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule, epsilons
+from ..rule import Rule, epsilons
 
 
 @jit

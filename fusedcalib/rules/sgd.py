@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from .. import numbers
+from .. import hostmath
+from ..hostmath import Group
 from ..kernels.language import jit, tl
-from ..numbers import Group
 from ..optimizer import FusedOptimizer
-from ..recipe import Rule
+from ..rule import Rule
 
 
 @jit
@@ -27,13 +27,13 @@ def sgd(p, g, state, h, VARIANT: tl.constexpr):
 
 
 def _variant(group: Group) -> str:
-    if not numbers.is_on(group["momentum"]):
+    if not hostmath.is_on(group["momentum"]):
         return "plain"
     return "nesterov" if group["nesterov"] else "momentum"
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
-    gain = numbers.where(step == 1, 1.0, 1 - group["dampening"])  # torch: the first step is not dampened
+    gain = hostmath.where(step == 1, 1.0, 1 - group["dampening"])  # torch: the first step is not dampened
     return group["lr"], group["momentum"], gain
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..arguments import Options
+from ..hostmath import Group, is_on
 from ..kernels.language import jit, tl
 from ..kernels.ops import sign
-from ..numbers import Group, is_on
 from ..optimizer import FusedOptimizer, ParamsT
-from ..recipe import Rule, decay_of
+from ..options import Options
+from ..rule import Rule, decay_of
 
 
 @jit

@@ -1,0 +1,181 @@
+"""What cannot be stepped, said before anything is written: what, where, and how to mend it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hostmath import is_remote
+from ..layout.geometry import overlaps_itself
+from ..layout.recipe import Recipe
+from ..layout.shards import Place, local_of, place_of
+from ..noise import as_dict
+
+STATE_DTYPES: dict[str | None, torch.dtype | None] = {
+    None: None,
+    "parameter": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+CENTRALIZE = (False, True, "gradient", "update")
+PARAMETERS = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_group(group: Mapping[str, Any], name: str) -> None:
+    """Options of a param group that torch.optim does not know or that are not supported."""
+    centralize, min_ndim = group["centralize"], group["centralize_min_ndim"]
+    if centralize not in CENTRALIZE:
+        raise ValueError(f"Invalid centralize value: {centralize!r}, expected one of {CENTRALIZE}")
+    if type(min_ndim) is not int or min_ndim < 1:
+        raise ValueError(f"Invalid centralize_min_ndim value: {min_ndim!r}, expected an int >= 1")
+    l1, norm = group["l1"], group["max_row_norm"]
+    if not is_remote(l1) and not 0 <= l1 < math.inf:
+        raise ValueError(f"Invalid l1 value: {l1!r}, expected a finite number >= 0")
+    if not (norm is None or is_remote(norm) or norm > 0):
+        raise ValueError(f"Invalid max_row_norm value: {norm!r}, expected a number > 0, or None for no limit")
+    as_dict(group["noise"])
+    limit, decay = group["max_grad_norm"], group["ema_decay"]
+    if not (limit is None or is_remote(limit) or limit >= 0):
+        raise ValueError(
+            f"Invalid max_grad_norm value: {limit!r}, expected a number > 0, or None for no limit"
+        )
+    if not (decay is None or is_remote(decay) or 0 <= decay < 1):
+        raise ValueError(f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1) or None")
+    for flag in ("skip_nonfinite", "stochastic_rounding"):
+        if not isinstance(group[flag], bool):
+            raise ValueError(f"Invalid {flag} value: {group[flag]!r}, expected True or False")
+    if group["state_dtype"] not in STATE_DTYPES:
+        names = ", ".join(str(dtype) for dtype in STATE_DTYPES.values() if dtype)
+        raise ValueError(f"Invalid state_dtype value: {group['state_dtype']!r}, expected {names} or None")
+    if type(group["seed"]) is not int or not 0 <= group["seed"] < 2**64:
+        raise ValueError(f"Invalid seed value: {group['seed']!r}, expected an int in [0, 2^64)")
+    if group.get("differentiable"):
+        other = f"use torch.optim.{name}(differentiable=True)"
+        instead = other if hasattr(torch.optim, name) else "set it to False"
+        raise ValueError(f"{name} does not support differentiable=True; {instead}")
+
+
+def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
+    """How an error names a parameter."""
+    names = groups[group].get("param_names")
+    label = f" ({names[index]})" if names else ""
+    return f"{name}: parameter {index}{label} of group {group}"
+
+
+def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any]) -> None:
+    """Raises where the parameter, its gradient or its state cannot be stepped as they are."""
+    grad = param.grad
+    assert grad is not None
+    place = _check_spread(owner, param, recipe)
+    param, grad = local_of(param), local_of(grad)
+    state = {k: local_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    if grad.is_sparse or param.is_sparse:
+        raise RuntimeError(
+            f"{owner} has a sparse gradient, which is not supported; make it dense "
+            "(embeddings: sparse=False) or use torch.optim.SparseAdam or torch.optim.SGD"
+        )
+    for what, t in (("parameter", param), ("gradient", grad)):
+        if t.layout != torch.strided or (t.numel() and t.data_ptr() == 0):
+            raise RuntimeError(f"{owner}: its {what} is not a dense tensor with memory of its own")
+    if param.is_neg() or param.is_conj():
+        raise RuntimeError(f"{owner} is a lazy negation or conjugate; resolve_neg() or resolve_conj() it")
+    if param.dtype not in PARAMETERS:
+        raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
+    if recipe.flags.by_rows and param.is_complex():
+        raise ValueError(
+            f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None"
+        )
+    if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
+        raise RuntimeError(
+            f"{owner}: noise and stochastic rounding number its elements, which its placements leave in "
+            "pieces; shard it by its first or second dimension"
+        )
+    if overlaps_itself(param):
+        raise RuntimeError(
+            f"{owner} overlaps itself in memory (an expanded tensor); clone() it before optimizing it"
+        )
+    if recipe.flags.l1 and param.is_complex():
+        raise ValueError(f"{owner} is complex, for which there is no L1 penalty; set l1=0")
+    if recipe.flags.rounding == "stochastic" and param.dtype == torch.float16:
+        raise ValueError(
+            f"{owner} is fp16, for which there is no stochastic rounding; use bf16 or set "
+            "stochastic_rounding=False"
+        )
+    _check_like(f"{owner}: its gradient", grad, param)
+    for name in (*recipe.own_states, *(recipe.rule.product or ())[:1]):
+        if recipe.rule.counts and name not in state and state.get("step", 0) > 0:
+            raise KeyError(
+                f"{owner} has been stepped without the state {name!r}: an option was switched on late "
+                "or another optimizer's checkpoint was loaded; clear its state to start anew"
+            )
+    for name in recipe.states:
+        if isinstance(state.get(name), Tensor):
+            _check_like(f"{owner}: its state {name!r}", state[name], param)
+            if overlaps_itself(state[name]):
+                raise RuntimeError(f"{owner}: its state {name!r} overlaps itself in memory")
+
+
+def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
+    """The place of a DTensor's local part; raises where it or its gradient cannot be stepped."""
+    assert param.grad is not None
+    spread, of_grad = (getattr(t, "placements", None) for t in (param, param.grad))
+    if spread != of_grad:
+        raise RuntimeError(
+            f"{owner} has placements {spread}, but its gradient {of_grad}; redistribute the gradient"
+        )
+    if spread is None:
+        return None
+    try:
+        place = place_of(param)
+    except RuntimeError as error:
+        raise RuntimeError(f"{owner}: {error}; redistribute it") from None
+    return place
+
+
+def _check_like(what: str, t: Tensor, param: Tensor) -> None:
+    if t.shape != param.shape or t.device != param.device:
+        raise RuntimeError(
+            f"{what} is {tuple(t.shape)} on {t.device}, "
+            f"but the parameter is {tuple(param.shape)} on {param.device}"
+        )
+    if t.is_complex() != param.is_complex() or t.dtype not in PARAMETERS:
+        raise RuntimeError(f"{what} has dtype {t.dtype}, but the parameter has {param.dtype}")
+
+
+def warn_of_flat(name: str, params: Sequence[Tensor]) -> bool:
+    """Of parameters whose rows are to be centred or shortened: says if they have none; whether it did."""
+    flat = [p for p in params if type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id")]
+    if not flat and (not params or any(p.ndim >= 2 for p in params)):
+        return False
+    elements = sum(p.numel() for p in flat or params)
+    warnings.warn(
+        f"{name}: centralize and max_row_norm do nothing here: {len(flat or params)} parameters of "
+        f"{elements} elements are vectors without rows, as FSDP1 and DeepSpeed ZeRO make of all parameters; "
+        "use FSDP2 (torch.distributed.fsdp.fully_shard), which keeps rows",
+        stacklevel=2,
+    )
+    return True
+
+
+def check_slots(name: str, params: Sequence[Tensor]) -> None:
+    """Raises where two parameters share memory: they would be stepped at once."""
+    parts = [local_of(p) for p in params]
+    seen = [p.data_ptr() for p in parts if p.numel()]
+    if len(seen) != len(set(seen)):
+        raise RuntimeError(
+            f"{name}: two parameters share memory (a parameter is listed twice?); list it once"
+        )

@@ -1,0 +1,97 @@
+"""The plans that an optimizer keeps: of a few live sets and options, and what they have in common."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..layout.asked import Asked
+from ..layout.buckets import Array
+from ..layout.recipe import Recipe, merged
+from .plan import Plan
+from .shelf import Shelf
+
+KEPT = 8  # plans, of as many live sets or options: mixtures of experts, layers that are not always used
+
+
+class Plans:
+    """Those of one optimizer, since something made all of them invalid.
+
+    Attributes:
+        shelf: slots that are laid out.
+    """
+
+    def __init__(self) -> None:
+        self.shelf = Shelf()
+        self._kept: list[Plan] = []  # the latest first
+        self._live_sets: list[Array] = []
+        self._compiled: list[Recipe] = []
+        self._params: list[int] = []
+
+    def fitting(self, asked: Asked, state: Mapping[Tensor, Any]) -> Plan | None:
+        """The plan for the parameters that have gradients now, and what is asked for, if one is kept."""
+        for plan in self._kept:
+            if plan.holds(asked, state):
+                if plan is not self._kept[0]:
+                    self._kept.remove(plan)
+                    self._kept.insert(0, plan)
+                return plan
+        return None
+
+    @property
+    def stale(self) -> bool:
+        """Whether one describes what is no more, and would keep it alive."""
+        return any(plan.stale for plan in self._kept)
+
+    def keep(self, plan: Plan) -> None:
+        """Takes one more in; the one that was used longest ago goes."""
+        self._kept = [plan, *self._kept[: KEPT - 1]]
+
+    def compiled(
+        self, recipes: list[Recipe], groups: Sequence[Mapping[str, Any]], skips: bool
+    ) -> list[Recipe]:
+        """What is compiled for each group; the same objects where it is the same as before."""
+        made = [replace(r, flags=r.flags._replace(skips=skips)) for r in merged(recipes)]
+        params = [id(p) for group in groups for p in group["params"]]
+        if made != self._compiled or params != self._params:  # noise goes by place and name
+            self._compiled, self._params, self.shelf = made, params, Shelf()
+        return self._compiled
+
+    def kin(
+        self,
+        live: Iterable[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        captured: Iterable[object],
+        name: str,
+    ) -> Array:
+        """Of each live parameter a number, shared by those that every live set so far has all of, or none.
+
+        Args:
+            live: the parameters, in the order of the groups.
+            groups: the param groups.
+            captured: plans that CUDA graphs replay, of which a new live set may part what they count as one.
+            name: of the optimizer, for the warning that says so.
+        """
+        here = set(live)
+        mask = np.array([p in here for group in groups for p in group["params"]], dtype=bool)
+        known = [m for m in self._live_sets if len(m) == len(mask)]
+        if not any(np.array_equal(m, mask) for m in known):
+            known = [mask, *known[: 2 * KEPT - 1]]
+            # A plan that counts parameters together which this one parts would go on with wrong numbers.
+            self._kept = [plan for plan in self._kept if not plan.parted_by(here)]
+            if any(isinstance(plan, Plan) and plan.parted_by(here) for plan in captured):
+                warnings.warn(
+                    f"{name}: a CUDA graph has captured a step of parameters of which this one leaves some "
+                    "out: the graph counts them as one, and replays would go on with wrong numbers; capture "
+                    "it again, after a step of each set of parameters",
+                    stacklevel=2,
+                )
+        self._live_sets = known
+        kinds = np.unique(np.stack(known), axis=1, return_inverse=True)[1].reshape(-1)
+        of_live: Array = kinds[mask]
+        return of_live

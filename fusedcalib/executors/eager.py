@@ -1,0 +1,213 @@
+"""The eager executor: the rule's source as plain torch, tensor by tensor, on any device. Slow."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import stages
+from ..layout.buckets import Bucket, Slot, TileShape
+from ..layout.geometry import Geometry
+from ..layout.recipe import Recipe
+from ..layout.shards import Place
+from ..noise import normals, rounding_bits
+from .source import Function, rebound
+from .triton.resident import sent
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    if isinstance(condition, bool):
+        return x if condition else y
+    return torch.where(condition, x, y)
+
+
+def _over(function: Any) -> Any:
+    """A function of tensors as one of tensors and numbers."""
+
+    def of_both(x: Any, y: Any) -> Any:
+        like = x if isinstance(x, Tensor) else y
+        # Filled on the device: as_tensor would copy the number there, for which the host waits.
+        return function(*(v if isinstance(v, Tensor) else like.new_full((), v) for v in (x, y)))
+
+    return of_both
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(x.dtype)
+
+
+def _stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype != torch.bfloat16:
+        return x
+    cut = (x.view(torch.int32) + bits) & -0x10000
+    return torch.where(x == x, cut.view(torch.float32), x)
+
+
+# The names of kernels/ops.py, in plain torch.
+NAMES = {
+    "divide": operator.truediv,
+    "sqrt": torch.sqrt,
+    "negative": torch.neg,
+    "absolute": torch.abs,
+    "sign": torch.sign,
+    "maximum": _over(torch.maximum),
+    "minimum": _over(torch.minimum),
+    "stored": _stored,
+    "stochastic": _stochastic,
+    "where": _where,
+}
+
+
+@cache
+def _pipeline(recipe: Recipe) -> tuple[Function, ...]:
+    """`measured`, `stepped`, `projected`, `rounded` and `averaged` of kernels/stages.py for a recipe."""
+    flags = {"RULE": rebound(recipe.rule.update, NAMES), "FLAGS": recipe.flags}
+    names = {**NAMES, "prepared": rebound(stages.prepared, NAMES)}
+    return (
+        partial(rebound(stages.measured, names), **flags),
+        partial(rebound(stages.stepped, names), **flags),
+        rebound(stages.projected, names),
+        partial(rebound(stages.rounded, names), FLAGS=recipe.flags),
+        partial(rebound(stages.averaged, names), FLAGS=recipe.flags),
+    )
+
+
+# Elements stepped at once: on a CPU few enough for the temporaries to stay in the cache, on a GPU few
+# enough for them not to matter. Rows are never divided.
+BLOCK = {"cpu": 1 << 16}
+LARGE_BLOCK = 1 << 24
+
+
+class EagerExecutor:
+    """Runs buckets as plain torch operations, a block of rows at a time."""
+
+    name = "eager"
+
+    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+        """One tile a slot: the table is not read."""
+        return TileShape(layout.rows, layout.columns, None)
+
+    def prepare(self, buckets: list[Bucket]) -> None:
+        """There is nothing to make ready."""
+
+    def run(self, bucket: Bucket, part: str = "step") -> int:
+        """Steps every slot of the bucket."""
+        elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)
+        flags = bucket.key.recipe.flags
+        if not flags.needs(part):
+            return 0
+        scalars = bucket.scalars.tolist()
+        for slot, row, totals in zip(bucket.slots, bucket.scalar_rows, bucket.totals, strict=True):
+            h = tuple(scalars[row])
+            tensors = slot.tensors()
+            param = tensors[0]
+            noise = bits = param  # of no use
+            runs = _runs(slot, param)
+            if flags.noise != "none":
+                drawn = [normals(*run, int(h[5]), slot.words, h[4], flags.noise) for run in runs]
+                noise = _laid_out(bucket, param, np.concatenate(drawn))
+            if flags.rounding == "stochastic":
+                drawn = [rounding_bits(*run, int(h[5]), slot.words) for run in runs]
+                bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.int32))
+            of_rows = (param if t is None else t for t in (totals, slot.factors))
+            pitch = slot.place.pitch if slot.place else 0
+            for *block, z, b, total, factors in _blocks((*tensors, noise, bits, *of_rows), elements):
+                _step(bucket, tuple(block), h, z, b, _Rows(part, total, pitch, factors))
+        return 0
+
+    def squares(self, bucket: Bucket) -> float:
+        """Sum of the squares of all gradients of the bucket."""
+        return squares(bucket)
+
+
+def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors of a slot in pieces of about so many elements, along their rows."""
+    param = tensors[0]
+    if param.ndim == 0 or param.numel() <= elements:
+        return [tensors]
+    rows = max(1, elements * param.shape[0] // param.numel())
+    return zip(*(torch.split(t, rows) for t in tensors), strict=True)
+
+
+def _runs(slot: Slot, param: Tensor) -> list[tuple[int, int]]:
+    """Where runs of elements that are here begin in the whole parameter, and their lengths."""
+    rows = param.shape[0] if param.ndim else 1
+    columns = param.numel() // rows
+    place = slot.place or Place(0, columns)
+    if place.pitch == columns:
+        return [(place.first, param.numel())]
+    return [(place.first + row * place.pitch, columns) for row in range(rows)]
+
+
+def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
+    """Values of a parameter's elements, in the order in which the other executors walk it."""
+    flat = sent(param.device, values)
+    return flat.view(param.shape) if bucket.key.inner else flat.as_strided(param.shape, param.stride())
+
+
+class _Rows(NamedTuple):
+    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors."""
+
+    part: str
+    totals: Tensor
+    pitch: int
+    factors: Tensor
+
+
+def _step(
+    bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor, bits: Tensor, rows: _Rows
+) -> None:
+    measured, stepped, projected, rounded, averaged = _pipeline(bucket.key.recipe)
+    flags, split = bucket.key.recipe.flags, bucket.key.split
+    p, g, *state = (t.to(bucket.compute) for t in tensors)
+    z = z.to(bucket.compute)
+    if bucket.key.factored:
+        g = _along_rows(rows.factors, g) * g
+    inner = tuple(range(1, p.ndim))
+    mean: Any = 0.0
+    new = tuple(state)
+    if rows.part == "sums":
+        rows.totals.copy_(measured(p, g, new, h, z).sum(dim=inner))
+        return
+    if rows.part == "step":
+        if split and flags.centralize != "none":
+            mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
+        elif flags.centralize != "none":
+            mean = measured(p, g, new, h, z).mean(dim=inner, keepdim=True)
+        p, new = stepped(p, g, new, h, z, mean)
+    if flags.project:
+        squares = p.square().sum(dim=inner, keepdim=True)
+        if split and rows.part == "step":
+            rows.totals.copy_(squares.view(-1))
+        else:
+            p = projected(p, _along_rows(rows.totals, p).to(p.dtype) if split else squares, h)
+    p = rounded(p, bits, DTYPE=tensors[0].dtype)
+    if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
+        new = averaged(p, new, h, DTYPE=tensors[0].dtype)
+    for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
+        target.copy_(value)
+
+
+def _along_rows(values: Tensor, t: Tensor) -> Tensor:
+    """A number for each row, to be broadcast over the tensor."""
+    return values.view(-1, *(1,) * (t.ndim - 1))
+
+
+def squares(bucket: Bucket) -> float:
+    """Sum of the squares of all gradients of the bucket, in double: the host waits for it."""
+    norms = [torch.linalg.vector_norm(_gradient(bucket, slot), dtype=torch.float64) for slot in bucket.slots]
+    return float(torch.stack(norms).square().sum())
+
+
+def _gradient(bucket: Bucket, slot: Slot) -> Tensor:
+    g = slot.tensors()[1]
+    return g if slot.factors is None else g.to(bucket.compute) * _along_rows(slot.factors, g)
+
+
+EXECUTOR = EagerExecutor()

@@ -1,0 +1,237 @@
+"""Reading and writing tensors by address in numba loops: the boundary where storage is decoded.
+
+numba has no bf16 and no fp16; both are converted in the loop (bf16 by its bits, rounded to nearest even).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ...layout.buckets import GEOMETRY
+
+# Of functions that only compiled loops call: division follows IEEE instead of raising.
+INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+_STORED = {
+    torch.float32: _F32,
+    torch.float64: _F64,
+    torch.float16: ir.HalfType(),
+    torch.bfloat16: _I16,
+}
+
+
+def _widened(builder: Any, value: Any, target: Any) -> Any:
+    """A stored value as the type of the arithmetic."""
+    if value.type == _I16:
+        value = builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
+    return _cast(builder, value, target)
+
+
+def _narrowed(builder: Any, value: Any, stored: Any) -> Any:
+    """A value of the arithmetic as it is stored, rounded to nearest even."""
+    if stored != _I16:
+        return _cast(builder, value, stored)
+    value = _cast(builder, value, _F32)
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.lshr(builder.select(nan, _I32(0x7FC00000), rounded), _I32(16)), _I16)
+
+
+def _cast(builder: Any, value: Any, target: Any) -> Any:
+    width = {ir.HalfType(): 16, _F32: 32, _F64: 64}
+    if width[value.type] < width[target]:
+        return builder.fpext(value, target)
+    if width[value.type] > width[target]:
+        return builder.fptrunc(value, target)
+    return value
+
+
+def _wide(builder: Any) -> None:
+    """Has the function vectorized in 512 bits where the CPU has them: half the instructions in flight.
+
+    LLVM prefers 256 for the sake of older CPUs' clocks. llvmlite knows no such attribute, hence set.add.
+    """
+    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+
+
+def _element(builder: Any, stored: Any, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
+
+
+@intrinsic
+def tile_at(typing, tiles, t):
+    """(slot, row block, column block) of tile t."""
+    return _reader(types.int64, 3, _I32, lambda b, v: b.sext(v, _I64), indexed=True)
+
+
+@intrinsic
+def words_at(typing, address):
+    """The eight words of a job."""
+    return _reader(types.int64, 8, _I64)
+
+
+@intrinsic
+def fetch_add(typing, address, value):
+    """Adds to the integer at an address, one thread at a time; returns what it was."""
+
+    def codegen(context, builder, signature, args):
+        integer = _element(builder, _I64, args[0], _I64(0))
+        return builder.atomic_rmw("add", integer, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def set_double(typing, address, i, x):
+    """Sets the i-th double from an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _element(builder, _F64, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64), codegen
+
+
+@intrinsic
+def double_at(typing, address):
+    """(The double at an address,)."""
+    return _reader(types.float64, 1, _F64)
+
+
+@intrinsic
+def geometry_at(typing, address):
+    """What kernels/table.py lists from rows and columns on."""
+    return _reader(types.int64, GEOMETRY, _I64)
+
+
+def _reader(real: Any, count: int, stored: Any, decode: Any = None, indexed: bool = False) -> Any:
+    """An intrinsic's signature and code: `count` neighbours from an address, or entry i of a list of such."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _wide(builder)
+        first = builder.mul(args[1], _I64(count)) if indexed else _I64(0)
+        values = []
+        for k in range(count):
+            value = builder.load(_element(builder, stored, args[0], builder.add(first, _I64(k))))
+            values.append(decode(builder, value) if decode else value)
+        return context.make_tuple(builder, signature.return_type, values)
+
+    arguments = (types.int64, types.int64) if indexed else (types.int64,)
+    return types.UniTuple(real, count)(*arguments), codegen
+
+
+class Memory:
+    """How the loops of one kernel read and write: K tensors of given dtypes, arithmetic in one type.
+
+    Element i of tensor k is at `addresses[k] + i * strides[k]` elements; where there are no inner
+    dimensions the stride is 1 and known when compiled. The gradient (tensor 1) is never written.
+    """
+
+    def __init__(self, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int) -> None:
+        stored = [_STORED[dtype] for dtype in dtypes]
+        sizes = [dtype.itemsize for dtype in dtypes]
+        tensors = len(dtypes)
+        real = types.float64 if compute == torch.float64 else types.float32
+        llvm_real = _F64 if compute == torch.float64 else _F32
+        self.real, self.inner = real, inner
+        self.geometry = 8 * tensors  # bytes into a row of the table
+        self.strides = 8 * (tensors + GEOMETRY + inner)
+
+        def pointer(builder: Any, args: Any, k: int) -> Any:
+            addresses, strides, i = args[:3]
+            index = i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
+            return _element(builder, stored[k], builder.extract_value(addresses, k), index)
+
+        @intrinsic
+        def load(typing, addresses, strides, i):
+            def codegen(context, builder, signature, args):
+                _wide(builder)
+                loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
+                values = [_widened(builder, value, llvm_real) for value in loaded]
+                return context.make_tuple(builder, signature.return_type, values)
+
+            return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
+
+        @intrinsic
+        def store(typing, addresses, strides, i, p, state):
+            def codegen(context, builder, signature, args):
+                states = cgutils.unpack_tuple(builder, args[4]) if len(state) else []
+                for k, value in [(0, args[3]), *enumerate(states, start=2)]:
+                    builder.store(_narrowed(builder, value, stored[k]), pointer(builder, args, k))
+                return context.get_dummy_value()
+
+            return types.void(addresses, strides, types.int64, real, state), codegen
+
+        @intrinsic
+        def as_stored(typing, x):
+            """x as the parameter's memory holds it."""
+
+            def codegen(context, builder, signature, args):
+                return _widened(builder, _narrowed(builder, args[0], stored[0]), llvm_real)
+
+            return real(real), codegen
+
+        @intrinsic
+        def stochastic(typing, x, bits):
+            """As kernels/ops.py has it, of the parameter's dtype."""
+
+            def codegen(context, builder, signature, args):
+                if stored[0] != _I16:
+                    return args[0]
+                moved = builder.add(builder.bitcast(args[0], _I32), args[1])
+                cut = builder.bitcast(builder.and_(moved, _I32(0xFFFF0000)), _F32)
+                return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], cut)
+
+            return real(real, types.uint32), codegen
+
+        @intrinsic
+        def shift(typing, addresses, strides, n):
+            """Addresses moved on by n strides each."""
+
+            def codegen(context, builder, signature, args):
+                moved = []
+                for k, size in enumerate(sizes):
+                    elements = builder.mul(builder.extract_value(args[1], k), args[2])
+                    offset = builder.mul(elements, _I64(size))
+                    moved.append(builder.add(builder.extract_value(args[0], k), offset))
+                return context.make_tuple(builder, signature.return_type, moved)
+
+            return addresses(addresses, strides, types.int64), codegen
+
+        @intrinsic
+        def spread(typing, value):
+            """The same stride for every tensor."""
+
+            def codegen(context, builder, signature, args):
+                return context.make_tuple(builder, signature.return_type, [args[0]] * tensors)
+
+            return types.UniTuple(types.int64, tensors)(types.int64), codegen
+
+        @intrinsic
+        def integers(typing, address):
+            """K integers of the table: addresses, or strides along one dimension."""
+            return _reader(types.int64, tensors, _I64)
+
+        @intrinsic
+        def factor_at(typing, factors, row):
+            """(The factor of a row,)."""
+            return _reader(real, 1, llvm_real, indexed=True)
+
+        @intrinsic
+        def scalars_at(typing, scalars, row):
+            """The scalars of a slot."""
+            return _reader(real, count, llvm_real, indexed=True)
+
+        self.load, self.store, self.shift = load, store, shift
+        self.as_stored, self.stochastic = as_stored, stochastic
+        self.spread, self.integers = spread, integers
+        self.scalars_at, self.factor_at = scalars_at, factor_at

@@ -1,0 +1,120 @@
+"""What is compiled for a param group: its `Recipe`; and what a step is asked for besides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..hostmath import Group, is_on, is_remote
+from ..kernels.stages import Flags
+from ..noise import stage_of
+from ..rule import Rule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is compiled for a param group: a specialisation each. Holds no hyperparameter."""
+
+    rule: Rule
+    flags: Flags
+    min_ndim: int = 2  # fewest dimensions of a tensor that is centred
+    seed: int = 0  # of the noise; not compiled, but a plan is made for one
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the state tensors, in the order the device functions take them."""
+        return (*(("ema",) if self.flags.ema else ()), *self.own_states)
+
+    @property
+    def own_states(self) -> tuple[str, ...]:
+        """Names of the rule's own."""
+        return self.rule.states[self.flags.variant]
+
+    @property
+    def counts(self) -> bool:
+        """Whether a parameter's state has its steps: the rule wants them, or chance."""
+        return self.rule.counts or self.flags.random
+
+    def for_tensor(self, ndim: int, columns: int) -> Recipe:
+        """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""
+        centred = ndim >= max(2, self.min_ndim) and columns >= 2
+        centralize = self.flags.centralize if centred else "none"
+        flags = self.flags._replace(centralize=centralize, project=self.flags.project and ndim >= 2)
+        return Recipe(self.rule, flags)  # what is compiled does not depend on the rest
+
+
+class Needs(NamedTuple):
+    """What a step is asked for besides what each of its groups says."""
+
+    measure: bool = False  # the norm of all gradients
+    check: bool = False  # to be left out if that is not finite
+    scaled: bool = False  # a factor for the gradients
+    tentative: bool = False  # it may be left out
+    remote: bool = False  # numbers that the host cannot know without waiting
+
+
+def needs_of(groups: Sequence[Group], grad_scale: object, found_inf: object) -> Needs:
+    """What a step of these groups is asked for, with what a GradScaler hands over."""
+    limits = [group["max_grad_norm"] for group in groups if is_on(group["max_grad_norm"])]
+    check = any(group["skip_nonfinite"] for group in groups)
+    clipped = any(is_remote(limit) or limit < math.inf for limit in limits)
+    measure = check or bool(limits)
+    tentative = check or found_inf is not None
+    remote = any(group.get("capturable") or _has_remote(group) for group in groups)
+    return Needs(measure, check, clipped or grad_scale is not None, tentative, remote)
+
+
+def _has_remote(group: Group) -> bool:
+    """Whether a hyperparameter lies on a device. Asked at every step: types first, in C."""
+    betas = group.get("betas", ())
+    if Tensor not in map(type, group.values()) and Tensor not in map(type, betas):
+        return False
+    return any(map(is_remote, [*group.values(), *betas]))
+
+
+NOTHING = Needs()
+
+
+def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
+    """The recipe that a param group asks for."""
+    centralize = group["centralize"]
+    on = {key: is_on(group[key]) for key in ("weight_decay", "l1", "ema_decay")}
+    flags = Flags(
+        variant=rule.variant(group),
+        maximize=bool(group["maximize"]),
+        decay=rule.decay(group) if on["weight_decay"] else "none",
+        l1=on["l1"],
+        centralize="gradient" if centralize is True else centralize or "none",
+        project=is_remote(group["max_row_norm"]) or group["max_row_norm"] not in (None, math.inf),
+        noise=stage_of(group["noise"]),
+        scaled=needs.scaled,
+        ema=on["ema_decay"],
+        rounding="stochastic" if group["stochastic_rounding"] else "nearest",
+    )
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"])
+
+
+def merged(recipes: list[Recipe]) -> list[Recipe]:
+    """One recipe for groups that differ in what a number can switch off: that is exact, a launch not free."""
+    alike: dict[Recipe, list[Flags]] = {}
+    for r in recipes:
+        alike.setdefault(_bare(r), []).append(r.flags)
+    return [replace(r, flags=_joined(r.flags, alike[_bare(r)])) for r in recipes]
+
+
+def _bare(recipe: Recipe) -> Recipe:
+    return replace(recipe, flags=recipe.flags._replace(decay="none", l1=False, project=False))
+
+
+def _joined(own: Flags, others: list[Flags]) -> Flags:
+    """A group's flags with all that the others have switched on."""
+    decays = [flags.decay for flags in (own, *others) if flags.decay != "none"]
+    return own._replace(
+        decay=decays[0] if decays else "none",
+        l1=any(flags.l1 for flags in others),
+        project=any(flags.project for flags in others),
+    )

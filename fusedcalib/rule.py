@@ -1,0 +1,52 @@
+"""What the author of an optimizer writes: a `Rule`, in terms of the maths of its paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .hostmath import Group, Number, where
+
+
+def decay_of(group: Group) -> str:
+    """Decay of the gradient, or of the parameter where that is asked for."""
+    return "decoupled" if group["decoupled_weight_decay"] else "coupled"
+
+
+def epsilons(group: Group) -> tuple[Number, Number]:
+    """What is added under the root, and what to it: `eps` is one of them, the other exactly nothing."""
+    inside, eps = group["eps_inside_sqrt"], group["eps"]
+    return where(inside, eps, 0.0), where(inside, 0.0, eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule: its device maths and the host numbers it needs.
+
+    Attributes:
+        update: device function `(p, g, state, h, VARIANT) -> (direction, new state)` on loaded values.
+            It never sees the learning rate, decay, centring or how values are stored.
+        scalars: `(group, step) -> (step size, *h)`, in double; `step` counts from 1. The new parameter is
+            `p - step_size * direction`. A step size of zero is no step: then nothing decays either. One
+            formula for all variants, without `if`: see hostmath.py.
+        states: the state tensors of each variant, by torch.optim's names.
+        variant: the variant that a param group asks for.
+        counts: whether `step` is kept per parameter in the state. Where it is not, `step` is 1 for a
+            parameter whose state is new and 2 afterwards.
+        starts: group keys that hold the initial value of a state; others start at zero.
+        product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
+            it; `scalars` gets its new value as a third argument.
+        decay: how `weight_decay` acts in a param group: "coupled", "decoupled" or "proximal".
+        extras: options of a param group, with defaults, that torch.optim's class of the name has not.
+    """
+
+    update: Any
+    scalars: Callable[..., tuple[float, ...]]
+    states: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"plain": ()})
+    variant: Callable[[Group], str] = lambda group: "plain"
+    counts: bool = True
+    starts: Mapping[str, str] = field(default_factory=dict)
+    product: tuple[str, Callable[[Group, float], float]] | None = None
+    decay: Callable[[Group], str] = lambda group: "coupled"
+    extras: Mapping[str, Any] = field(default_factory=dict)
