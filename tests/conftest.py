@@ -4,11 +4,12 @@ import os
 import random
 import re
 import zlib
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from cases import BACKENDS, BY_LOOPS, DEVICE, Twin, parameters
+from cases import BACKENDS, BY_LOOPS, DEVICE, FUSED, Twin, parameters
 from rule_cases import RULES, Rule
 
 
@@ -62,23 +63,48 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # Every kind of loop is compiled, and tried, by the kernel tests: these files are about what is around a loop,
-# and have one rule's.
-ONE_RULES_LOOPS = ("test_contract", "test_chain", "test_plans")  # how their names begin
+# and have one rule's. A kind takes one to five seconds to compile, more than all else that they do.
+ONE_RULES_LOOPS = ("test_contract", "test_chain", "test_plans", "test_faults", "test_noise", "test_properties")
+MOST_KINDS = 8  # of loops, that such a file may compile
+
+
+def is_around_loops(path: Path) -> bool:
+    return path.stem.startswith(ONE_RULES_LOOPS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out loops of other rules than AdamW in files that are not about them."""
+    """Leaves out loops of other rules than AdamW in files that are not about them; the kernels come first."""
 
     def is_wanted(item: pytest.Item) -> bool:
-        params = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
-        rule = params.get("rule", "AdamW")
+        if not (is_around_loops(item.path) and isinstance(item, pytest.Function) and hasattr(item, "callspec")):
+            return True
+        rule = item.callspec.params.get("rule", "AdamW")
         name = rule.name if isinstance(rule, Rule) else rule
-        elsewhere = item.path.stem.startswith(ONE_RULES_LOOPS) and params.get("backend") == "numba"
-        return not elsewhere or name == "AdamW"
+        return name == "AdamW" or "numba" not in item.callspec.id.split("-")
 
-    items[:] = filter(is_wanted, items)
+    # What compiles most must not be what a process begins last.
+    items[:] = sorted(filter(is_wanted, items), key=lambda item: not item.path.stem.startswith("test_kernels"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_loops(request: pytest.FixtureRequest):
+    """Fails where such a file asks for more kinds of loops, whether they were compiled before or not."""
+    if not (is_around_loops(request.path) and FUSED == "numba"):
+        yield
+        return
+    from fusedcalib.executors.numba import run
+
+    asked, compiled = set(), run.kernel_for
+
+    def kernel_for(*kind):
+        asked.add(kind)
+        return compiled(*kind)
+
+    kernel_for.cache_info = compiled.cache_info
+    run.kernel_for = kernel_for
+    yield
+    run.kernel_for = compiled
+    assert len(asked) <= MOST_KINDS, f"{request.path.name} compiles {len(asked)} kinds of loops"
 
 
 @pytest.fixture
