@@ -1,7 +1,7 @@
 """Numbers that are known, or recorded: what a rule computes its scalars with.
 
 Called with Python numbers the functions here compute. Called with `Recorded` ones, whose values only a device
-will know, they note what is to be computed there: see layout/scalars.py. So a rule's `scalars` may use + - * / **,
+will know, they note what is to be computed there, for layout/scalars.py. A rule's `scalars` may use + - * / **,
 comparisons and these functions, but no `if` on a number.
 """
 
