@@ -190,11 +190,7 @@ def mean_of_squares(q: Tensor, shape: torch.Size) -> Tensor:
 def runs_fused(grad: Tensor, r: Tensor) -> bool:
     """Whether kernels/virtual.py takes these."""
     narrow = grad.dtype in (torch.float32, torch.bfloat16, torch.float16) and r.dtype == torch.float32
-    return narrow and grad.is_cuda and grad.is_contiguous() and _is_triton(grad.device)
-
-
-def _is_triton(device: torch.device) -> bool:
-    return choose("auto", device, torch.float32).name == "triton"
+    return narrow and grad.is_cuda and grad.is_contiguous() and choose("auto", grad.device, r.dtype).launches
 
 
 def _rows(t: Tensor) -> Tensor:
