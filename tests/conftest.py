@@ -64,7 +64,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # Every kind of loop is compiled, and tried, by the kernel tests: these files are about what is around a loop,
 # and have one rule's. A kind takes one to five seconds to compile, more than all else that they do.
-ONE_RULES_LOOPS = ("test_contract", "test_chain", "test_plans", "test_faults", "test_noise", "test_properties")
+ONE_RULES_LOOPS = tuple(
+    f"test_{name}" for name in ("contract", "chain", "plans", "faults", "noise", "properties")
+)
 MOST_KINDS = 8  # of loops, that such a file may compile
 
 
@@ -76,14 +78,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves out loops of other rules than AdamW in files that are not about them; the kernels come first."""
 
     def is_wanted(item: pytest.Item) -> bool:
-        if not (is_around_loops(item.path) and isinstance(item, pytest.Function) and hasattr(item, "callspec")):
+        given = getattr(item, "callspec", None)
+        if given is None or not is_around_loops(item.path):
             return True
-        rule = item.callspec.params.get("rule", "AdamW")
+        rule = given.params.get("rule", "AdamW")
         name = rule.name if isinstance(rule, Rule) else rule
-        return name == "AdamW" or "numba" not in item.callspec.id.split("-")
+        return name == "AdamW" or "numba" not in given.id.split("-")
 
-    # What compiles most must not be what a process begins last.
-    items[:] = sorted(filter(is_wanted, items), key=lambda item: not item.path.stem.startswith("test_kernels"))
+    def comes_late(item: pytest.Item) -> bool:
+        return not item.path.stem.startswith("test_kernels")  # what compiles most comes first
+
+    items[:] = sorted(filter(is_wanted, items), key=comes_late)
 
 
 @pytest.fixture(scope="module", autouse=True)

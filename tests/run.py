@@ -3,7 +3,7 @@
   --all     also what is marked "slow": whole trainings, papers, frameworks, every rank of a large mesh, of
             which the rest has one short run each. Without it the run takes some five minutes of two cores.
   --quick   a smoke test in less than a minute: the contract of a step, the layout in memory, the
-            references, and one case of each kernel. It says that nothing is badly broken, no more.
+            references, the kernel with two rules. It says that nothing is badly broken, no more.
   --help    this.
 
 All other arguments are pytest's (`python -m pytest --help`), as -x, -k, --durations=10, a file or a test.
@@ -31,12 +31,12 @@ SELECTED = {"plain": "not interpreted", "interpreted": "interpreted"}
 # What --quick passes to pytest in each mode.
 QUICK = {
     "plain": [
-        *("tests/test_contract_step.py", "tests/test_layout.py", "tests/test_reference.py"),
-        *("tests/test_eager.py", "tests/test_scalars.py", "tests/test_groups.py", "tests/test_kernels_exact.py"),
+        *("tests/test_contract_step.py", "tests/test_plans.py", "tests/test_layout.py"),
+        *("tests/test_reference.py", "tests/test_eager.py", "tests/test_scalars.py", "tests/test_groups.py"),
     ],
-    "interpreted": ["tests/test_kernels.py", "-k", "far_from_it"],
+    "interpreted": ["tests/test_kernels.py", "-k", "recipe and (AdamW or Lion)"],
 }
-# Over two processes each: loops compiled by one test of a file serve the others, the interpreter compiles none.
+# Over two processes each. What one test of a file compiles serves the others; interpreted none does.
 SPREAD = {
     "plain": ["-n2", "--dist=loadfile", "--no-loadscope-reorder"],
     "interpreted": ["-n2", "--dist=worksteal"],
@@ -84,9 +84,7 @@ def plugin_options(lacking: list[str]) -> list[str]:
     return ["-o", "addopts=" + addopts[1].replace("--benchmark-disable", "")]
 
 
-def run(
-    commands: dict[str, list[str]], variables: dict[str, str], folder: Path, spread: bool
-) -> list[int]:
+def run(commands: dict[str, list[str]], variables: dict[str, str], folder: Path, spread: bool) -> list[int]:
     """The exit codes of pytest in each mode; both modes at the same time if there are two cores.
 
     With `spread` each mode has two processes: both cores have work until the last test, whichever mode

@@ -55,9 +55,14 @@ def test_grouping_changes_nothing(backend: str, case: Case):
         assert_same_bits(run(backend, case, *numbers, arrange=grouping), expected)
 
 
-# Rows of every class; by Triton, of which a row of 20,000 elements takes a second, each stage in some of them.
+# Rows of every class. Interpreted a long one takes a second: each stage in some of them.
 COLUMNS = (64, 200, 4096, 5000, 20000, 40000)
-OF_TRITON = {"SGD": (200, 40000), "AdamW": COLUMNS, "Adam update": (64, 5000), "Lion projected": (4096, 40000)}
+OF_TRITON = {
+    "AdamW": COLUMNS,
+    "Adam update": (64, 5000),
+    "SGD": (200, 40000),
+    "Lion projected": (4096, 40000),
+}
 NEIGHBOURS = [
     pytest.param(*param.values, columns, case, id=f"{param.values[0]}-{columns}-{name}", marks=param.marks)
     for param in FUSED
