@@ -33,6 +33,19 @@ def environment():
         os.environ.update(kept)
 
 
+def may_be_interpreted(path: Path) -> bool:
+    """Whether tests of a file may have the mark "interpreted", which comes with kernel_cases.TRITON."""
+    text = path.read_text(encoding="utf-8")
+    return "kernel_cases" in text or "mark.interpreted" in text
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where kernels are interpreted, and no file is asked for, the others are not even imported."""
+    asked = config.option.file_or_dir or os.environ.get("TRITON_INTERPRET") != "1"
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if not asked and is_test and not may_be_interpreted(collection_path) else None
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE
@@ -89,6 +102,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return not item.path.stem.startswith("test_kernels")  # what compiles most comes first
 
     items[:] = sorted(filter(is_wanted, items), key=comes_late)
+    marked = {item.path for item in items if item.get_closest_marker("interpreted")}
+    assert all(map(may_be_interpreted, marked)), "a file that the interpreted run would leave out"
 
 
 @pytest.fixture(scope="module", autouse=True)
