@@ -134,6 +134,7 @@ optimizer groups
 engine
 executors
 layout
+signature
 options rule
 noise
 hostmath
