@@ -23,7 +23,7 @@ STATE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
     **{str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES},
 }
 CENTRALIZE = (False, True, "gradient", "update")
-BACKENDS = ("auto", "triton", "numba", "eager")
+BACKENDS = ("auto", "triton", "numba", "eager")  # executors/ has the last three, here by preference
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return found | {option.name: option.stored(found[option.name]) for option in OURS if option.name in found}
 
 
-def check_group(group: Mapping[str, Any], cls: type) -> None:
+def check_group(cls: type[Any], group: Mapping[str, Any]) -> None:
     """Raises ValueError for an option of a param group that is out of range or not supported by a class."""
     for option in OURS:
         option.check(group[option.name])
@@ -252,6 +252,7 @@ def check_group(group: Mapping[str, Any], cls: type) -> None:
         raise ValueError(f"{cls.__name__} does not support differentiable=True; {instead}")
     if issubclass(cls, Options):  # torch.optim's own classes check what they are constructed with
         check_ranges(group, cls)
+    cls.rule.check(group)
 
 
 def check_ranges(options: Mapping[str, Any], cls: type) -> None:

@@ -41,7 +41,7 @@ def declare(cls: type, own: Mapping[str, Any]) -> None:
     """
     signature = signature_of(cls, {**extras_of(cls, own), BACKEND.name: BACKEND.default})
     cls.__signature__ = signature  # type: ignore[attr-defined]
-    init = vars(cls).get("__init__")
+    init: Any = vars(cls).get("__init__")
     if init is None:
         init = cls.__init__ = _handing_on(cls)  # type: ignore[misc]
     elif not isinstance(init, FunctionType) or not _hands_on(init):
@@ -88,11 +88,11 @@ def _hands_on(init: Callable[..., Any]) -> bool:
     return any(p.kind in VARIADIC for p in inspect.signature(init).parameters.values())
 
 
-def _handing_on(cls: type) -> Any:
+def _handing_on(cls: Any) -> Any:
     """A constructor of a class that has none."""
 
     def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807
-        super(cls, self).__init__(*args, **options)  # type: ignore[misc]
+        super(cls, self).__init__(*args, **options)
 
     __init__.made_here = True  # type: ignore[attr-defined]
     __init__.__module__, __init__.__qualname__ = cls.__module__, f"{cls.__qualname__}.__init__"
