@@ -244,9 +244,10 @@ SCRIPTS = {
 }
 
 
-def overview(called: str, commands: Commands) -> str:
+def overview(called: str, commands: Commands, more: Mapping[str, str] | None = None) -> str:
     """The commands, a line each."""
-    lines = [f"  {name:<9}{about}" for name, (_, about, _) in commands.items()]
+    known = {name: about for name, (_, about, _) in commands.items()}
+    lines = [f"  {name:<9}{about}" for name, about in {**known, **(more or {})}.items()]
     return "\n".join([f"{called} COMMAND [arguments]; each has --help", *lines])
 
 

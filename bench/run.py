@@ -18,7 +18,8 @@ import cli
 
 def work(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"{cli.overview('python3 bench/run.py', cli.COMMANDS)}\nWithout a command the job is run.")
+        print(cli.overview("python3 bench/run.py", cli.COMMANDS, cli.SCRIPTS))
+        print("Without a command the job is run.")
         return 0
     python, variables = bootstrap.prepare("rich", "matplotlib", "scikit-learn")
     if arguments and arguments[0] in cli.SCRIPTS:

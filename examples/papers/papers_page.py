@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fusedcalib.bench.bootstrap import ROOT
 from fusedcalib.bench.env import machine
 from fusedcalib.bench.report import tables
 from fusedcalib.bench.repository import readme
@@ -19,7 +20,7 @@ Record = dict[str, Any]
 Results = dict[str, Any]
 BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
 RESULTS = machine.RESULTS / "papers" / "papers.json"
-PAGE = machine.ROOT / "docs" / "nn.md"
+PAGE = ROOT / "docs" / "nn.md"
 # Okabe and Ito's, as in plots.py: what is expected to be better, the same, worse.
 COLOURS = {"better": "#0072B2", "learns": "#0072B2", "same": "#6b6b6b", "worse": "#D55E00"}
 WORDS = {"better": "less error", "same": "no difference", "worse": "more error"}
