@@ -12,11 +12,12 @@ from fusedcalib.bench.predict import compiled as on_paper
 from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, sass, spilled, spilled_in_loops
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import needs_of, recipe_of
-from fusedcalib.layout.scalars import scalars_of, shape_of, tape_of
+from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
 from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
+from fusedcalib.layout.tables import build_buckets
 
 KERNELS = launch.KERNELS
 

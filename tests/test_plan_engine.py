@@ -5,6 +5,7 @@ from math import prod
 import pytest
 import torch
 import torch.distributed as dist
+from cases import prepared
 from plan_subjects import ALONE, LONG, TINY, placements_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -104,8 +105,10 @@ def real_step(name, model, layout, subject=ADAMW):
     method = METHODS[name]
     options = {"backend": "triton", **subject.options, **options_of(method.extras, method.gc)}
     optimizer = getattr(fusedcalib, subject.cls)([g for g in groups if g["params"]], **options)
-    launches = optimizer._prepare().run()
-    tensors = [t for bucket in optimizer._plan.buckets for slot in bucket.slots for t in slot.tensors()]
+    launches = prepared(optimizer).step()
+    tensors = [
+        t for bucket in optimizer._engine.plan.buckets for slot in bucket.slots for t in slot.tensors()
+    ]
     return launches, sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -161,7 +161,7 @@ def each_tensor(rounds: int = 40, backend: str = "auto") -> dict[str, float]:
     shapes.load_gradients(spec, [own, theirs], 0)
     ours, torchs = fusedcalib.AdamW(own, backend=backend), torch.optim.AdamW(theirs, fused=True)
     steps: dict[str, tuple[list[torch.Tensor], Step]] = {
-        "own": (own, torch.no_grad()(ours._prepare)),
+        "own": (own, torch.no_grad()(lambda: ours._engine.prepare(ours.param_groups, ours.state))),
         "torch": (theirs, torchs.step),
     }
     samplers: dict[str, Sampler] = {}

@@ -19,10 +19,12 @@ import fusedcalib
 from fusedcalib.engine.state import make_state, states_of
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import merged, needs_of, recipe_of
+from fusedcalib.layout.scalars import Scalars
 from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
+from fusedcalib.layout.tables import build_buckets
 
 from ..measure.baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of
 from ..measure.case import DTYPES
@@ -158,7 +160,7 @@ def parts_of(
     for index, kind in enumerate(kind for kind in KINDS if params[kind]):
         group, recipe = optimizer.param_groups[index], recipes[index]
         for shard, param in zip(shards[kind], params[kind], strict=True):
-            make_state(optimizer.state, optimizer._versions, param, recipe, group)
+            make_state(optimizer.state, optimizer._engine.versions, param, recipe, group)
             states = states_of(optimizer.state, param, recipe)
             place = _place(shard, sharding.mesh)
             slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)

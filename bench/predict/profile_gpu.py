@@ -90,8 +90,8 @@ def _case(case: ProfileCase, model: Model, device: torch.device, copy: float) ->
     optimizer = made(case, model, device)
     for _ in range(WARM):
         optimizer.step()
-    plan = optimizer._plan
-    decides = type(plan.control).__name__ == "DeviceDecider"
+    plan = optimizer._engine.plan
+    decides = plan.decider.on_device
     alike = [1] * sum(len(bucket.slots) for bucket in plan.buckets)
     expected = profile_steps.launches(plan.buckets, alike, plan.needs.measure, decides)
     kernels, other = attributed(captured(optimizer.step, device), expected, STEPS)

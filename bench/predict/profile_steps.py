@@ -18,8 +18,9 @@ import numpy as np
 import fusedcalib
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.layout.buckets import Bucket, Scalars, build_buckets
-from fusedcalib.layout.scalars import scalars_of, shape_of, tape_of
+from fusedcalib.layout.buckets import Bucket
+from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
+from fusedcalib.layout.tables import build_buckets
 
 from ..measure.baselines import SUBJECTS
 from ..measure.case import DTYPES

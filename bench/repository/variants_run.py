@@ -126,7 +126,7 @@ class Side:
     def norm(self) -> None:
         """What comes before the step, alone."""
         with engine_of(self._launch):
-            self.optimizer._plan.control.decide()
+            self.optimizer._engine.plan.decider.decide()
 
     def tensors(self) -> list[Tensor]:
         """Parameters and states."""

@@ -54,5 +54,6 @@ def test_host(benchmark: Any, variant: str) -> None:
     """What comes before the launches of a step over 1000 tensors."""
     params, built = made(TENSORS, "own_plain")
     turn = host.turns(params, moving=variant == "reallocated")
-    prepare = torch.no_grad()(built.optimizer._prepare)
+    engine, optimizer = built.optimizer._engine, built.optimizer
+    prepare = torch.no_grad()(lambda: engine.prepare(optimizer.param_groups, optimizer.state))
     benchmark.pedantic(waiting(prepare), setup=turn, rounds=50, warmup_rounds=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -55,6 +55,24 @@ class Needs(NamedTuple):
     scaled: bool = False  # a factor for the gradients
     tentative: bool = False  # it may be left out
     remote: bool = False  # numbers that the host cannot know without waiting
+
+
+class Asked(NamedTuple):
+    """What the param groups of an optimizer ask for.
+
+    Attributes:
+        groups: the param groups.
+        stepped: those whose parameters the rule steps.
+        recipes: of each group; the same list until one asks for another.
+        needs: what the step is asked for besides.
+        versions: of each group, a number that changes with its values.
+    """
+
+    groups: Sequence[dict[str, Any]] = ()
+    stepped: Sequence[dict[str, Any]] = ()
+    recipes: list[Recipe] = []  # noqa: RUF012
+    needs: Needs = Needs()
+    versions: Sequence[int] = ()
 
 
 def needs_of(groups: Sequence[Group], grad_scale: object, found_inf: object) -> Needs:

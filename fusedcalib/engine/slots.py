@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..layout.buckets import Key, Laid, Slot, lay_slot
+from ..layout.buckets import Key, Slot
 from ..layout.recipe import Recipe
+from ..layout.tables import Laid, lay_slot
+from ..rule import Rule
+
+
+class Live(NamedTuple):
+    """A parameter that has a gradient: its group, its place in that, itself."""
+
+    group: int
+    place: int
+    param: Tensor
+
+
+def live_of(groups: Sequence[Mapping[str, Any]], rule: Rule) -> Iterator[Live]:
+    """The parameters with a gradient that a rule steps, in the order of the groups."""
+    for number, group in enumerate(groups):
+        if rule.steps(group):
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    yield Live(number, index, param)
 
 
 class Kept(NamedTuple):
