@@ -5,12 +5,12 @@ import io
 import pytest
 import torch
 from cases import DEVICE, assert_identical, assert_near, parameters, snapshot, tolerance, train
-from chain_cases import Pair, each_backend, each_run
+from chain_cases import Pair, each_backend, each_rule_eager, each_run
 
 import fusedcalib
 
 
-@each_run
+@each_rule_eager
 def test_the_average_is_that_of_foreach_lerp(rule, backend):
     pair = Pair(rule, backend, {"ema_decay": 0.9})
     average = [q.detach().clone() for q in pair.others]
@@ -95,6 +95,8 @@ DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (tor
 @pytest.mark.parametrize("as_name", [False, True])
 def test_state_dtype_survives(rule, backend, dtype, state, as_name):
     """Made, saved, loaded by an optimizer with or without it, and by one that loads another's."""
+    if backend == "numba" and dtype != torch.bfloat16:
+        pytest.skip("of loops one pair of dtypes; all are tried in tests/test_kernels.py")
     wanted = str(state).removeprefix("torch.") if as_name else state
     params = parameters(dtype=dtype)
     opt = rule.ours(params, **rule.options, state_dtype=wanted, ema_decay=0.9, backend=backend)
