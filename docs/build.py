@@ -22,8 +22,11 @@ import stubs  # noqa: E402
 import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
-from fusedcalib.bench import architectures, layouts, plan, profile_kept, readme, tables  # noqa: E402
-from fusedcalib.bench.baselines import step_bytes  # noqa: E402
+from fusedcalib.bench.measure.baselines import step_bytes  # noqa: E402
+from fusedcalib.bench.models import architectures, shardings  # noqa: E402
+from fusedcalib.bench.predict import plan, profile_kept  # noqa: E402
+from fusedcalib.bench.report import tables  # noqa: E402
+from fusedcalib.bench.repository import readme  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
 from fusedcalib.options import BACKEND, OURS  # noqa: E402
 
@@ -158,10 +161,10 @@ def scaling() -> str:
     """The tables of docs/scaling.md: each model on several sizes, one of them step by step."""
     blocks = []
     for name in architectures.LLAMAS:
-        sizes = [layouts.layout_of(gpus, None, 1, None) for gpus in GPUS]
+        sizes = [shardings.sharding_of(gpus, None, 1, None) for gpus in GPUS]
         results = plan.plan(architectures.get(name), sizes, plan.Setting(), plan.SWEPT)
         blocks += [f"{plan.title(results)}:", tables.markdown(plan.sizes_table(results))]
-    results = plan.plan(architectures.get(name), [layouts.layout_of(512, None, 8, None)], plan.Setting())
+    results = plan.plan(architectures.get(name), [shardings.sharding_of(512, None, 8, None)], plan.Setting())
     (found,) = results["plans"]
     blocks += [f"{name}, {plan.split(found)}:", tables.markdown(plan.steps_table(found))]
     return "\n\n".join(blocks)

@@ -119,8 +119,12 @@ def imports(path):
         yield from ((name, node.lineno) for name in names)
 
 
-FOLDERS = ("", "*/", "executors/*/")
-SOURCES = sorted({p for folder in FOLDERS for p in PACKAGE.glob(f"{folder}*.py")})
+FOLDERS = ("", "*/", "executors/*/", "bench/*/")
+
+SOURCES = sorted(
+    {p for folder in FOLDERS for p in PACKAGE.glob(f"{folder}*.py")} - {*PACKAGE.glob("bench/speed/*")}
+)
+INSTALLED = [path for path in SOURCES if not path.is_relative_to(PACKAGE / "bench" / "repository")]
 
 
 # Who may import whom: each line those below it. A folder is one name, so that a new file needs no entry.
@@ -141,6 +145,17 @@ hostmath
 kernels
 """
 FLOOR = {name: number for number, line in enumerate(ORDER.split("\n")) for name in line.split()}
+# The same of the folders of bench, and the files directly in it.
+BENCH = """
+cli run
+repository
+predict
+measure
+report
+env
+models bootstrap
+"""
+BENCH_FLOOR = {name: number for number, line in enumerate(BENCH.split("\n")) for name in line.split()}
 USERS = {"__main__", "bench", "__init__"}  # the public names are theirs, and the oracles too
 
 
@@ -159,6 +174,22 @@ def test_imports_lead_downwards(path):
     names = [(f"{name}.".split("."), line) for name, line in imports(path)]
     known = [(name[1], line) for name, line in names if name[0] == "fusedcalib"]
     assert [(name, line) for name, line in known if name not in allowed] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench").glob("*/*.py")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
+def test_imports_within_bench_lead_downwards(path):
+    own = path.parent.name
+    if own == "speed":
+        pytest.skip("a test")
+    allowed = {own} | {name for name in BENCH_FLOOR if BENCH_FLOOR[name] > BENCH_FLOOR[own]}
+    within = [
+        (name.split(".")[2], line)
+        for name, line in imports(PACKAGE / path.relative_to(ROOT))
+        if name.startswith("fusedcalib.bench.")
+    ]
+    assert [(name, line) for name, line in within if name not in allowed] == []
 
 
 def module_of(name):
@@ -270,13 +301,14 @@ def test_wheel_contents(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fusedcalib"}
     stubs = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("rules/*.pyi")}
-    wanted = {str(path.relative_to(ROOT)) for path in SOURCES} | stubs | {"fusedcalib/py.typed"}
+    wanted = {str(path.relative_to(ROOT)) for path in INSTALLED} | stubs | {"fusedcalib/py.typed"}
     assert wanted <= names
+    assert not [name for name in names if re.search("repository|speed|examples", name)]
 
 
 def test_packages_are_all_listed():
     """A new folder of the package that pyproject.toml does not name would not be installed."""
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
-    assert set(listed) >= found
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in INSTALLED}
+    assert set(listed) == found

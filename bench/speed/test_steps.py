@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from fusedcalib.bench import host, machine, shapes, timing
-from fusedcalib.bench.baselines import METHODS, SUBJECTS
-from fusedcalib.bench.timing import Step
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import host
+from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS
+from fusedcalib.bench.measure.timing import Step
+from fusedcalib.bench.models import shapes
 
 DEVICE = machine.pick_device()
 SPEC = shapes.ParamList("speed", shapes.SMALL_SET * 10)
@@ -27,7 +29,7 @@ def waiting(step: Step) -> Step:
 
     def work() -> None:
         step()
-        timing.synchronize(DEVICE)
+        machine.synchronize(DEVICE)
 
     return work
 
