@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..executors.choose import choose
-from ..kernels.virtual import launch_virtual
+from ..kernels.launch import launch_virtual
 from ..layout.row_scales import row_factors_of
 
 SHAPES = ("auto", "position", "channel")
