@@ -12,4 +12,4 @@
 #
 #   OUT=folder CHECK_SECONDS=460 MEASURE_SECONDS=460 EXPLAIN_SECONDS=460 PYTHON=python3 bench/gpu.sh
 set -u
-exec "${PYTHON:-python3}" "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/gpu.py" "$@"
+exec "${PYTHON:-python3}" "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/cli.py" gpu "$@"

@@ -1,10 +1,9 @@
 """Do all set-up, then run the main job: python3 bench/run.py [arguments of the job].
 
-`python3 bench/run.py papers` does what the papers claim in miniature, `python3 bench/run.py cifar` trains
-their networks on CIFAR. `python3 bench/run.py bench` times the step of any rule, `python3 bench/run.py plan`
-says on paper what it costs on so many GPUs, `python3 bench/run.py profile` what its kernels take of one,
-`python3 bench/run.py env` what is installed. Each has --help, and is `python -m fusedcalib ...` where all is
-installed.
+`python3 bench/run.py bench` times the step of any rule, `python3 bench/run.py plan` says on paper what it
+costs on so many GPUs, `python3 bench/run.py profile` what its kernels take of one, `python3 bench/run.py env`
+what is installed: as `python -m fusedcalib ...` where all is installed. `python3 bench/run.py papers` does
+what the papers claim in miniature, `python3 bench/run.py cifar` trains their networks. Each has --help.
 """
 
 import subprocess
@@ -14,16 +13,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bootstrap
-from commands import COMMANDS
+import cli
 
 
 def work(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(cli.overview("python3 bench/run.py", cli.COMMANDS, cli.SCRIPTS))
+        print("Without a command the job is run.")
+        return 0
     python, variables = bootstrap.prepare("rich", "matplotlib", "scikit-learn")
-    # Or else -m would put the current folder, which may be this one, before the standard library.
+    if arguments and arguments[0] in cli.SCRIPTS:
+        file = bootstrap.ROOT / "examples" / "papers" / f"{arguments[0]}.py"
+        return run([python, str(file), *arguments[1:]], variables)
+    # Or else -m would put the current folder before the standard library.
     variables["PYTHONSAFEPATH"] = "1"
-    named = bool(arguments) and arguments[0] in COMMANDS
-    module = COMMANDS[arguments[0]][0] if named else "bench.job"
-    return run([python, "-m", f"fusedcalib.{module}", *arguments[named:]], variables)
+    job = [] if arguments and arguments[0] in cli.COMMANDS else ["job"]
+    return run([python, "-m", "fusedcalib.bench.cli", *job, *arguments], variables)
 
 
 def run(command: list[str], variables: dict[str, str]) -> int:

@@ -1,8 +1,8 @@
 """Numbers that are known, or recorded: what a rule computes its scalars with.
 
 Called with Python numbers the functions here compute. Called with `Recorded` ones, whose values only a device
-will know, they note what is to be computed there: see layout/scalars.py. So a rule's `scalars` may use + - * / **,
-comparisons and these functions, but no `if` on a number.
+will know, they note what is to be computed there, for layout/scalars.py. In its `scalars` a rule may use
+these functions, + - * / ** and comparisons, but no `if` on a number.
 """
 
 from __future__ import annotations
@@ -93,3 +93,9 @@ class Recorded:
 
     def __le__(self, other: Number) -> Any:
         return where(self == other, 1.0, self < other)
+
+
+def epsilons(group: Group) -> tuple[Number, Number]:
+    """What is added under the root, and what to it: `eps` is one of them, the other exactly nothing."""
+    inside, eps = group["eps_inside_sqrt"], group["eps"]
+    return where(inside, eps, 0.0), where(inside, 0.0, eps)

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar
+from weakref import ref
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
-from .engine.checks import check_group, check_parameter, check_slots, describe, warn_of_flat
-from .engine.decide import decides_on_device
-from .engine.plan import Plan
-from .engine.plans import Plans
-from .engine.state import VersionCounters, make_state, state_dtype, states_of
+from .engine.engine import Engine, Scaling
+from .engine.state import state_dtype
 from .executors.choose import choose
-from .executors.triton.resident import capturing
-from .layout.asked import Asked
-from .layout.buckets import Executor, Laid, Slot
-from .layout.counts import Counters
-from .layout.inputs import PlanInputs, StepReport
-from .layout.row_scales import factored, row_factors_of
-from .layout.shards import is_spread, local_of, place_of, redistribute_gradient
-from .noise import words_for
-from .options import Options, check_ranges, extras_of, plain, signature_of
+from .options import BACKEND, check_group, plain
 from .rule import Rule
-
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
-else:
-    ParamsT = Any
+from .signature import declare, documented, extras_of
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
-BACKENDS = ("auto", "triton", "numba", "eager")
 
-
+@documented
 class FusedOptimizer(Optimizer):
     r"""What every optimizer here does: the direction of its `rule`, between stages, in one pass over memory.
 
@@ -55,43 +41,7 @@ class FusedOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or param groups, as torch.optim takes them.
-        maximize: ascend instead of descend: the gradient changes sign, penalties do not. Default False.
-        foreach: accepted for compatibility.
-        fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where a
-            gradient is not finite, without rewriting gradients or waiting for the device. Every step is one
-            fused pass. Default None.
-        capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured in
-            a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-            the GPU anew. Default False.
-        differentiable: must be False.
-        centralize: remove the mean of each row from the gradient (True or "gradient") or from the update
-            ("update"); tensors of one dimension and rows of one element stay as they are. Default False.
-        centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
-            only. Default 2.
-        l1: L1 penalty :math:`\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in
-            units of the gradient; with `weight_decay` the elastic net. Default 0.
-        max_row_norm: largest Euclidean norm :math:`c` of a row after a step, in units of the parameter, for
-            tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
-        noise: `fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient
-            before centring or on the parameter after the step; as a dict in param groups. Default None.
-        seed: of noise and stochastic rounding, an int of 64 bits. They are the same whatever the device, the
-            order of the parameters or how they are grouped, and go on where a checkpoint left them. A
-            parameter's follow its name, where parameters are named, else its place among all. Default 0.
-        max_grad_norm: largest Euclidean norm of all gradients together, in units of the gradient: they are
-            scaled down to it as by `torch.nn.utils.clip_grad_norm_`, but in the step, without changing
-            `p.grad`. The norm is of all groups; a group may have a limit of its own. `grad_norm` is the
-            norm; `math.inf` only measures it. Default None: no limit.
-        skip_nonfinite: leave a step out whose gradients are not all finite: parameters, state and counters
-            stay; `skipped_steps` counts. For all groups if for one. Default False.
-        ema_decay: :math:`\beta` of an exponential moving average of the parameter,
-            :math:`\bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta`, in [0, 1), from the parameter
-            before the first step on; in fp32, as the state `ema`. `ema_weights()` swaps it in. Default
-            None: no average.
-        stochastic_rounding: round bf16 parameters to one of their two neighbours at random, such that the
-            mean is right, by `seed`; parameters of 32 and more bits are not affected. Default False.
-        state_dtype: of the states that are like the parameter: torch.float32, bfloat16, float16 or
-            float64; kept by load_state_dict. Default None: the parameter's, as torch.optim.
-        backend: "auto", "triton", "numba" or "eager"; for the whole optimizer.
+        **options: every option of fusedcalib/options.py, as docs/options.md lists them.
 
     All but `params`, `backend`, `fused` and `capturable` may differ between param groups and change between
     steps.
@@ -111,14 +61,11 @@ class FusedOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        extras = {**extras_of(cls, cls.rule.extras), "backend": "auto"}
-        cls.__signature__ = signature_of(cls, extras)  # type: ignore[attr-defined]
+        declare(cls, cls.rule.extras)
 
     def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
-        backend = options.pop("backend", "auto")
-        if backend not in BACKENDS:
-            raise ValueError(f"Invalid backend: {backend!r}, expected one of {', '.join(BACKENDS)}")
-        self._backend = backend
+        self._backend = options.pop("backend", BACKEND.default)
+        BACKEND.check(self._backend)
         own = extras_of(type(self), self.rule.extras)
         self._extras = plain({key: options.pop(key, default) for key, default in own.items()})
         self._forget()
@@ -128,21 +75,13 @@ class FusedOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drops all that is not groups and state."""
-        self._drop_plans()
-        self._asked = Asked(self.rule)
-        self._counters = Counters()
-        # Where the last plan is a new one: the state of parameters for which some may have been made.
-        self._before: dict[Tensor, dict[str, Any] | None] | None = None
-        self._captured: list[Any] = []  # what graphs go on reading
-        self._versions = VersionCounters()
-        self._outcome = StepReport()
-        self._swapped = self._warned = False
-        self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
+        check = partial(check_group, type(self))
+        self._engine = Engine(type(self).__name__, self.rule, self._backend, check, ref(self))
+        self._swapped = False
 
     def _drop_plans(self) -> None:
         """Has the next step laid out anew."""
-        self._plan: Plan | None = None  # of the last step
-        self._plans = Plans()
+        self._engine.drop_plans()
 
     def _tell_scaler(self) -> None:
         """With fused=True a GradScaler leaves unscaling and skipping to the step, as with torch.optim's."""
@@ -155,7 +94,7 @@ class FusedOptimizer(Optimizer):
         for key, value in self._extras.items():
             self.defaults.setdefault(key, value)
         if isinstance(param_group, dict):
-            self._check({**self.defaults, **param_group})
+            check_group(type(self), {**self.defaults, **param_group})
             param_group.update(plain(param_group))
         self._drop_plans()
         super().add_param_group(param_group)
@@ -219,185 +158,23 @@ class FusedOptimizer(Optimizer):
             RuntimeError, ValueError: a parameter, gradient or option cannot be stepped. Nothing has
                 been changed then: parameters, state and counters are as they were.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._evaluated(closure)
         with torch.no_grad():
-            plan = self._prepare()
-            try:
-                plan.run(*self._scaling())
-            except BaseException:
-                self._abandon(plan)
-                raise
-            if not plan.taken and self._before is not None:  # the state it would have begun with
-                self._take_back()
+            self._engine.step(self.param_groups, self.state, self._scaling())
         return loss
 
-    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a GradScaler has left here: the scale of the gradients, and whether one is not finite."""
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-
-    def _prepare(self) -> Plan:
-        """All host work of a step but the launches."""
+    def _evaluated(self, closure: Callable[[], Any] | None) -> Any:
+        """What the closure returns."""
         if self._swapped:
             raise RuntimeError("step() within ema_weights(): the parameters are averages; leave it first")
-        asked = self._asked.look(self.param_groups, *self._scaling(), self._check)
-        captured = capturing()
-        for param in self._misplaced:
-            redistribute_gradient(param)
-        self._before = None
-        plan = self._plans.fitting(asked, self.state)
-        if plan is None:
-            if captured:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step() is captured in a CUDA graph before it is ready for it; "
-                    "run some steps before, on another stream, with the same options"
-                )
-            if self._plans.stale:
-                self._drop_plans()
-            self._before = {}
-            try:
-                plan = self._lay_out(asked)
-                plan.refresh(asked)
-            except BaseException:  # as out of memory
-                self._take_back()
-                raise
-            self._plans.keep(plan)
-        else:
-            self._plan = plan
-            if captured:
-                self._check_capture()
-            plan.refresh(asked)
-        self._plan = plan
-        return plan
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
 
-    def _abandon(self, plan: Plan) -> None:
-        """Drops what a step that failed has left: if nothing was launched all is as before it."""
-        if self._before is not None and not plan.begun:
-            self._take_back()
-        elif plan.begun:
-            self._drop_plans()
-
-    def _remember(self, params: Iterable[Tensor]) -> None:
-        """Notes the states of parameters before some is made for a new plan."""
-        assert self._before is not None
-        for param in params:
-            if param not in self._before:
-                self._before[param] = dict(self.state[param]) if param in self.state else None
-
-    def _take_back(self) -> None:
-        """Drops the plan and the state that was made for it."""
-        for param, entry in (self._before or {}).items():
-            if entry is None:
-                self.state.pop(param, None)
-            else:
-                self.state[param].clear()
-                self.state[param].update(entry)
-        self._drop_plans()
-        self._before = None
-
-    def _check_capture(self) -> None:
-        assert self._plan is not None
-        if not self._plan.needs.remote:
-            raise RuntimeError(
-                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: its numbers come from the "
-                "host; construct it with capturable=True"
-            )
-        if self._plan not in self._captured:
-            self._captured.append(self._plan)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        check_group(group, type(self).__name__)
-        if isinstance(self, Options):  # torch.optim's own classes check what they are constructed with
-            check_ranges(group, type(self))
-
-    def _lay_out(self, asked: Asked) -> Plan:
-        """Checks everything, then makes missing state, then plans."""
-        recipes, needs = asked.recipes, asked.needs
-        live = list(self._live())
-        factors = [self._factors(param) for _, _, param in live] if factored() else [None] * len(live)
-        entries = [self.state.get(param) for _, _, param in live]
-        found = [
-            self._plans.shelf.find(param, group, recipes[group], entry, factor)
-            for (group, _, param), entry, factor in zip(live, entries, factors, strict=True)
-        ]
-        unknown = [each for each, slot in zip(live, found, strict=True) if slot is None]
-        self._remember(param for _, _, param in unknown)
-        self._misplaced += [param for _, _, param in unknown if redistribute_gradient(param)]
-        for group, index, param in unknown:
-            owner = describe(type(self).__name__, self.param_groups, group, index)
-            check_parameter(owner, param, recipes[group], self.state.get(param, {}))
-        if not self._warned:
-            by_rows = [param for group, _, param in live if recipes[group].flags.by_rows]
-            self._warned = warn_of_flat(type(self).__name__, by_rows)
-        executors = [
-            slot.executor if slot else self._executor(param)
-            for slot, (_, _, param) in zip(found, live, strict=True)
-        ]
-        places = {(e.name, param.device) for e, (_, _, param) in zip(executors, live, strict=True)}
-        on_device = decides_on_device(type(self).__name__, self.param_groups, places, needs)
-        compiled = self._plans.compiled(recipes, self.param_groups, on_device and needs.tentative)
-        found = [slot if slot and slot.recipe is compiled[slot.group] else None for slot in found]
-        self._remember(param for (_, _, param), slot in zip(live, found, strict=True) if slot is None)
-        check_slots(type(self).__name__, [param for _, _, param in live])
-        random = any(recipe.flags.random for recipe in compiled)
-        words = words_for(self.param_groups) if random and not all(found) else {}
-        slots, fresh = [], []
-        for (group, _, param), slot, executor, factor in zip(live, found, executors, factors, strict=True):
-            recipe = compiled[group]
-            if slot is not None:
-                fresh.append(not recipe.own_states)
-            else:
-                fresh.append(make_state(self.state, self._versions, param, recipe, self.param_groups[group]))
-                states = states_of(self.state, param, recipe)
-                place = place_of(param) if is_spread(param) else None
-                slot = Slot(
-                    param, states, group, recipe, executor, words.get(param, (0, 0, 0)), place, factor
-                )
-            slots.append(slot)
-        work = PlanInputs(
-            slots,
-            fresh,
-            self.param_groups,
-            self.state,
-            compiled,
-            needs,
-            self._outcome,
-            self._counters,
-            self._plans.kin((p for _, _, p in live), self.param_groups, self._captured, type(self).__name__)
-            if on_device
-            else np.zeros(len(live)),
-        )
-        shelf = self._plans.shelf
-
-        def lay(slot: Slot, totals: Tensor | None) -> Laid:
-            return shelf.lay(slot, recipes[slot.group], self.state, totals)
-
-        return Plan(work, recipes, on_device, self._versions, lay)
-
-    def _factors(self, param: Tensor) -> Tensor | None:
-        """Of the rows of its gradient, to be multiplied here."""
-        found = row_factors_of(param)
-        if found and found.optimizer() is not self:
-            raise RuntimeError(
-                f"{type(self).__name__}: a gradient's rows have factors that another optimizer multiplies; "
-                "fusedcalib.nn.scale_in_step(model, optimizer) says which one"
-            )
-        return found.values if found else None
-
-    def _executor(self, param: Tensor) -> Executor:
-        """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
-        grad = None if param.grad is None else local_of(param.grad)
-        lazy = grad is not None and (grad.is_neg() or grad.is_conj())
-        return choose("eager" if lazy else self._backend, param.device, param.dtype)
-
-    def _live(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(group, position in the group, parameter) of the parameters with a gradient."""
-        for group, options in enumerate(self.param_groups):
-            for index, param in enumerate(options["params"]):
-                if param.grad is not None:
-                    yield group, index, param
+    def _scaling(self) -> Scaling:
+        """What a GradScaler has left here: the scale of the gradients, and whether one is not finite."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     # -- what a step leaves -------------------------------------------------------------------
 
@@ -409,7 +186,7 @@ class FusedOptimizer(Optimizer):
         nothing. None where no step has measured it: `max_grad_norm` and `skip_nonfinite` do,
         `max_grad_norm=math.inf` without clipping.
         """
-        return self._outcome.norm()
+        return self._engine.report.norm()
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -417,7 +194,7 @@ class FusedOptimizer(Optimizer):
 
         Left out by `skip_nonfinite`, or by a GradScaler where the step unscales (`fused=True`).
         """
-        return self._outcome.skipped()
+        return self._engine.report.skipped()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

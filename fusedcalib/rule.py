@@ -6,18 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .hostmath import Group, Number, where
+from .hostmath import Group
 
 
 def decay_of(group: Group) -> str:
     """Decay of the gradient, or of the parameter where that is asked for."""
     return "decoupled" if group["decoupled_weight_decay"] else "coupled"
-
-
-def epsilons(group: Group) -> tuple[Number, Number]:
-    """What is added under the root, and what to it: `eps` is one of them, the other exactly nothing."""
-    inside, eps = group["eps_inside_sqrt"], group["eps"]
-    return where(inside, eps, 0.0), where(inside, 0.0, eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +33,8 @@ class Rule:
             it; `scalars` gets its new value as a third argument.
         decay: how `weight_decay` acts in a param group: "coupled", "decoupled" or "proximal".
         extras: options of a param group, with defaults, that torch.optim's class of the name has not.
+        check: raises ValueError where one of those is out of range.
+        steps: whether it steps the parameters of a group; others are left to the optimizer.
     """
 
     update: Any
@@ -50,3 +46,5 @@ class Rule:
     product: tuple[str, Callable[[Group, float], float]] | None = None
     decay: Callable[[Group], str] = lambda group: "coupled"
     extras: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Group], None] = lambda group: None
+    steps: Callable[[Group], bool] = lambda group: True

@@ -7,7 +7,8 @@ import types
 
 import torch
 
-from fusedcalib.bench import load, shapes, timing
+from fusedcalib.bench.measure import load, timing
+from fusedcalib.bench.models import shapes
 
 CPU = torch.device("cpu")
 LITTLE = shapes.ParamList("little", ((8, 5), (7,), (4, 2, 3, 3), (8, 5)))

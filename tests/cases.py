@@ -19,6 +19,12 @@ BACKENDS = [name for name in (FUSED, "eager") if name]
 BY_LOOPS = ("SGD", "AdamW")
 
 
+def prepared(optimizer: torch.optim.Optimizer) -> Any:
+    """The plan of the coming step, all host work done."""
+    with torch.no_grad():
+        return optimizer._engine.prepare(optimizer.param_groups, optimizer.state, optimizer._scaling())
+
+
 # A matrix, an odd vector, a scalar, nothing at all, a convolution's weight.
 SHAPES = ((5, 7), (33,), (), (0, 3), (4, 3, 2, 2))
 

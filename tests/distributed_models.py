@@ -212,7 +212,7 @@ def embedded(ranks: int) -> dict[str, float]:
             weights = torch.tensor([[1.0], [2.0]], dtype=torch.float64)  # of the columns of the output
             (out * weights[part].view(1, -1)).square().sum().backward()
             optimizer.step()
-        plans.add(id(optimizers[1]._plan))
+        plans.add(id(optimizers[1]._engine.plan))
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         distances.append((full(p) - full(q)).abs().max().item())
     return {"error": max(distances), "plans": len(plans)}

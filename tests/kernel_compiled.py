@@ -1,4 +1,4 @@
-"""What the package compiles for the parameters of the tests: see bench/static.py."""
+"""What the package compiles for the parameters of the tests: see bench/predict/compiled.py."""
 
 import functools
 from dataclasses import replace
@@ -7,23 +7,17 @@ import torch
 from kernel_kinds import Config
 
 import fusedcalib
-from fusedcalib.bench import static
-from fusedcalib.bench.static import (
-    TARGETS,
-    Compiled,
-    compiled_for,
-    sass,
-    spilled,
-    spilled_in_loops,
-)
-from fusedcalib.bench.traffic import traffic as moved_by
+from fusedcalib.bench.models.traffic import traffic as moved_by
+from fusedcalib.bench.predict import compiled as on_paper
+from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, sass, spilled, spilled_in_loops
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
-from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import needs_of, recipe_of
-from fusedcalib.layout.scalars import scalars_of, shape_of, tape_of
+from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
 from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
+from fusedcalib.layout.tables import build_buckets
 
 KERNELS = launch.KERNELS
 
@@ -82,8 +76,8 @@ def decider_of(rule: str, check: bool = True) -> launch.DeciderSpec:
 def compiled_control(rule: str, target: str = "sm_90", config: Config | None = None) -> Compiled:
     """norm_kernel for a parameter, control_kernel where there is none; with the scalars of a rule."""
     if config is None:
-        return static.compiled_control(decider_of(rule), target)
-    return static.compiled_norm(spec_of(config), decider_of(rule), target)
+        return on_paper.compiled_control(decider_of(rule), target)
+    return on_paper.compiled_norm(spec_of(config), decider_of(rule), target)
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 import pytest
 
 import fusedcalib.executors.choose
-from fusedcalib.bench.architectures import Model, Param
+from fusedcalib.bench.models.architectures import Model, Param
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
 

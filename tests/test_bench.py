@@ -9,7 +9,9 @@ import torch
 from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
 import fusedcalib
-from fusedcalib.bench import baselines, case, gate, load, shapes, spare, suite, timing
+from fusedcalib.bench.measure import baselines, case, gate, load, spare, timing
+from fusedcalib.bench.models import shapes
+from fusedcalib.bench.repository import suite
 
 # -- parameter lists --------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ def test_gate_sees_one_wrong_element():
 @pytest.mark.parametrize("whole_list", [True, False])
 def test_what_is_compiled_is_adamw(monkeypatch, whole_list):
     """The function itself, uncompiled: compiling is torch's part, and needs a GPU to be of use."""
-    from fusedcalib.bench import compiled
+    from fusedcalib.bench.measure import compiled
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(compiled, "WHOLE_LIST", 200 if whole_list else 0)

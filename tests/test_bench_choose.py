@@ -9,7 +9,9 @@ from bench_subjects import CPU, LITTLE, fake_library
 import fusedcalib
 import fusedcalib.reference
 from fusedcalib import __main__ as command
-from fusedcalib.bench import baselines, case, choose, gate, machine, rivals, shapes
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import baselines, case, choose, gate, rivals
+from fusedcalib.bench.models import shapes
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import pytest
 from bench_subjects import CPU
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import case, compare, machine, schema, timing
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import case, compare, timing
+from fusedcalib.bench.report import results
 
 
 def spread(median, width=0.05, n=30, disturbed=False):
@@ -42,7 +44,7 @@ def run_of(own, others=None):
         "bytes_per_param": 28,
     }
     one |= {"flush": "none", "clock": "wall", "methods": methods, "base": "torch_fused", "extras": ""}
-    return schema.assemble(HEAD(), {}, [one])
+    return results.assemble(HEAD(), {}, [one])
 
 
 def verdict(before, after, **more):
@@ -88,8 +90,8 @@ def test_noise_is_seldom_taken_for_a_change_and_a_change_seldom_for_noise():
 
 def compared(tmp_path, before, after, *more):
     paths = [tmp_path / "before.json", tmp_path / "after.json"]
-    for path, results in zip(paths, (before, after), strict=True):
-        schema.save(results, path)
+    for path, found in zip(paths, (before, after), strict=True):
+        results.save(found, path)
     return command.main(["bench", "compare", *map(str, paths), *more])
 
 

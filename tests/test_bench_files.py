@@ -2,12 +2,17 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
 from bench_subjects import CPU
 
-from fusedcalib.bench import case, digits, goals, job, machine, readme, report, schema, tables
+from fusedcalib.bench import cli
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import case
+from fusedcalib.bench.report import results, tables
+from fusedcalib.bench.repository import digits, goals, job, readme, report
 
 # -- files ------------------------------------------------------------------------------------
 
@@ -40,7 +45,7 @@ def data():
     }
     ceil = {"copy_gbs": 10.0, "stream_4r3w_gbs": None, "how": "by hand"}
     head = machine.describe(CPU)
-    return schema.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
+    return results.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def data_of_rules(data):
     methods = [{**row, "pct_copy": None} for row in methods]
     lion = {**copy.deepcopy(data["cases"][0]), "subject": "Lion", "bytes_per_param": 20, "methods": methods}
     data["cases"].append(lion)
-    schema.check(data)
+    results.check(data)
     return data
 
 
@@ -64,7 +69,7 @@ def test_rules_have_a_table_and_a_figure(data_of_rules, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "README.md"
     page.write_text(f"{readme.BEGIN}{readme.END}")
-    readme.write(schema.save(data_of_rules, tmp_path / "r.json"), page)
+    readme.write(results.save(data_of_rules, tmp_path / "r.json"), page)
     text = page.read_text()
     assert "| Lion | 20 | - | - | 1.07 (0.80-1.10) | 1.30 (0.80-1.10) |" in text
     assert "| AdamW | 28 | 1.25 (0.80-1.10) | - | - | - |" in text
@@ -86,7 +91,7 @@ def data_of_chain(data):
     one = {**data["cases"][0], "list": "gpt2-124m", "extras": "chain", "bytes_per_param": 40}
     data["cases"].insert(0, {**copy.deepcopy(one), "methods": methods})
     data["cases"].insert(0, {**copy.deepcopy(data["cases"][0]), "subject": "SGD", "dtypes": "bf16"})
-    schema.check(data)
+    results.check(data)
     return data
 
 
@@ -94,7 +99,7 @@ def test_a_chain_has_a_table_and_a_figure(data_of_chain, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "README.md"
     page.write_text(f"{readme.BEGIN}{readme.END}")
-    readme.write(schema.save(data_of_chain, tmp_path / "r.json"), page)
+    readme.write(results.save(data_of_chain, tmp_path / "r.json"), page)
     text = page.read_text()
     cells = "40 | 0.25 (0.80-1.10) | 0.90 (0.80-1.10) | 4.00 (0.80-1.10) |"
     row = f"clip, noise, GC, EMA | clip, noise, eager GC, EMA + torch fused | {cells}"
@@ -111,7 +116,7 @@ def test_goals_know_a_chain_from_a_step(data_of_chain):
     assert values["C8"]["value"] == 0.25
     assert values["C8"]["met"] == "stretch"
     assert values["C6"]["met"] == "not measured"
-    assert schema.find_row(data_of_chain, "gpt2-124m", "own_plain") is None
+    assert results.find_row(data_of_chain, "gpt2-124m", "own_plain") is None
     one = {**data_of_chain, "device": {"name": "x"}}
     values = {row["what"]: row["value"] for row in goals.judge(one)}
     assert values["clip, noise, GC, EMA / plain"] == 0.9
@@ -122,13 +127,13 @@ def test_goals_know_a_chain_from_a_step(data_of_chain):
 def test_goals_are_of_adamw(data_of_rules):
     """A second case on the same list must not be taken for it."""
     data_of_rules["cases"].reverse()
-    assert schema.ratio(data_of_rules, "small-1000", "own_plain", "torch_fused")["median"] == 1.25
+    assert results.ratio(data_of_rules, "small-1000", "own_plain", "torch_fused")["median"] == 1.25
 
 
 def test_schema_holds_and_survives_the_file(data, tmp_path):
-    path = schema.save(data, tmp_path / "sub" / schema.file_name(data))
+    path = results.save(data, tmp_path / "sub" / results.file_name(data))
     assert path.name.endswith("Z-cpu.json")
-    assert schema.load(path) == json.loads(json.dumps(data))
+    assert results.load(path) == json.loads(json.dumps(data))
     assert data["device"] is None
 
 
@@ -149,13 +154,13 @@ def test_schema_refuses(data, message, break_it):
     broken = copy.deepcopy(data)
     break_it(broken)
     with pytest.raises(ValueError, match=message):
-        schema.check(broken)
+        results.check(broken)
 
 
 def test_nan_is_never_written(data, tmp_path):
     data["cases"][0]["methods"][0]["wall_ms"] = float("nan")
     with pytest.raises(ValueError, match="JSON"):
-        schema.save(data, tmp_path / "r.json")
+        results.save(data, tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
 
 
@@ -173,7 +178,7 @@ def test_readme_section_replaces_itself_only(data, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "README.md"
     page.write_text(f"top\n{readme.BEGIN}\nold\n{readme.END}\nbottom\n")
-    source = schema.save(data, tmp_path / "results" / "r.json")
+    source = results.save(data, tmp_path / "results" / "r.json")
     figure = readme.write(source, page)
     text = page.read_text()
     assert text.startswith("top\n")
@@ -189,16 +194,16 @@ def test_readme_section_replaces_itself_only(data, tmp_path):
 
 def test_readme_is_made_of_the_newest_run_of_the_suite(data, tmp_path, monkeypatch, capsys):
     """And of no other file that lies there, as bench/gpu.sh leaves some."""
-    monkeypatch.setattr(machine, "HERE", tmp_path)
-    assert readme.main([]) == 1
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    assert cli.main(["readme"]) == 2
     assert "run the suite first" in capsys.readouterr().err
     for day in (1, 2):
-        name = schema.file_name({**data, "utc": f"2030-01-0{day}T10:00:00Z"})
-        schema.save(data, tmp_path / "results" / name)
+        name = results.file_name({**data, "utc": f"2030-01-0{day}T10:00:00Z"})
+        results.save(data, tmp_path / "results" / name)
     (tmp_path / "results" / "profile.json").write_text("{}")
     chosen = []
     monkeypatch.setattr(readme, "write", lambda source, page: chosen.append(source.name))
-    assert readme.main([]) == 0
+    assert cli.main(["readme"]) == 0
     assert chosen == ["20300102T100000Z-cpu.json"]
 
 
@@ -207,9 +212,9 @@ def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "README.md"
     file.write_text(page)
-    source = schema.save(data, tmp_path / "r.json")
-    assert readme.main([str(source), "--readme", str(file)]) == 1
-    assert "was not changed" in capsys.readouterr().err
+    source = results.save(data, tmp_path / "r.json")
+    assert cli.main(["readme", str(source), "--readme", str(file)]) == 2
+    assert "once each, in this order" in capsys.readouterr().err
     assert file.read_text() == page
 
 
@@ -238,10 +243,11 @@ def test_goal_marks_are_ordered():
 
 
 def test_job_without_its_libraries_says_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(job, "find_spec", lambda name: None if name == "rich" else object())
-    assert job.main([]) == 2
+    monkeypatch.delitem(sys.modules, "fusedcalib.bench.repository.job", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(["job"]) == 2
     error = capsys.readouterr().err
-    assert error == "fusedcalib: the main job needs rich: pip install rich\n"
+    assert error == "fusedcalib job: this needs rich: pip install rich\n"
 
 
 def test_job_writes_everything(data, monkeypatch, tmp_path):
@@ -249,8 +255,8 @@ def test_job_writes_everything(data, monkeypatch, tmp_path):
         pytest.importorskip(name)
     parts = {key: data[key] for key in ("e1", "cases", "ceil")}
     monkeypatch.setattr(job, "_measure", lambda options, device, console: parts)
-    assert job.main(["--out", str(tmp_path / "o"), "--device", "cpu"]) == 0
+    assert cli.main(["job", "--out", str(tmp_path / "o"), "--device", "cpu"]) == 0
     files = sorted(file.name for file in (tmp_path / "o").iterdir())
     assert files == ["report.md", "results.json", "steps.png", "training.png"]
     data["cases"][0]["methods"][2] = case.empty_row("own_gc") | {"reason": "wrong result"}
-    assert job.main(["--out", str(tmp_path / "o"), "--device", "cpu"]) == 1
+    assert cli.main(["job", "--out", str(tmp_path / "o"), "--device", "cpu"]) == 1

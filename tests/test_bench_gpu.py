@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fusedcalib.bench import gpu, gpu_check, gpu_log, gpu_parts, outcomes, pool
-from fusedcalib.bench.pool import Job
+from fusedcalib.bench import cli
+from fusedcalib.bench.repository import gpu, gpu_check, gpu_log, gpu_parts, outcomes, pool
+from fusedcalib.bench.repository.pool import Job
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,7 +239,7 @@ def work(monkeypatch, tmp_path, tools):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        status = gpu.work([*arguments])
+        status = cli.main(["gpu", *arguments])
         files = sorted(path.name for path in (tmp_path / "out").iterdir())
         return status, files, (tmp_path / "out" / "gpu.log").read_text()
 
@@ -260,12 +261,10 @@ def test_all_parts_in_turn_and_no_more_than_eight_files(work, tmp_path):
     ]
     assert log.endswith("all is well\n")
     assert json.loads((tmp_path / "out" / "env.json").read_text()) == {"problems": []}
-    order = [
-        log.index(word) for word in ("fusedcalib profile", "bench.suite", "bench.variants", "steps trace")
-    ]
+    order = [log.index(word) for word in ("fusedcalib profile", "cli suite", "cli variants", "steps trace")]
     assert order == sorted(order)
     watched = re.findall(
-        r"regex:(\w+) .* fusedcalib\.bench\.gpu_steps (\w+)", (tmp_path / "out/ncu.txt").read_text()
+        r"regex:(\w+) .* fusedcalib\.bench\.cli steps (\w+)", (tmp_path / "out/ncu.txt").read_text()
     )
     assert watched == [
         ("norm_kernel", "norm"),
@@ -278,8 +277,8 @@ def test_all_parts_in_turn_and_no_more_than_eight_files(work, tmp_path):
 @pytest.mark.parametrize(
     ("part", "breaks", "goes_on"),
     [
-        ("measure", "fusedcalib profile", "ran -X faulthandler -m fusedcalib.bench.suite"),
-        ("explain", "bench.variants", "ran -X faulthandler -m fusedcalib.bench.gpu_steps trace"),
+        ("measure", "fusedcalib profile", "ran -X faulthandler -m fusedcalib.bench.cli suite"),
+        ("explain", "cli variants", "ran -X faulthandler -m fusedcalib.bench.cli steps trace"),
     ],
 )
 def test_what_fails_is_said_at_the_end_and_the_rest_is_run(work, monkeypatch, part, breaks, goes_on):
@@ -319,7 +318,7 @@ def test_how_long_a_part_may_take_is_a_variable(work, monkeypatch):
     monkeypatch.setenv("MEASURE_SECONDS", "100")
     _, _, log = work("measure")
     assert "== measure: at most 100 s" in log
-    (seconds,) = re.findall(r"bench\.suite .* --seconds (\d+)", log)
+    (seconds,) = re.findall(r"cli suite .* --seconds (\d+)", log)
     assert 10 <= int(seconds) <= 100 - pool.GRACE - gpu_parts.LAST_SECONDS
 
 
@@ -344,8 +343,7 @@ def test_when_it_is_ended_the_log_says_so_and_no_part_begins(work, monkeypatch):
 
 
 def test_a_part_that_does_not_exist(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        gpu.work(["chekc"])
+    assert cli.main(["gpu", "chekc"]) == 2
     assert "there is no part 'chekc'; there are check, measure, explain" in capsys.readouterr().err
 
 
@@ -356,4 +354,4 @@ def test_the_script_hands_on_what_it_is_given(tmp_path):
     script = [str(ROOT / "bench" / "gpu.sh"), "check", "--only", "a b"]
     variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": "here"}
     done = subprocess.run(script, env=variables, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (7, f"{ROOT}/bench/gpu.py check --only a b here\n")
+    assert (done.returncode, done.stdout) == (7, f"{ROOT}/bench/cli.py gpu check --only a b here\n")

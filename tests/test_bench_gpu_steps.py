@@ -7,7 +7,10 @@ import pytest
 import torch
 from kernel_cases import TRITON
 
-from fusedcalib.bench import gpu_steps, profile_gpu, shapes
+from fusedcalib.bench import cli
+from fusedcalib.bench.models import shapes
+from fusedcalib.bench.predict import profile_gpu
+from fusedcalib.bench.repository import gpu_steps
 
 CPU = torch.device("cpu")
 
@@ -46,5 +49,5 @@ def test_the_trace_has_every_step(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
-    assert gpu_steps.main(["norm"]) == 2
+    assert cli.main(["steps", "norm"]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err

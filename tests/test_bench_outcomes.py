@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fusedcalib.bench import outcomes
-from fusedcalib.bench.outcomes import Group, Outcome
+from fusedcalib.bench.repository import outcomes
+from fusedcalib.bench.repository.outcomes import Group, Outcome
 
 HERE = Path(__file__).resolve().parent
 # What the plugin asks of torch: a context that a kernel can ruin.

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from fusedcalib.bench import pool
-from fusedcalib.bench.pool import Job
+from fusedcalib.bench.repository import pool
+from fusedcalib.bench.repository.pool import Job
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 FAR = 60.0

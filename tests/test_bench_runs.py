@@ -11,22 +11,11 @@ import pytest
 import torch
 from bench_subjects import CPU, LITTLE, quiet_machine
 
-from fusedcalib.bench import (
-    baselines,
-    case,
-    ceilings,
-    clocks,
-    digits,
-    goals,
-    host,
-    machine,
-    rivals,
-    schema,
-    shapes,
-    suite,
-    tables,
-    timing,
-)
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import baselines, case, ceilings, clocks, host, rivals, timing
+from fusedcalib.bench.models import shapes
+from fusedcalib.bench.report import results, tables
+from fusedcalib.bench.repository import digits, goals, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,7 +113,7 @@ class FakeEvent:
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """The GPU's path through the code, on the CPU: what it calls of torch.cuda is replaced."""
-    monkeypatch.setattr(timing, "on_gpu", lambda device: True)
+    monkeypatch.setattr(machine, "on_gpu", lambda device: True)
     stand_ins = {
         "Event": FakeEvent,
         "_sleep": lambda cycles: None,
@@ -148,7 +137,7 @@ def fake_gpu(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # the profiler says that there is no GPU
 def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
-    from fusedcalib.bench import probe
+    from fusedcalib.bench.measure import probe
 
     one = measured()
     row = row_of(one, "own_gc")
@@ -156,10 +145,10 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
     assert row["device_ms_median"] == pytest.approx(1.0)  # one tick for each step
     assert row["peak_extra_bytes"] == 500
     assert row["launches"] is None  # the profiler saw none, and none is not 0
-    data = schema.assemble(machine.describe(CPU), ceilings.measure(CPU, 2), [one])
+    data = results.assemble(machine.describe(CPU), ceilings.measure(CPU, 2), [one])
     data["host"] = host.measure(CPU, rounds=1, seconds=1)
     data["goals"] = goals.judge(data)
-    schema.check(data)
+    results.check(data)
     assert data["device"]["name"] == "Fake GPU"
     header, cells = tables.full_table(one)
     assert header[-3:] == ["wall ms", "host µs", "launches"]
@@ -222,7 +211,7 @@ def test_suite_keeps_what_it_has_when_a_case_breaks(measured, monkeypatch, tmp_p
     assert suite._suite((good,), CPU, tmp_path / "good", 60) == 0
     assert suite._suite((broken, good), CPU, tmp_path / "broken", 60) == 1
     (file,) = (tmp_path / "broken").iterdir()
-    written = schema.load(file)
+    written = results.load(file)
     assert [one["list"] for one in written["cases"]] == ["little"]
     assert "KeyError" in written["failures"][0]["error"]
     assert suite._suite((good,), CPU, tmp_path / "late", -1) == 1

@@ -12,17 +12,8 @@ import torch
 from bench_subjects import CPU, LITTLE, fake_library, quiet_machine
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import (
-    baselines,
-    ceilings,
-    choose,
-    clocks,
-    probe,
-    rivals,
-    schema,
-    tables,
-    timing,
-)
+from fusedcalib.bench.measure import baselines, ceilings, choose, clocks, probe, rivals, timing
+from fusedcalib.bench.report import results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [{"name": f"p{i}", "shape": list(shape)} for i, shape in enumerate(LITTLE.shapes)]
@@ -49,7 +40,7 @@ def bench(monkeypatch, tmp_path):
         out = tmp_path / "out.json"
         given = ["--shapes", str(tmp_path / "little.json"), "--rounds", "6", "--seconds", "20", *EAGER]
         code = command.main(["bench", *given, "--against", against, "--json", str(out), *more])
-        return code, schema.load(out) if out.exists() else None
+        return code, results.load(out) if out.exists() else None
 
     return run
 
@@ -59,7 +50,7 @@ def row_of(results, name, index=0):
 
 
 def has_no_number(row):
-    keys = (*schema.SPEEDS, "launches", "peak_extra_bytes", "kept")
+    keys = (*results.SPEEDS, "launches", "peak_extra_bytes", "kept")
     return row["ratio_to"] == {} and all(row.get(key) is None for key in keys)
 
 
@@ -117,7 +108,7 @@ def test_features_stand_around_any_rule(bench, name):
 
 def test_figure_and_table_are_of_what_was_measured(bench, tmp_path):
     pytest.importorskip("matplotlib")
-    from fusedcalib.bench import plot_steps
+    from fusedcalib.bench.report import plot_steps
 
     code, results = bench("--plot", str(tmp_path / "plot.png"), against="fused,foreach")
     assert code == 0

@@ -362,6 +362,6 @@ def test_an_old_python_is_told():
     assert re.fullmatch(r"fusedcalib: .* is too old: use Python 3.10 or newer\n", done.stderr)
 
 
-@pytest.mark.parametrize("path", ["bench/bootstrap.py", "bench/commands.py", "bench/run.py", "tests/run.py"])
+@pytest.mark.parametrize("path", ["bench/bootstrap.py", "bench/cli.py", "bench/run.py", "tests/run.py"])
 def test_an_old_python_can_read_that_far(path):
     ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 6))

@@ -2,12 +2,13 @@
 
 import json
 
+import cifar
+import models
 import numpy as np
 import pytest
 import torch
 
-from fusedcalib.bench import cifar, models
-from fusedcalib.bench.timing import one_thread
+from fusedcalib.bench.measure.timing import one_thread
 
 TINY = ["--model", "tiny", "--batch", "16", "--lr", "0.05", "--device", "cpu"]
 

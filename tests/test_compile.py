@@ -7,8 +7,8 @@ from kernel_cases import INTERPRETED
 from kernel_compiled import TARGETS, compiled, compiled_for, sass, spec_of, spilled, spilled_in_loops, traffic
 from kernel_kinds import BF16, CLASSES, KINDS, config
 
-from fusedcalib.bench.static import usage
-from fusedcalib.bench.static_costs import occupancy
+from fusedcalib.bench.predict.compiled import usage
+from fusedcalib.bench.predict.static_costs import occupancy
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.spec import MANY
 

@@ -9,8 +9,7 @@ from kernel_kinds import CLASSES, KINDS, config
 
 import fusedcalib
 from fusedcalib import GradientNoise
-from fusedcalib.bench import static
-from fusedcalib.bench.static import spilled_in_loops, usage
+from fusedcalib.bench.predict.compiled import compiled_norm, spilled_in_loops, usage
 from fusedcalib.kernels.stages import Flags
 
 pytest.importorskip("triton")
@@ -77,7 +76,7 @@ def test_the_norm_asks_for_many_bytes_before_it_waits(kind: str, row_class: str,
 
     For sm_80 the compiler saves registers: two to seven of the eight come before the first conversion.
     """
-    built = static.compiled_norm(spec_of(config(kind, row_class)), None, target)
+    built = compiled_norm(spec_of(config(kind, row_class)), None, target)
     size = KINDS[kind].dtypes[1].itemsize
     assert built.accesses("ld")[16] == 8
     assert built.elements * size == 128

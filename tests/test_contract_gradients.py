@@ -109,7 +109,7 @@ def test_a_step_that_fails_while_it_is_planned_leaves_no_state(monkeypatch):
     optimizer = fusedcalib.SGD([p], lr=1.0, momentum=0.9, dampening=0.5)
     p.grad = torch.ones_like(p)
     with monkeypatch.context() as patched:
-        patched.setattr("fusedcalib.optimizer.Plan", lambda *args: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr("fusedcalib.engine.engine.Plan", lambda *args: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             optimizer.step()
     assert not optimizer.state

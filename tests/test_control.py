@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import DEVICE, assert_identical, assert_near, parameters, snapshot, tolerance
+from cases import DEVICE, assert_identical, assert_near, parameters, prepared, snapshot, tolerance
 from kernel_cases import TRITON
 from rule_cases import RULES, each, each_few
 
@@ -164,9 +164,9 @@ def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
     opt = fusedcalib.SGD([w], lr=lr, backend=backend)
     w.grad = torch.ones_like(w)
     opt.step()
-    plan = opt._prepare()
+    plan = prepared(opt)
     lr.fill_(0.25)
-    plan.run()
+    plan.step()
     assert w.tolist() == [-0.75] * 3
 
 
@@ -189,7 +189,7 @@ def test_two_launches(backend, columns):
         opt = fusedcalib.AdamW(params, backend=backend, **options)
         for p in params:
             p.grad = torch.randn_like(p)
-        assert opt._prepare().run() == 2
+        assert prepared(opt).step() == 2
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

@@ -13,7 +13,7 @@ from kernel_cases import TRITON
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import optimizer
+from fusedcalib.engine import engine
 from fusedcalib.executors.triton import decide as gpu_control
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.executors.triton.resident import DeviceArray
@@ -49,7 +49,7 @@ class PlayedGraph:
 
     def capture(self, step):
         with self._patch.context() as patch:
-            for module in (gpu, gpu_control, optimizer):
+            for module in (gpu, gpu_control, engine):
                 patch.setattr(module, "capturing", lambda: True)
             patch.setattr(direct.Launch, "__call__", lambda launch: self._note(launch))
             captured = DeviceArray.captured

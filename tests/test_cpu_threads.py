@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fusedcalib
-from fusedcalib.executors.numba import threads as cpu_threads
-from fusedcalib.executors.numba.threads import on_threads, threads_for
+from fusedcalib.executors.numba import run as cpu_threads
+from fusedcalib.executors.numba.run import on_threads, threads_for
 
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 POOLS = {"python": lambda: None}

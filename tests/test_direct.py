@@ -15,6 +15,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from fusedcalib.engine import engine
 from fusedcalib.executors.triton import decide as gpu_control
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import direct, launch
@@ -108,7 +109,7 @@ def test_a_step_is_called_directly(stand_in, monkeypatch):
     stand_in.stream = 11
     optimizer.step()
     ((name, programs, stream, args),) = stand_in.calls
-    resident = next(iter(optimizer._plan.buckets)).cache["resident"]
+    resident = next(iter(optimizer._engine.plan.buckets)).cache["resident"]
     assert (name, programs, stream) == ("step_kernel", len(resident.bucket.tiles), 11)
     tensors = (resident.table, resident.gradients, resident.tiles)
     assert [int(x) for x in args[:3]] == [t.data_ptr() for t in tensors]
@@ -172,7 +173,7 @@ def test_profilers_are_told_of_launches(stand_in):
     optimizer = made(parameters((64, 64)))
     optimizer.step()
     bound = []
-    optimizer._plan.buckets[0].cache["resident"].launches["step"]._bound = lambda: bound.append(1)
+    optimizer._engine.plan.buckets[0].cache["resident"].launches["step"]._bound = lambda: bound.append(1)
 
     def hook(metadata):
         pass
@@ -206,7 +207,7 @@ def test_a_launch_that_is_interrupted_leaves_no_count_behind(stand_in):
     """The second launch of the norm is: the next step measures and counts from the beginning."""
     optimizer = made(parameters((64, 64), (12,), (2, 40_000)), centralize=True, max_grad_norm=1.0)
     optimizer.step()
-    first, control = optimizer._plan, optimizer._plan.control
+    first, control = optimizer._engine.plan, optimizer._engine.plan.decider
     control._done.fill_(1)  # as the first launch leaves it, whose programs have counted
     seen = []
 
@@ -220,8 +221,8 @@ def test_a_launch_that_is_interrupted_leaves_no_count_behind(stand_in):
         optimizer.step()
     stand_in.fails = lambda name: None
     optimizer.step()
-    assert optimizer._plan is not first
-    assert optimizer._plan.control._done.item() == 0
+    assert optimizer._engine.plan is not first
+    assert optimizer._engine.plan.decider._done.item() == 0
 
 
 def test_moved_gradients_are_one_array(stand_in):
@@ -229,7 +230,7 @@ def test_moved_gradients_are_one_array(stand_in):
     params = parameters((64, 64), (12,), (3, 1001))
     optimizer = made(params, centralize=True)
     optimizer.step()
-    plan = optimizer._plan
+    plan = optimizer._engine.plan
     together = plan.buckets[0].cache["together"]
     assert len(plan.buckets) == 3
     sent = []
@@ -238,7 +239,7 @@ def test_moved_gradients_are_one_array(stand_in):
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert optimizer._plan is plan
+    assert optimizer._engine.plan is plan
     assert sent == [together._gradients]
     for bucket in plan.buckets:
         resident = bucket.cache["resident"]
@@ -270,7 +271,7 @@ def test_options_that_change_leave_unchanged_groups_alone(stand_in, monkeypatch)
 
 def options_on_device(optimizer):
     """The learning rates that the device has, a row of scalars each."""
-    control = optimizer._plan.control
+    control = optimizer._engine.plan.decider
     (index,) = (i for i, leaf in enumerate(control._tape.leaves) if leaf == ("lr", 0))
     rows = control._shape[1]
     return control._options.tensor.view(torch.float64)[index * rows : (index + 1) * rows].tolist()
@@ -306,7 +307,7 @@ def test_options_of_a_capture_are_not_lost_to_later_steps(stand_in, monkeypatch)
     optimizer, (first, second) = two_groups()
     first["lr"] = 0.25
     with monkeypatch.context() as patch:
-        for module in (gpu, gpu_control, fusedcalib.optimizer):
+        for module in (gpu, gpu_control, engine):
             patch.setattr(module, "capturing", lambda: True)
         optimizer.step()
     second["lr"] = 0.5

@@ -59,7 +59,7 @@ def unattended():
 @pytest.fixture
 def nowhere(monkeypatch):
     """Lets tensors without memory be stepped. What `sent` queues is taken to be there."""
-    for check in ("optimizer.check_parameter", "optimizer.check_slots", "nn.csgd.check_parameter"):
+    for check in ("engine.engine.check_parameter", "engine.engine.check_slots", "nn.csgd.check_parameter"):
         monkeypatch.setattr(f"fusedcalib.{check}", lambda *_: None)
 
     def sent(device, values):

@@ -119,8 +119,12 @@ def imports(path):
         yield from ((name, node.lineno) for name in names)
 
 
-FOLDERS = ("", "*/", "executors/*/")
-SOURCES = sorted({p for folder in FOLDERS for p in PACKAGE.glob(f"{folder}*.py")})
+FOLDERS = ("", "*/", "executors/*/", "bench/*/")
+
+SOURCES = sorted(
+    {p for folder in FOLDERS for p in PACKAGE.glob(f"{folder}*.py")} - {*PACKAGE.glob("bench/speed/*")}
+)
+INSTALLED = [path for path in SOURCES if not path.is_relative_to(PACKAGE / "bench" / "repository")]
 
 
 # Who may import whom: each line those below it. A folder is one name, so that a new file needs no entry.
@@ -134,12 +138,24 @@ optimizer groups
 engine
 executors
 layout
+signature
 options rule
 noise
 hostmath
 kernels
 """
 FLOOR = {name: number for number, line in enumerate(ORDER.split("\n")) for name in line.split()}
+# The same of the folders of bench, and the files directly in it.
+BENCH = """
+cli run
+repository
+predict
+measure
+report
+env
+models bootstrap
+"""
+BENCH_FLOOR = {name: number for number, line in enumerate(BENCH.split("\n")) for name in line.split()}
 USERS = {"__main__", "bench", "__init__"}  # the public names are theirs, and the oracles too
 
 
@@ -158,6 +174,22 @@ def test_imports_lead_downwards(path):
     names = [(f"{name}.".split("."), line) for name, line in imports(path)]
     known = [(name[1], line) for name, line in names if name[0] == "fusedcalib"]
     assert [(name, line) for name, line in known if name not in allowed] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench").glob("*/*.py")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
+def test_imports_within_bench_lead_downwards(path):
+    own = path.parent.name
+    if own == "speed":
+        pytest.skip("a test")
+    allowed = {own} | {name for name in BENCH_FLOOR if BENCH_FLOOR[name] > BENCH_FLOOR[own]}
+    within = [
+        (name.split(".")[2], line)
+        for name, line in imports(PACKAGE / path.relative_to(ROOT))
+        if name.startswith("fusedcalib.bench.")
+    ]
+    assert [(name, line) for name, line in within if name not in allowed] == []
 
 
 def module_of(name):
@@ -256,7 +288,7 @@ def test_readme_examples(tmp_path, monkeypatch):
 
 
 def test_wheel_contents(tmp_path):
-    """One top-level name; every module, the kernels and the type marker inside it."""
+    """One top-level name; every module, the kernels, the stubs and the type marker inside it."""
     pytest.importorskip("setuptools", "77")
     source = tmp_path / "source"
     skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
@@ -268,13 +300,15 @@ def test_wheel_contents(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fusedcalib"}
-    wanted = {str(path.relative_to(ROOT)) for path in SOURCES} | {"fusedcalib/py.typed"}
+    stubs = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("rules/*.pyi")}
+    wanted = {str(path.relative_to(ROOT)) for path in INSTALLED} | stubs | {"fusedcalib/py.typed"}
     assert wanted <= names
+    assert not [name for name in names if re.search("repository|speed|examples", name)]
 
 
 def test_packages_are_all_listed():
     """A new folder of the package that pyproject.toml does not name would not be installed."""
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
-    assert set(listed) >= found
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in INSTALLED}
+    assert set(listed) == found

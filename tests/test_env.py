@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import env, env_problems
+from fusedcalib.bench.env import env
+from fusedcalib.bench.env import problems as env_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 # A machine on which all is well.
@@ -170,7 +171,7 @@ def test_a_cache_is_where_triton_has_it(monkeypatch, tmp_path):
 
 def test_a_python_that_has_nothing_is_told_so():
     """-S: no site-packages."""
-    script = [sys.executable, "-S", "-I", str(ROOT / "bench" / "env.py"), "--json"]
+    script = [sys.executable, "-S", "-I", str(ROOT / "bench" / "cli.py"), "env", "--json"]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(script, env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,11 +2,10 @@
 
 from typing import Any
 
+import hilbert
 import pytest
 import torch
 from subjects import each_subject
-
-from fusedcalib.bench import hilbert
 
 
 @each_subject

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import prepared
 from kernel_cases import BACKENDS, DTYPES, FUSED, GPU, NUMBA, TRITON, Case, device_of
 from kernel_trial import Arrangement, Trial, bits, gradient_values, parameter_values, placed
 
@@ -83,7 +84,7 @@ def test_offsets_beyond_32_bits(backend: str, far: tuple[Case, Arrangement, Any]
         torch.manual_seed(1)
         trial.new_gradients()
         with torch.no_grad():
-            plan = trial.optimizer._prepare()
+            plan = prepared(trial.optimizer)
             if trial is distant:
                 (bucket,) = plan.buckets
                 move(bucket)
@@ -144,7 +145,7 @@ def many(backend: str, shapes: list[tuple[int, ...]], **options: Any):
 def launches(optimizer: torch.optim.Optimizer) -> int:
     """Takes a step."""
     with torch.no_grad():
-        return optimizer._prepare().run()
+        return prepared(optimizer).step()
 
 
 # Shapes, and the launches they take: one for each row class that occurs (vectors are one), on the

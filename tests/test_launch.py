@@ -5,6 +5,7 @@ A stand-in driver answers for an H100; Triton's own `warmup` binds the real argu
 
 import pytest
 import torch
+from cases import prepared
 
 import fusedcalib.executors.choose
 
@@ -75,14 +76,14 @@ def parameters(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_one_launch_for_each_row_class(launched, dtype):
     optimizer = fusedcalib.AdamW(parameters(dtype), backend="triton", centralize=True)
-    assert optimizer._prepare().run() == len(launched) == 8
+    assert prepared(optimizer).step() == len(launched) == 8
     assert launched.count("row_sums_kernel") == 1  # rows in pieces take two launches
 
 
 def test_projected_rows_in_pieces_take_a_launch_after_the_step(launched):
     options = {"l1": 0.1, "weight_decay": 0.1, "max_row_norm": 1.0}
     optimizer = fusedcalib.Lion(parameters(torch.bfloat16), backend="triton", **options)
-    assert optimizer._prepare().run() == len(launched) == 8
+    assert prepared(optimizer).step() == len(launched) == 8
     (project,) = (i for i, name in enumerate(launched) if name == "project_kernel")
     assert launched[project - 1] == "step_kernel"
     assert "row_sums_kernel" not in launched  # nothing is centred
@@ -91,24 +92,24 @@ def test_projected_rows_in_pieces_take_a_launch_after_the_step(launched):
 def test_centred_and_projected_rows_in_pieces_take_three_launches(launched):
     options = {"centralize": "update", "max_row_norm": 1.0}
     optimizer = fusedcalib.Adan(parameters(torch.float32)[4:5], backend="triton", **options)
-    assert optimizer._prepare().run() == 3
+    assert prepared(optimizer).step() == 3
     assert launched == ["row_sums_kernel", "step_kernel", "project_kernel"]
 
 
 def test_without_rows_all_dense_tensors_share_a_launch(launched):
     optimizer = fusedcalib.SGD(parameters(torch.float32), backend="triton", momentum=0.9)
-    assert optimizer._prepare().run() == 2  # aligned and unaligned
+    assert prepared(optimizer).step() == 2  # aligned and unaligned
     assert launched == ["step_kernel"] * 2
 
 
 def test_a_changed_number_compiles_nothing(launched):
     optimizer = fusedcalib.AdamW(parameters(torch.float32)[:1], backend="triton", centralize=True)
     kernel = launch.KERNELS["step"].kernel
-    optimizer._prepare().run()
+    prepared(optimizer).step()
     before = compiled_variants(kernel)
     for options in ({"lr": 0.5}, {"betas": (0.5, 0.6)}, {"eps": 1e-3}, {"weight_decay": 0.3}):
         optimizer.param_groups[0].update(options)
-        optimizer._prepare().run()
+        prepared(optimizer).step()
     assert compiled_variants(kernel) == before > 0
 
 

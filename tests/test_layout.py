@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fusedcalib.layout.buckets import TileShape, _tiles, is_aligned
+from fusedcalib.layout.buckets import TileShape
 from fusedcalib.layout.geometry import Geometry, geometry_of, is_dense, overlaps_itself
+from fusedcalib.layout.tables import _tiles, is_aligned
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

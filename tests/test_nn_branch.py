@@ -171,14 +171,14 @@ def test_what_a_step_is_told(backend, given, moves):
     tensors = {k: torch.tensor([v], device=device) for k, v in given.items() if k != "check"}
     optimizer = CSGD(found, branch=True, branch_lr=0.1, backend=backend)
     groups = optimizer.param_groups
-    plan = branch.BranchPlan(groups, optimizer._executor)
+    plan = branch.BranchPlan(groups, optimizer._engine.executor_of)
     plan.refresh(groups)
     before = [R.detach().clone() for R in found]
     expected = [expected_of(R, 0.1, scale=given.get("scale", 1.0)) if moves else R.detach() for R in found]
     told = branch_tables.Given(**tensors, check=given.get("check", False))
     with torch.no_grad():
         plan.prepare(told)
-        plan.run(groups, told)
+        plan.step(groups, told)
     near(found, expected)
     assert moves or all(map(torch.equal, found, before))
 
@@ -215,9 +215,9 @@ def test_one_launch_for_all_layers(backend, monkeypatch):
     groups = [{"params": found[:7], "lr": 0.1}, {"params": found[7:], "lr": 0.2}]
     optimizer = CSGD(groups, branch=True, backend=backend)
     optimizer.step()
-    module = branch._module(optimizer._branches._buckets[0])
-    whole, calls = module.run, []
-    monkeypatch.setattr(module, "run", lambda *arguments: calls.append(1) or whole(*arguments))
+    module = optimizer._branches._buckets[0].key.executor.branches
+    whole, calls = module.step, []
+    monkeypatch.setattr(module, "step", lambda *arguments: calls.append(1) or whole(*arguments))
     plan = optimizer._branches
     expected = [expected_of(R, 0.1 if i < 7 else 0.2) for i, R in enumerate(found)]
     optimizer.step()

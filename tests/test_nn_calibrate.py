@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from models import CCNNS, WideResNet, ccnns
 from torch import nn
 from torch.nn import functional
 
-from fusedcalib.bench.models import CCNNS, WideResNet, ccnns
 from fusedcalib.nn import CSGD, calibrate
 
 MODES = ("mixed", "grouped")

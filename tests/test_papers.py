@@ -10,7 +10,12 @@ import types
 import pytest
 
 pytest.importorskip("sklearn")
-from fusedcalib.bench import hilbert, machine, papers, papers_page, readme
+import hilbert
+import papers
+import papers_page
+
+from fusedcalib.bench.bootstrap import ROOT
+from fusedcalib.bench.repository import readme
 
 PAIR = ((5.0, 6.0, 7.0, 8.0), (4.0, 5.0, 5.0, 8.5))
 
@@ -239,16 +244,19 @@ def test_page_without_markers_is_left_alone(tmp_path, capsys):
 )
 def test_run_py_passes_on(arguments, expected, monkeypatch):
     commands = []
-    setup = types.SimpleNamespace(prepare=lambda *needed: ("python", {}))
+    setup = types.SimpleNamespace(prepare=lambda *needed: ("python", {}), ROOT=ROOT)
     monkeypatch.setitem(sys.modules, "bootstrap", setup)
+    monkeypatch.delitem(sys.modules, "cli", raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(
         subprocess,
         "Popen",
         lambda command, env: commands.append(command) or types.SimpleNamespace(wait=lambda: 3),
     )
-    spec = importlib.util.spec_from_file_location("bench_run", machine.HERE / "run.py")
+    spec = importlib.util.spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.work(arguments) == 3
-    assert commands == [["python", "-m", f"fusedcalib.bench.{expected[0]}", *expected[1:]]]
+    script = str(ROOT / "examples" / "papers" / f"{expected[0]}.py")
+    own = [script] if expected[0] in ("papers", "cifar") else ["-m", "fusedcalib.bench.cli", expected[0]]
+    assert commands == [["python", *own, *expected[1:]]]

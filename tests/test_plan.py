@@ -9,12 +9,14 @@ from plan_subjects import ALONE, TINY, placements_of
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import architectures, layouts, plan_costs, plan_host, plan_steps
-from fusedcalib.bench.architectures import Model, Param
-from fusedcalib.bench.baselines import METHODS, SUBJECTS
-from fusedcalib.bench.case import DTYPES
-from fusedcalib.bench.commands import COMMANDS
-from fusedcalib.bench.layouts import Layout
+from fusedcalib.bench import cli
+from fusedcalib.bench.measure import host
+from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS
+from fusedcalib.bench.measure.case import DTYPES
+from fusedcalib.bench.models import architectures, shardings
+from fusedcalib.bench.models.architectures import Model, Param
+from fusedcalib.bench.models.shardings import Sharding
+from fusedcalib.bench.predict import gpus, plan_steps
 
 ADAMW = SUBJECTS["AdamW"]
 
@@ -61,7 +63,7 @@ def test_a_config_file_is_a_model(tmp_path):
 # -- layouts
 
 
-UNEVEN = (Layout(1, 3, 1), Layout(2, 7, 1), Layout(1, 64, 1), Layout(1, 200, 1))
+UNEVEN = (Sharding(1, 3, 1), Sharding(2, 7, 1), Sharding(1, 64, 1), Sharding(1, 200, 1))
 
 
 @pytest.mark.parametrize("layout", UNEVEN, ids=str)
@@ -74,12 +76,12 @@ def test_uneven_parts_are_those_of_torch(param, layout):
         shape, _ = _compute_local_shape_and_global_offset(
             param.shape, sizes, coordinate, placements_of(param, layout)
         )
-        assert layouts.local_shape(param, layout, rank) == shape
+        assert shardings.local_shape(param, layout, rank) == shape
         total += prod(shape)
     assert total == prod(param.shape)
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 2, 4), Layout(1, 1, 2), Layout(2, 3, 4)], ids=str)
+@pytest.mark.parametrize("layout", [Sharding(1, 2, 4), Sharding(1, 1, 2), Sharding(2, 3, 4)], ids=str)
 @pytest.mark.parametrize("param", TINY.params[1:11], ids=lambda param: param.name)
 def test_parts_under_tensor_parallel_are_those_of_torch(param, layout):
     """Where tensor parallel divides: elsewhere torch's strided shards are not what FSDP2 cuts."""
@@ -91,18 +93,18 @@ def test_parts_under_tensor_parallel_are_those_of_torch(param, layout):
             shape, _ = _compute_local_shape_and_global_offset(
                 param.shape, sizes, coordinate, placements_of(param, layout)
             )
-            assert layouts.local_shape(param, layout, fsdp, tp) == shape
+            assert shardings.local_shape(param, layout, fsdp, tp) == shape
 
 
 def test_the_first_rank_has_most_and_the_empty_are_counted():
     model = Model("m", (Param("a.weight", (10, 4)), Param("b.weight", (3,))))
-    layout = Layout(1, 8, 1)
-    (first, second) = layouts.shards(model, layout)
+    layout = Sharding(1, 8, 1)
+    (first, second) = shardings.shards(model, layout)
     assert (first.shape, second.shape) == ((2, 4), (1,))  # of 10 rows over 8: 2 2 2 2 2 0 0 0
     assert second.offset == 8
-    assert layouts.empty_somewhere(model, layout) == 2
-    assert layouts.empty_somewhere(model, Layout(1, 5, 1)) == 1
-    assert layouts.empty_somewhere(model, Layout(8, 1, 1)) == 0
+    assert shardings.empty_somewhere(model, layout) == 2
+    assert shardings.empty_somewhere(model, Sharding(1, 5, 1)) == 1
+    assert shardings.empty_somewhere(model, Sharding(8, 1, 1)) == 0
 
 
 # -- our step
@@ -110,7 +112,7 @@ def test_the_first_rank_has_most_and_the_empty_are_counted():
 
 def test_long_rows_and_cut_rows_read_the_gradient_once_more():
     def widths(name, model, layout=ALONE):
-        found = layouts.shards(model, layout)
+        found = shardings.shards(model, layout)
         step = plan_steps.step_of(name, ADAMW, "fp32", found, layout)
         return step.moved / sum(shard.elements * count for shard, count in found.items())
 
@@ -118,16 +120,16 @@ def test_long_rows_and_cut_rows_read_the_gradient_once_more():
     assert [widths("own_gc", model) for model in rows] == [28, 28, 32]
     assert [widths("own_plain", model) for model in rows] == [28, 28, 28]
     down = Model("m", (Param("mlp.down_proj.weight", (64, 64)),))
-    assert widths("own_gc", down, Layout(1, 1, 8)) == 32
-    assert widths("own_chain", down, Layout(1, 1, 8)) == 44
+    assert widths("own_gc", down, Sharding(1, 1, 8)) == 32
+    assert widths("own_chain", down, Sharding(1, 1, 8)) == 44
 
 
 def test_rows_that_are_cut_are_summed_in_one_all_reduce():
-    found = layouts.shards(TINY, Layout(1, 3, 2))
-    step = plan_steps.step_of("own_gc", ADAMW, "fp32", found, Layout(1, 3, 2))
+    found = shardings.shards(TINY, Sharding(1, 3, 2))
+    step = plan_steps.step_of("own_gc", ADAMW, "fp32", found, Sharding(1, 3, 2))
     # o and down have 96 rows, 32 of them on a GPU, in 2 layers.
     assert step.collectives == (("tp", 8 * 2 * 2 * 32),)
-    theirs = plan_steps.step_of("eager_gc_fused", ADAMW, "fp32", found, Layout(1, 3, 2))
+    theirs = plan_steps.step_of("eager_gc_fused", ADAMW, "fp32", found, Sharding(1, 3, 2))
     assert theirs.collectives == (("tp", 4 * 32),) * 4
 
 
@@ -140,7 +142,7 @@ def test_rows_that_are_cut_are_summed_in_one_all_reduce():
 def test_bytes_are_those_of_the_benchmarks(subject, name, dtypes):
     """Case by case as bench/case.py writes them beside the times it measures."""
     dtype, state_dtype = DTYPES[dtypes]
-    found = layouts.shards(Model("m", (Param("fc.weight", (8, 64)),)), ALONE)
+    found = shardings.shards(Model("m", (Param("fc.weight", (8, 64)),)), ALONE)
     step = plan_steps.step_of(name, SUBJECTS[subject], dtypes, found, ALONE)
     states = SUBJECTS[subject].states()
     plain = 3 * dtype.itemsize + 2 * states * state_dtype.itemsize
@@ -160,7 +162,7 @@ def test_bytes_are_those_of_the_benchmarks(subject, name, dtypes):
     ],
 )
 def test_what_is_composed_moves_what_its_operations_do(name, width, launches):
-    found = layouts.shards(Model("m", (Param("fc.weight", (8, 64)),)), ALONE)
+    found = shardings.shards(Model("m", (Param("fc.weight", (8, 64)),)), ALONE)
     step = plan_steps.step_of(name, ADAMW, "fp32", found, ALONE)
     assert (step.moved, step.launches) == (8 * 64 * width, launches)
 
@@ -185,28 +187,28 @@ def test_a_multi_tensor_launch_takes_so_many_tensors_and_blocks(counts, most, la
 
 def test_a_time_is_the_longer_of_memory_and_host_and_what_is_waited_for():
     step = plan_steps.Step("own_clip", "", 3_350_000_000, 0, 10, (plan_steps.Collective("fsdp", 8),))
-    h100 = plan_costs.GPUS["h100"]
-    time = plan_costs.time_of(step, 100, Layout(1, 64, 1), h100, 0.5)
+    h100 = gpus.GPUS["h100"]
+    time = gpus.time_of(step, 100, Sharding(1, 64, 1), h100, 0.5)
     assert time.memory == pytest.approx(2e-3)
-    assert time.host == pytest.approx(100 * plan_costs.OWN_TENSOR + 10 * plan_costs.OWN_LAUNCH)
+    assert time.host == pytest.approx(100 * gpus.OWN_TENSOR + 10 * gpus.OWN_LAUNCH)
     # 7 others in a node and 3 levels between 8 nodes, both ways.
     assert time.collectives == pytest.approx(6.8e-6 + 2 * (7 * 0.6e-6 + 3 * 5e-6), rel=1e-3)
     assert time.total == pytest.approx(time.memory + time.collectives)
     assert time.bound == "memory"
-    assert plan_costs.time_of(step, 10_000, Layout(1, 64, 1), h100, 1).bound == "host"
+    assert gpus.time_of(step, 10_000, Sharding(1, 64, 1), h100, 1).bound == "host"
 
 
 def test_a_dimension_within_a_node_never_leaves_it():
     sent = plan_steps.Collective("tp", 0)
-    h100 = plan_costs.GPUS["h100"]
-    assert plan_costs.all_reduce(sent, Layout(1, 64, 8), h100) == pytest.approx(6.8e-6 + 2 * 7 * 0.6e-6)
+    h100 = gpus.GPUS["h100"]
+    assert gpus.all_reduce(sent, Sharding(1, 64, 8), h100) == pytest.approx(6.8e-6 + 2 * 7 * 0.6e-6)
     across = plan_steps.Collective("fsdp", 450_000_000)  # each GPU's neighbour in fsdp is on another node
     expected = 6.8e-6 + 2 * 5e-6 + 2 * 0.5 * 450_000_000 / 50e9
-    assert plan_costs.all_reduce(across, Layout(1, 2, 8), h100) == pytest.approx(expected)
+    assert gpus.all_reduce(across, Sharding(1, 2, 8), h100) == pytest.approx(expected)
 
 
 def test_the_host_is_measured_without_kernels():
-    measured = plan_host.measure(rounds=1, backend="eager")  # compiles nothing
+    measured = host.each_tensor(rounds=1, backend="eager")  # compiles nothing
     assert list(measured) == ["own", "torch"]
     assert all(0 < seconds < 1e-3 for seconds in measured.values())
 
@@ -298,10 +300,10 @@ def test_an_unknown_command_is_told_the_known_ones(arguments, capsys):
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"the commands are {', '.join(COMMANDS)}" in error
+    assert f"the commands are {', '.join(cli.USERS)}" in error
 
 
 def test_help_names_every_command(capsys):
     assert command.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in command.COMMANDS)
+    assert all(f"  {name} " in said for name in cli.USERS)

@@ -5,6 +5,7 @@ from math import prod
 import pytest
 import torch
 import torch.distributed as dist
+from cases import prepared
 from plan_subjects import ALONE, LONG, TINY, placements_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,10 +21,11 @@ from torch.distributed.tensor.parallel import (
 
 import fusedcalib
 import fusedcalib.executors.choose
-from fusedcalib.bench import layouts, plan_steps
-from fusedcalib.bench.architectures import Model, Param
-from fusedcalib.bench.baselines import METHODS, SUBJECTS, centralize_, options_of
-from fusedcalib.bench.layouts import Layout
+from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS, centralize_, options_of
+from fusedcalib.bench.models import shardings
+from fusedcalib.bench.models.architectures import Model, Param
+from fusedcalib.bench.models.shardings import Sharding
+from fusedcalib.bench.predict import plan_steps
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
 
@@ -78,8 +80,8 @@ def real_parameters(model, layout):
     if layout.mesh:
         names, sizes = zip(*layout.mesh.dims, strict=True)
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    for unit in layouts._units(model.params):
-        shapes = [layouts.local_shape(param, layout) for param in unit]
+    for unit in shardings._units(model.params):
+        shapes = [shardings.local_shape(param, layout) for param in unit]
         flat = torch.zeros(sum(map(prod, shapes)))
         firsts = [sum(map(prod, shapes[:i])) for i in range(len(shapes))]
         for param, shape, first in zip(unit, shapes, firsts, strict=True):
@@ -91,7 +93,7 @@ def real_parameters(model, layout):
                 local, grad = (DTensor.from_local(t, *place, run_check=False, **like) for t in (local, grad))
             made = torch.nn.Parameter(local)
             made.grad = grad
-            yield layouts.kind_of(param), made
+            yield shardings.kind_of(param), made
 
 
 def real_step(name, model, layout, subject=ADAMW):
@@ -103,8 +105,10 @@ def real_step(name, model, layout, subject=ADAMW):
     method = METHODS[name]
     options = {"backend": "triton", **subject.options, **options_of(method.extras, method.gc)}
     optimizer = getattr(fusedcalib, subject.cls)([g for g in groups if g["params"]], **options)
-    launches = optimizer._prepare().run()
-    tensors = [t for bucket in optimizer._plan.buckets for slot in bucket.slots for t in slot.tensors()]
+    launches = prepared(optimizer).step()
+    tensors = [
+        t for bucket in optimizer._engine.plan.buckets for slot in bucket.slots for t in slot.tensors()
+    ]
     return launches, sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -114,17 +118,17 @@ def real_step(name, model, layout, subject=ADAMW):
     [
         (LONG, ALONE),
         (TINY, ALONE),
-        (TINY, Layout(1, 2, 1)),
-        (TINY, Layout(1, 64, 1)),  # norms of two elements: gradients behind them are not aligned
-        (TINY, Layout(2, 3, 1)),
-        (TINY, Layout(1, 2, 4)),
-        (TINY, Layout(2, 2, 2)),
-        (TINY, Layout(1, 1, 2)),
+        (TINY, Sharding(1, 2, 1)),
+        (TINY, Sharding(1, 64, 1)),  # norms of two elements: gradients behind them are not aligned
+        (TINY, Sharding(2, 3, 1)),
+        (TINY, Sharding(1, 2, 4)),
+        (TINY, Sharding(2, 2, 2)),
+        (TINY, Sharding(1, 1, 2)),
     ],
     ids=lambda of: getattr(of, "name", str(of)),
 )
 def test_launches_and_collectives_are_those_of_the_engine(name, model, layout, launched, ranks):
-    planned = plan_steps.step_of(name, ADAMW, "fp32", layouts.shards(model, layout), layout)
+    planned = plan_steps.step_of(name, ADAMW, "fp32", shardings.shards(model, layout), layout)
     sent = ranks(layout.gpus)
     launches, kept = real_step(name, model, layout)
     assert planned.launches == launches == len(launched)
@@ -179,7 +183,7 @@ def spread(net, layout):
         fully_shard(module, mesh=mesh)
 
 
-@pytest.fixture(params=[Layout(1, 3, 1), Layout(2, 3, 2)], ids=str)
+@pytest.fixture(params=[Sharding(1, 3, 1), Sharding(2, 3, 2)], ids=str)
 def trained(request, ranks):
     """A model after a backward pass on the first rank of a layout, the same as a list, and the layout."""
     layout = request.param
@@ -194,17 +198,17 @@ def trained(request, ranks):
 def test_parts_and_gradients_lie_where_fsdp2_leaves_them(trained):
     net, model, layout = trained
     found = {}
-    for unit in layouts._units(model.params):
+    for unit in shardings._units(model.params):
         offset = 0
         for param in unit:
-            shape = layouts.local_shape(param, layout)
+            shape = shardings.local_shape(param, layout)
             found[param.name] = (shape, offset, tuple(placements_of(param, layout)))
             offset += prod(shape)
     assert found == {
         name: (tuple(p._local_tensor.shape), p.grad._local_tensor.storage_offset(), p.placements)
         for name, p in net.named_parameters()
     }
-    offsets = sorted(shard.offset for shard in layouts.shards(model, layout).elements())
+    offsets = sorted(shard.offset for shard in shardings.shards(model, layout).elements())
     assert offsets == sorted(offset for _, offset, _ in found.values())
 
 
@@ -216,7 +220,7 @@ def test_clipping_and_centring_by_hand_send_what_torch_sends(trained):
         "eager_gc_fused": lambda: centralize_(params),
     }
     for name, call in calls.items():
-        planned = plan_steps.step_of(name, ADAMW, "fp32", layouts.shards(model, layout), layout)
+        planned = plan_steps.step_of(name, ADAMW, "fp32", shardings.shards(model, layout), layout)
         with CommDebugMode() as sent:
             call()
         assert sent.get_total_counts() == len(planned.collectives)

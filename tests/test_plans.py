@@ -10,8 +10,7 @@ from cases import DEVICE, parameters
 from rule_cases import RULES, each
 
 import fusedcalib
-from fusedcalib import optimizer
-from fusedcalib.engine import plan, plans
+from fusedcalib.engine import engine, plan, plans
 from fusedcalib.executors.triton import resident as mirror
 from fusedcalib.noise import words_for
 
@@ -67,9 +66,9 @@ def test_another_live_set_asks_nothing_of_what_is_known(ours, laid_out, monkeypa
     opt = ours(params)
     step(opt, params, (0, 1, 2))
     asked = []
-    check = optimizer.check_parameter
+    check = engine.check_parameter
     monkeypatch.setattr(
-        optimizer, "check_parameter", lambda owner, *rest: (asked.append(owner), check(owner, *rest))
+        engine, "check_parameter", lambda owner, *rest: (asked.append(owner), check(owner, *rest))
     )
     step(opt, params, (0, 2))
     assert len(laid_out) == 2
@@ -92,7 +91,7 @@ def test_every_parameter_keeps_a_stream_of_its_own(change):
     for key in ("params", "param_names")[: 1 + (change == "names")]:
         group[key] = group[key][::-1]
     step(opt, params, (0, 1, 2))
-    found = {slot.param: slot.words for bucket in opt._plan.buckets for slot in bucket.slots}
+    found = {slot.param: slot.words for bucket in opt._engine.plan.buckets for slot in bucket.slots}
     assert found == words_for(opt.param_groups)
     assert len({*found.values()}) == 3
 
@@ -115,7 +114,7 @@ def test_a_lazy_gradient_once_does_not_leave_the_loops_for_good():
     for lazy in (False, True, False):
         p.grad = torch._neg_view(torch.randn_like(p)) if lazy else torch.randn_like(p)
         opt.step()
-        ran.append(opt._plan.buckets[0].key.executor.name)
+        ran.append(opt._engine.plan.buckets[0].key.executor.name)
     assert ran == [ran[0], "eager", ran[0]]
     assert ran[0] != "eager"
 
@@ -157,7 +156,7 @@ def test_a_gradient_less_aligned_once(ours, laid_out):
     for make in (torch.randn_like, unaligned, torch.randn_like, unaligned, torch.randn_like):
         p.grad = make(p)
         opt.step()
-        aligned.append(opt._plan.buckets[0].key.aligned)
+        aligned.append(opt._engine.plan.buckets[0].key.aligned)
     assert aligned == [True, False, True, False, True]
     assert len(laid_out) == 2
 
@@ -197,7 +196,7 @@ def test_a_step_that_fails_before_its_first_launch_leaves_no_state(ours, monkeyp
 
     live(params, (0, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(plan.Plan, "run", fails)
+        patch.setattr(plan.Plan, "step", fails)
         with pytest.raises(MemoryError):
             opt.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))

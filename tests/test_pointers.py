@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fusedcalib
-from fusedcalib.engine import pointers
+from fusedcalib.engine import offsets
 from fusedcalib.engine.guards import Guards
 from fusedcalib.engine.pointers import DictVersions, Reading
 
-AT = pointers.offsets()
+AT = offsets.offsets()
 known = pytest.mark.skipif(AT is None, reason="this Python or torch keeps its objects otherwise")
 SHAPES = ((4, 3), (5,), (2, 3, 4, 1, 2), (), (0, 3))
 
@@ -34,7 +34,7 @@ def read(params, others):
 def test_this_process_is_read_in_bulk():
     """In CPython with torch as released; elsewhere the slow way is taken, which is no fault but a loss."""
     assert AT is not None
-    assert (pointers.version_offset() is not None) == (sys.version_info < (3, 13))
+    assert (offsets.version_offset() is not None) == (sys.version_info < (3, 13))
 
 
 @known
@@ -42,14 +42,14 @@ def test_nothing_has_changed():
     params, others = made()
     reading = read(params, others)
     for _ in range(2):
-        assert reading.holds()
+        assert reading.hold()
         found = reading.gradients().tolist()
         assert [a for a, p in zip(found, params, strict=True) if p.numel()] == [
             p.grad.data_ptr() for p in params if p.numel()
         ]
     params[0].data.add_(1)
     others[1].mul_(2)
-    assert reading.holds()
+    assert reading.hold()
 
 
 CHANGES = {
@@ -70,7 +70,7 @@ def test_what_changes_is_seen(change, of_params):
     reading = read(params, others)
     with torch.no_grad():
         change((params if of_params else others)[1])
-    assert not reading.holds()
+    assert not reading.hold()
 
 
 @known
@@ -80,7 +80,7 @@ def test_exchanged_tensors_are_seen_and_not_followed():
     reading = read(params, others)
     torch.utils.swap_tensors(others[0], torch.randn(4, 3))
     gc.collect()
-    assert not reading.holds()
+    assert not reading.hold()
 
 
 @known
@@ -89,7 +89,7 @@ def test_a_parameters_own_strides_are_seen():
     params, others = made(((3, 3), (4,)))
     reading = read(params, others)
     params[0].data = params[0].data.t()
-    assert not reading.holds()
+    assert not reading.hold()
 
 
 OTHER_GRADIENTS = {
@@ -107,7 +107,7 @@ def test_another_kind_of_gradient_is_seen(make):
     params, others = made(((4, 3), (4, 3)))
     reading = read(params, others)
     params[1].grad = make(params[1])
-    assert reading.holds()
+    assert reading.hold()
     assert reading.gradients() is None
 
 
@@ -151,7 +151,7 @@ def test_more_dimensions_than_a_tensor_holds_in_itself_are_asked():
         with pytest.raises(LookupError):
             read(params, others)
     watch = Guards([{"params": params}], {})
-    assert watch.holds([{"params": params}], {})
+    assert watch.hold([{"params": params}], {})
 
 
 @pytest.mark.parametrize("bulk", [True, False])
@@ -195,7 +195,7 @@ def test_both_ways_see_the_same(bulk, monkeypatch):
             step()
 
 
-@pytest.mark.skipif(pointers.version_offset() is None, reason="this Python keeps no versions of dicts")
+@pytest.mark.skipif(offsets.version_offset() is None, reason="this Python keeps no versions of dicts")
 def test_every_change_of_a_dict_is_seen():
     for change in (
         lambda d: d.update(a=3),
@@ -205,7 +205,7 @@ def test_every_change_of_a_dict_is_seen():
         lambda d: d.setdefault("c", 1),
     ):
         dicts = [{"a": 1, "b": 2}, {"a": 5}]
-        versions = DictVersions(dicts, pointers.version_offset())
+        versions = DictVersions(dicts, offsets.version_offset())
         assert versions.hold()
         assert dicts[0]["a"] == 1
         assert versions.hold()
@@ -226,6 +226,6 @@ def test_gradients_whose_kinds_take_turns_are_asked_in_the_end(monkeypatch):
             grad = torch.randn(4, 3)
         params[0].grad = grad
         opt.step()
-        plans.add(id(opt._plan))
+        plans.add(id(opt._engine.plan))
     assert len(plans) == 1
     assert len(made_for) <= 4

@@ -10,18 +10,12 @@ from kernel_cases import INTERPRETED
 from profile_subjects import SMALL, launched
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import (
-    architectures,
-    profile_gpu,
-    profile_steps,
-    profiles,
-    static,
-    static_costs,
-)
-from fusedcalib.bench.architectures import Model, Param
-from fusedcalib.bench.plan_costs import GPUS
-from fusedcalib.bench.profile_steps import Case, everything
-from fusedcalib.bench.traffic import traffic
+from fusedcalib.bench.models import architectures
+from fusedcalib.bench.models.architectures import Model, Param
+from fusedcalib.bench.models.traffic import traffic
+from fusedcalib.bench.predict import compiled, profile, profile_gpu, profile_steps, static_costs
+from fusedcalib.bench.predict.gpus import GPUS
+from fusedcalib.bench.predict.profile_steps import ProfileCase, everything
 from fusedcalib.kernels import launch
 
 triton = pytest.importorskip("triton")
@@ -52,7 +46,7 @@ def constants_of(variant):
 @pytest.mark.parametrize("options", CHOICES, ids=["plain", "clip", "capturable", "everything"])
 def test_what_is_compiled_is_what_the_engine_launches(options, dtypes, launched):
     """Kernel by kernel, with every compile-time argument."""
-    case = Case("AdamW", options, dtypes)
+    case = ProfileCase("AdamW", options, dtypes)
     optimizer = profile_gpu.made(case, SMALL, torch.device("cpu"))
     launched.clear()
     optimizer.step()
@@ -65,7 +59,7 @@ def test_what_is_compiled_is_what_the_engine_launches(options, dtypes, launched)
 
 def test_lanes_are_those_of_all_tiles():
     """96 columns in tiles of [16, 256], 9000 by a loop of 4096 at a time, 63 in [64, 64]."""
-    variants = profile_steps.variants(Case("AdamW", ("centralize",)), SMALL)
+    variants = profile_steps.variants(ProfileCase("AdamW", ("centralize",)), SMALL)
     lanes = {variant.spec.tile: variant.lanes for variant in variants if variant.kernel == "step"}
     assert lanes[launch.Tile(16, 256, 8, "tile")] == 2 * 16 * 256
     assert lanes[launch.Tile(1, 4096, 8, "loop")] == 2 * 3 * 4096
@@ -77,10 +71,10 @@ def test_lanes_are_those_of_all_tiles():
 def test_every_kernel_moves_what_is_counted():
     """Everything on, pieces: the average is finished with the parameter."""
     model = Model("m", (Param("long.weight", (2, 40_000)),))
-    variants = profile_steps.variants(Case("AdamW", ALL), model)
+    variants = profile_steps.variants(ProfileCase("AdamW", ALL), model)
     assert [variant.kernel for variant in variants] == ["norm", "sums", "step", "finish"]
     for variant in variants:
-        built = profile_steps.compiled(variant, "sm_90")
+        built = profile_steps.built_for(variant, "sm_90")
         moves = profile_steps.traffic_of(variant)
         assert (built.bytes_moved("ld"), built.bytes_moved("st")) == moves.accessed, variant.kernel
 
@@ -89,7 +83,7 @@ def test_every_kernel_moves_what_is_counted():
 
 
 def test_registers_and_widths_are_read():
-    (variant,) = profile_steps.variants(Case(), architectures.get("gpt2"))
+    (variant,) = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))
     row = profile_steps.measured(variant, H100)
     assert row["elements"] == 124_439_808
     assert (row["bytes"], row["widest"], row["narrowest"], row["spilled"]) == (28, 16, 16, 0)
@@ -126,9 +120,9 @@ def test_occupancy(target, registers, warps, shared, held, limit):
 def test_occupancy_on_amd_is_the_compilers(options):
     """Which tells waves of a SIMD, whether or not they make whole programs."""
     model = Model("m", (Param("bias", (4096,)),))
-    for variant in profile_steps.variants(Case("AdamW", options), model):
-        built = profile_steps.compiled(variant, "gfx942")
-        used = static.usage(built)
+    for variant in profile_steps.variants(ProfileCase("AdamW", options), model):
+        built = profile_steps.built_for(variant, "gfx942")
+        used = compiled.usage(built)
         found = static_costs.occupancy("gfx942", used.registers, built.built.warps, built.shared)
         told = 4 * int(re.search(r"; Occupancy: (\d+)", built.asm["amdgcn"])[1])
         warps = built.built.warps
@@ -152,7 +146,9 @@ def test_published_rates_are_those_of_the_table():
 
 def test_traffic_of_a_second_walk_is_no_traffic_of_the_memory():
     (variant,) = (
-        v for v in profile_steps.variants(Case("AdamW", ("centralize",)), SMALL) if "loop" in v.spec.tile
+        v
+        for v in profile_steps.variants(ProfileCase("AdamW", ("centralize",)), SMALL)
+        if "loop" in v.spec.tile
     )
     moves = profile_steps.traffic_of(variant)
     assert (moves.memory, moves.accessed) == (28, (20, 12))
@@ -213,6 +209,6 @@ def test_an_unknown_option_is_told_the_known_ones(flag, said, capsys):
 
 
 def test_a_named_gpu_says_what_is_compiled():
-    assert profiles._target(SimpleNamespace(arch=None, gpu="mi300x")) == "gfx942"
-    assert profiles._gpu(SimpleNamespace(gpu="h200"), "sm_90") == "h200"
-    assert profiles._gpu(SimpleNamespace(gpu=None), "sm_100") == "b200"
+    assert profile._target(SimpleNamespace(arch=None, gpu="mi300x")) == "gfx942"
+    assert profile._gpu(SimpleNamespace(gpu="h200"), "sm_90") == "h200"
+    assert profile._gpu(SimpleNamespace(gpu=None), "sm_100") == "b200"

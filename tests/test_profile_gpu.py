@@ -9,9 +9,10 @@ from kernel_cases import INTERPRETED
 from profile_subjects import SMALL, launched
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench import profile_gpu, profile_steps, timing
-from fusedcalib.bench.profile_gpu import Event
-from fusedcalib.bench.profile_steps import Case, Variant
+from fusedcalib.bench.measure import timing
+from fusedcalib.bench.predict import profile_gpu, profile_steps
+from fusedcalib.bench.predict.profile_gpu import Event
+from fusedcalib.bench.predict.profile_steps import ProfileCase, Variant
 
 pytest.importorskip("triton")
 __all__ = ["launched"]  # a fixture
@@ -80,11 +81,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("options", [(), ("max_grad_norm", "centralize"), ("capturable",)])
 def test_bytes_and_times_meet(options, profiled):
-    results = profile_gpu.profile([Case("AdamW", options)], SMALL, CPU)
+    results = profile_gpu.profile([ProfileCase("AdamW", options)], SMALL, CPU)
     (found,) = results["cases"]
     kernels = found["kernels"]
     assert [k["kernel"] for k in kernels] == [
-        v.kernel for v in profile_steps.variants(Case("AdamW", options), SMALL)
+        v.kernel for v in profile_steps.variants(ProfileCase("AdamW", options), SMALL)
     ]
     assert found["device_us"] == 10 * len(kernels)
     assert found["host_us"] == pytest.approx(25)

@@ -6,9 +6,10 @@ import pytest
 from kernel_cases import INTERPRETED
 
 import fusedcalib
-from fusedcalib.bench import architectures, profile_kept, profile_steps
-from fusedcalib.bench.plan_costs import GPUS
-from fusedcalib.bench.profile_steps import Case
+from fusedcalib.bench.models import architectures
+from fusedcalib.bench.predict import profile_kept, profile_steps
+from fusedcalib.bench.predict.gpus import GPUS
+from fusedcalib.bench.predict.profile_steps import ProfileCase
 from fusedcalib.kernels import launch
 
 triton = pytest.importorskip("triton")
@@ -18,17 +19,17 @@ H100 = GPUS["h100"]
 
 
 SUBSET = (
-    Case("AdamW"),
-    Case("SGD"),
-    Case("Adan"),
-    Case("AdamW", ("max_grad_norm",)),
-    Case("AdamW", (), "bf16"),
+    ProfileCase("AdamW"),
+    ProfileCase("SGD"),
+    ProfileCase("Adan"),
+    ProfileCase("AdamW", ("max_grad_norm",)),
+    ProfileCase("AdamW", (), "bf16"),
 )
 
 
 def planted(**changes):
     """AdamW's step, and the same with a part of what is compiled exchanged, under one name."""
-    variant = profile_steps.variants(Case(), architectures.get("gpt2"))[0]
+    variant = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))[0]
     other = variant._replace(spec=variant.spec._replace(**changes))
     rows = [profile_kept.kept_row(profile_steps.measured(v, H100)) for v in (variant, other)]
     return [{"kernels": {"step": row}} for row in rows]

@@ -9,11 +9,12 @@ from kernel_cases import FUSED, device_of
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise
 from fusedcalib.executors.choose import choose
-from fusedcalib.layout.buckets import Scalars, Slot, build_buckets
+from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import needs_of, recipe_of
-from fusedcalib.layout.scalars import scalars_of
+from fusedcalib.layout.scalars import Scalars, scalars_of
 from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
+from fusedcalib.layout.tables import build_buckets
 from fusedcalib.noise import words_of
 
 ROWS, COLUMNS = 3, 1068

@@ -1,6 +1,7 @@
 """Variants of the kernels: each is another kernel, judged and timed; without a GPU by stand-ins."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,10 +9,14 @@ from kernel_cases import INTERPRETED, TRITON
 from test_launch import Compiled, Driver, driver
 
 import fusedcalib.executors.choose
-from fusedcalib.bench import timing, variants, variants_run
-from fusedcalib.bench.timing import Rounds, Sample, Spread
-from fusedcalib.bench.variants import VARIANTS
-from fusedcalib.bench.variants_run import Side, launch_with
+from fusedcalib.bench import cli
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import timing
+from fusedcalib.bench.measure.timing import Rounds, Sample, Spread
+from fusedcalib.bench.measure.worker import LostError, Worker, WorkError
+from fusedcalib.bench.repository import variants, variants_run
+from fusedcalib.bench.repository.variants import VARIANTS
+from fusedcalib.bench.repository.variants_run import Side, launch_with
 from fusedcalib.executors.triton import decide as gpu_control
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
@@ -220,7 +225,7 @@ def test_few_bytes_are_flushed():
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert variants.main(["--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["variants", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "fusedcalib variants: no GPU is here to measure on\n"
     assert not (tmp_path / "out").exists()
 
@@ -230,54 +235,41 @@ def row(name, median=0.9):
     return {"name": name, "kept": median < 0.98, "reason": None, "ratio": ratio}
 
 
-def test_a_crash_costs_its_row_only(monkeypatch, tmp_path):
+def test_what_breaks_costs_its_row_only(tmp_path):
     """Every row stands in the file as soon as it is there."""
-    path, batches = tmp_path / "variants.json", []
+    path = tmp_path / "variants.json"
+    breaks = {
+        "c": LostError("its process crashed, exit status -6"),
+        "e": WorkError("E: out of registers\nmore"),
+    }
 
-    def run(names, seconds, limit):
-        batches.append(list(names))
-        lines = []
-        for name in names:
-            lines.append({"begun": name})
-            if name == "c":
-                return lines, "the process ended with -6: misaligned address"
-            lines.append(row(name))
-        return lines, "the process ended with 0: "
+    def call(work, name, seconds):
+        if name in breaks:
+            raise breaks[name]
+        return row(name)
 
-    monkeypatch.setattr(variants, "run", run)
-    rows = variants.collected(list("abcdef"), 100.0, path, {"schema": 1})
-    assert batches == [list("abcd"), list("def")]
+    rows = variants.collected(list("abcdef"), 100.0, path, {"schema": 1}, call)
     assert [r["name"] for r in rows] == list("abcdef")
-    assert [r["reason"] for r in rows if r["reason"]] == ["the process ended with -6: misaligned address"]
+    reasons = ["its process crashed, exit status -6", "E: out of registers"]
+    assert [r["reason"] for r in rows if r["reason"]] == reasons
     assert json.loads(path.read_text()) == {"schema": 1, "rows": rows}
 
 
 def test_rows_without_time_say_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(variants, "run", lambda names, *_: ([row(name) for name in names], ""))
-    clock = iter([0.0, *[50.0] * 2, *[101.0] * 99])
+    clock = iter([0.0, *[50.0] * 4, *[101.0] * 99])
     monkeypatch.setattr(variants.time, "monotonic", lambda: next(clock))
-    rows = variants.collected(list("abcdef"), 100.0, tmp_path / "v.json", {})
+    rows = variants.collected(
+        list("abcdef"), 100.0, tmp_path / "v.json", {}, lambda work, name, each: row(name)
+    )
     assert [r["reason"] for r in rows] == [None] * 4 + ["no time was left"] * 2
 
 
-def test_a_process_of_its_own_measures(monkeypatch, tmp_path):
-    """Where there is no GPU it ends; that is said of the row it began with."""
-    lines, ended = variants.run(["no such row"], 1.0, 120.0)
-    assert [line for line in lines if "ratio" in line] == []
-    assert ended.startswith("the process ended with 1: ")
-
-
-def test_an_error_is_a_row(monkeypatch, capsys):
-    def broken(variant, device, seconds):
-        raise RuntimeError("out of registers")
-
-    monkeypatch.setattr(variants_run, "measured", broken)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    names = list(BY_NAME)[:2]
-    assert variants.work(names, 1.0) == 1
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line.get("begun") for line in lines] == [names[0], None]
-    assert "out of registers" in lines[1]["reason"]
+def test_a_process_of_its_own_measures(tmp_path):
+    """Where there is no GPU that is said of the row, and of the next one too."""
+    worker = Worker(60.0)
+    rows = variants.collected(list(BY_NAME)[:2], 100.0, tmp_path / "v.json", {}, worker.call)
+    worker.close()
+    assert all(re.match(r"(RuntimeError|AssertionError): ", r["reason"]) for r in rows)
 
 
 def test_what_to_keep_is_said(capsys):
@@ -292,10 +284,9 @@ def test_what_to_keep_is_said(capsys):
 def test_rows_are_chosen_by_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("fusedcalib.bench.machine.describe", lambda device: {"schema": 1})
-    monkeypatch.setattr(variants, "run", lambda names, *_: ([row(name) for name in names], ""))
-    assert variants.main(["--out", str(tmp_path), "--only", "^Adan"]) == 0
+    monkeypatch.setattr(machine, "describe", lambda device: {"schema": 1})
+    monkeypatch.setattr(Worker, "call", lambda self, work, name, each: row(name))
+    assert cli.main(["variants", "--out", str(tmp_path), "--only", "^Adan"]) == 0
     names = [r["name"] for r in json.loads((tmp_path / "variants.json").read_text())["rows"]]
     assert names == [name for name in BY_NAME if name.startswith("Adan")] != []
-    assert variants.main(["--out", str(tmp_path), "--only", "nothing"]) == 2
-    assert "no row is like 'nothing'" in capsys.readouterr().err
+    assert cli.main(["variants", "--out", str(tmp_path), "--only", "nothing"]) == 2

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from fusedcalib.bench import host, machine, shapes, timing
-from fusedcalib.bench.baselines import METHODS, SUBJECTS
-from fusedcalib.bench.timing import Step
+from fusedcalib.bench.env import machine
+from fusedcalib.bench.measure import host
+from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS
+from fusedcalib.bench.measure.timing import Step
+from fusedcalib.bench.models import shapes
 
 DEVICE = machine.pick_device()
 SPEC = shapes.ParamList("speed", shapes.SMALL_SET * 10)
@@ -27,7 +29,7 @@ def waiting(step: Step) -> Step:
 
     def work() -> None:
         step()
-        timing.synchronize(DEVICE)
+        machine.synchronize(DEVICE)
 
     return work
 
@@ -52,5 +54,6 @@ def test_host(benchmark: Any, variant: str) -> None:
     """What comes before the launches of a step over 1000 tensors."""
     params, built = made(TENSORS, "own_plain")
     turn = host.turns(params, moving=variant == "reallocated")
-    prepare = torch.no_grad()(built.optimizer._prepare)
+    engine, optimizer = built.optimizer._engine, built.optimizer
+    prepare = torch.no_grad()(lambda: engine.prepare(optimizer.param_groups, optimizer.state))
     benchmark.pedantic(waiting(prepare), setup=turn, rounds=50, warmup_rounds=5)

@@ -6,28 +6,56 @@ That is where it is decided unless the host would have to wait for a GPU: see ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..hostmath import fp32, number_of
-from ..layout.asked import Asked
-from ..layout.buckets import Array, Bucket, Scalars, prepare
-from ..layout.counts import HostCounts
+from ..layout.buckets import Array, Bucket, Executor, prepare
+from ..layout.counts import Counters, Entries
 from ..layout.inputs import PlanInputs, begun, entries_of_slots, meshes_of, norm_dtype, product_of
-from ..layout.recipe import Needs
-from ..layout.scalars import StepFacts, numbers_of, row_of
+from ..layout.recipe import Asked, Needs
+from ..layout.scalars import Scalars, StepFacts, numbers_of, row_of
 from ..layout.shards import summed
 
 Groups = Sequence[dict[str, Any]]
 
 
-def decides_on_device(name: str, groups: Groups, places: set[tuple[str, torch.device]], needs: Needs) -> bool:
-    """Whether the device decides the step: where the host would wait, if one device has all of it.
+class Decider(Protocol):
+    """Decides steps of a plan: their numbers, and whether they are taken."""
+
+    on_device: bool
+
+    def resume(self) -> None:
+        """Takes up after steps of other plans, which have reported last."""
+
+    def refresh(self, asked: Asked) -> None:
+        """Takes over the options of the groups for the coming step."""
+
+    def ready(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Makes all ready to be launched; returns whether to step, as far as the host knows."""
+
+    def decide(self) -> int:
+        """Launches what decides on a device; returns how many launches that are."""
+
+    def advance(self) -> None:
+        """Counts a step."""
+
+    def parted_by(self, live: list[bool]) -> bool:
+        """Whether a step of these slots alone parts some that are counted as one."""
+
+
+MakeDecider = Callable[[PlanInputs, Scalars, Sequence[Bucket]], Decider]
+
+
+def decider_of(
+    name: str, groups: Groups, places: set[tuple[Executor, torch.device]], needs: Needs
+) -> MakeDecider | None:
+    """What makes a decider on the device: where the host would wait, if one device has all of the step.
 
     Args:
         name: of the optimizer, for errors.
@@ -38,14 +66,16 @@ def decides_on_device(name: str, groups: Groups, places: set[tuple[str, torch.de
     Raises:
         RuntimeError: `capturable` is asked for where that cannot be.
     """
-    possible = [executor for executor, _ in places] == ["triton"]
+    deciders = [executor.decider for executor, _ in places]
+    possible = len(deciders) == 1 and deciders[0] is not None
     if any(group.get("capturable") for group in groups) and places and not possible:
-        found = ", ".join(sorted(f"{device} ({executor})" for executor, device in places))
+        found = ", ".join(sorted(f"{device} ({executor.name})" for executor, device in places))
         raise RuntimeError(
             f"{name}: capturable=True needs all parameters on one GPU that Triton supports, but they are on "
             f"{found}; set capturable=False"
         )
-    return possible and (needs.remote or needs.measure or needs.scaled or needs.tentative)
+    wanted = needs.remote or needs.measure or needs.scaled or needs.tentative
+    return deciders[0] if possible and wanted else None
 
 
 class HostDecider:
@@ -60,7 +90,8 @@ class HostDecider:
         self._needs = work.needs
         self._meshes = meshes_of(work)
         there = buckets[0].key.device if buckets else torch.device("cpu")
-        self._report_on = partial(work.outcome.on, there, norm_dtype(buckets) if work.needs.measure else None)
+        self._report_on = partial(work.report.on, there, norm_dtype(buckets) if work.needs.measure else None)
+        self.resume()
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         entries, everyone = entries_of_slots(work), work.state.values()
@@ -75,10 +106,13 @@ class HostDecider:
         self._numbers: dict[int, tuple[int, dict[str, Any]]] = {}
         self._expected: bytes | None = None  # the counts as the last step has left them
 
+    def resume(self) -> None:
+        """Takes up after steps of other plans, which have reported last."""
+        self._report = self._report_on()
+
     def refresh(self, asked: Asked) -> None:
         """Recomputes the scalars of the coming step: one row for each (group, step) that occurs."""
         self._asked = asked
-        self._report = self._report_on()  # another plan may have reported last
         if self._expected is None or self._taken.note() != self._expected:
             self._found, rows = self._distinct()
             if rows is not self._rows:
@@ -154,6 +188,10 @@ class HostDecider:
             total += squares
         return total
 
+    def parted_by(self, live: list[bool]) -> bool:
+        """Nothing is counted as one here for good: rows are found anew where counts differ."""
+        return False
+
     def advance(self) -> None:
         """Counts a step."""
         self._taken.count(self._most)
@@ -162,3 +200,55 @@ class HostDecider:
         else:
             self._expected = self._taken.note()
             self._found = [(group, fp32(step + 1)) for group, step in self._found]
+
+
+class HostCounts:
+    """A number of each slot of a plan: of those whose entry has it, in the optimizer's buffer.
+
+    Args:
+        counters: the optimizer's.
+        name: of the state.
+        entries: of each slot; {} where it keeps no count, and only its first step is told from later ones.
+        everyone: the entries of all parameters.
+        own: fp32 [slots], where those begin that keep none.
+    """
+
+    def __init__(
+        self, counters: Counters, name: str, entries: Entries, everyone: Iterable[dict[str, Any]], own: Array
+    ) -> None:
+        self._kept = np.array([bool(entry) for entry in entries], dtype=bool)
+        self._own = own
+        kept = [entry for entry in entries if entry]
+        self._shared, self._places = torch.empty(0), np.empty(0, dtype=np.int64)
+        if kept:
+            self._shared, self._places = counters.on_host(name, kept, everyone)
+        self._seen: Array = self._shared.numpy()
+        count = len(self._shared)
+        self._whole = len(kept) == len(entries) == count and bool((self._places == np.arange(count)).all())
+
+    def read(self) -> Array:
+        """The numbers as they are now."""
+        if self._whole:
+            return self._seen
+        self._own[self._kept] = self._seen[self._places]
+        return self._own
+
+    def write(self, values: Array) -> None:
+        """Takes over new ones."""
+        if self._whole:
+            self._shared.copy_(torch.from_numpy(values))
+            return
+        np.copyto(self._own, values)
+        if len(self._places):
+            self._shared[torch.from_numpy(self._places)] = torch.from_numpy(values[self._kept])
+
+    def count(self, most: Array) -> None:
+        """Adds one to each, up to so many."""
+        if self._whole:
+            self._shared.add_(1)  # none of them ends
+        else:
+            self.write(np.minimum(self.read() + 1, most))
+
+    def note(self) -> bytes | None:
+        """What they are, to be compared at the next step in one look; None where that is not enough."""
+        return self._seen.tobytes() if self._whole else None

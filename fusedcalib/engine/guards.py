@@ -10,7 +10,7 @@ step would double the cost of the watch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -20,8 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hostmath import is_remote
+from ..layout.recipe import Asked, needs_of, recipe_of
 from ..layout.shards import is_spread, local_of
-from .pointers import Array, DictVersions, Reading, offsets, version_offset
+from ..rule import Rule
+from .offsets import offsets, version_offset
+from .pointers import Array, DictVersions, Reading
 
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
@@ -82,11 +86,11 @@ class Guards:
             self._readable = False
             return None
 
-    def holds(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+    def hold(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether the plan may be used; if so `grad_pointers` is up to date afterwards."""
         if self._once or any(p.grad is not None for p in self._idle):
             return False
-        read = self._reading is not None and self._reading.holds()
+        read = self._reading is not None and self._reading.hold()
         self.stale = not (
             _same(chain.from_iterable(map(_params_of, groups)), self._params)
             and len(state) >= len(self._everyone)
@@ -163,3 +167,80 @@ def _geometry(params: list[Tensor], grads: list[Tensor]) -> list[Any]:
 def _are_plain(grads: list[Tensor], lazy: Sequence[Any]) -> bool:
     """Whether memory holds the very values: a lazy negation or conjugate would have to be undone."""
     return {*map(type, grads)} == {Tensor} and not any(any(map(is_lazy, grads)) for is_lazy in lazy)
+
+
+class OptionGuards:
+    """Remembers the options of param groups; what they ask for is found anew only where a value is another.
+
+    Args:
+        rule: the optimizer's.
+        check: raises where a group cannot be stepped with its options; then asked again the next time.
+    """
+
+    def __init__(self, rule: Rule, check: Callable[[dict[str, Any]], None]) -> None:
+        self._rule, self._check = rule, check
+        self._seen: list[_Options] = []
+        self._scaling: tuple[bool, bool] | None = None
+        self._asked = Asked()
+
+    def look(
+        self, groups: Sequence[dict[str, Any]], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Asked:
+        """What is asked for now, with what a GradScaler hands over: the same object if nothing changed."""
+        known = len(self._seen) == len(groups)
+        changed = [i for i, group in enumerate(groups) if not (known and self._seen[i].hold(group))]
+        before, scaling = self._asked, (grad_scale is None, found_inf is None)
+        if not changed and scaling == self._scaling and groups is before.groups:
+            return before
+        self._scaling = None  # until all of it is known
+        for i in changed:
+            self._check(groups[i])
+        needs = needs_of(groups, grad_scale, found_inf)
+        kept = {} if not known or needs != before.needs else dict(enumerate(before.recipes))
+        for i in changed:
+            kept.pop(i, None)
+        recipes = [kept.get(i) or recipe_of(self._rule, group, needs) for i, group in enumerate(groups)]
+        versions = before.versions if known else [max(before.versions, default=0)] * len(groups)
+        self._asked = Asked(
+            groups,
+            [group for group in groups if self._rule.steps(group)],
+            before.recipes if recipes == before.recipes else recipes,
+            needs,
+            [version + (i in changed) for i, version in enumerate(versions)],
+        )
+        self._seen = [_Options(group) if i in changed else self._seen[i] for i, group in enumerate(groups)]
+        self._scaling = scaling
+        return self._asked
+
+
+NAMES = ("params", "param_names")  # keys of a group whose lists are not options
+
+
+class _Options:
+    """The values of a param group as they were."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._keys, self._values = [*group], [*group.values()]
+        noise = group.get("noise")
+        self._noise = {**noise} if isinstance(noise, dict) else None
+        self._lists = [
+            (value, tuple(value))
+            for key, value in group.items()
+            if isinstance(value, list) and key not in NAMES
+        ]
+        tuples = [
+            value for key, value in group.items() if isinstance(value, (tuple, list)) and key not in NAMES
+        ]
+        numbers = [*self._values, *(x for value in tuples for x in value), *(self._noise or {}).values()]
+        # A tensor on the host may change where it lies.
+        self._steady = not any(isinstance(x, Tensor) and not is_remote(x) for x in numbers)
+
+    def hold(self, group: dict[str, Any]) -> bool:
+        """Whether they are the same. One that is changed in place is looked for where users do so."""
+        return (
+            self._steady
+            and [*group] == self._keys
+            and all(map(is_, group.values(), self._values))
+            and (self._noise is None or group["noise"] == self._noise)
+            and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in self._lists)
+        )

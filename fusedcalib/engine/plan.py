@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout.asked import Asked
-from ..layout.buckets import Array, Laid, Scalars, Slot, build_buckets
+from ..layout.buckets import Array, Slot
 from ..layout.inputs import PlanInputs
-from ..layout.recipe import Recipe
+from ..layout.recipe import Asked, Recipe
+from ..layout.scalars import Scalars
 from ..layout.split_rows import RowTotals
-from .decide import HostDecider
+from ..layout.tables import Laid, build_buckets
+from .decide import HostDecider, MakeDecider
 from .guards import Guards
 from .state import VersionCounters
 
@@ -25,20 +26,21 @@ class Plan:
     Args:
         work: what to step.
         recipes: the recipe that each group asks for; those of the slots may be merged.
-        on_device: whether the step is decided there; else on the host.
+        decider: makes what decides the step on its device; None where the host decides.
         versions: the optimizer's, over all its plans.
         lay: lays a slot out.
 
     Attributes:
         taken: whether the last step was, as far as the host knows.
         begun: whether anything of it has been launched.
+        on_device: whether a CUDA graph might capture it.
     """
 
     def __init__(
         self,
         work: PlanInputs,
         recipes: list[Recipe],
-        on_device: bool,
+        decider: MakeDecider | None,
         versions: VersionCounters,
         lay: Callable[[Slot, Tensor | None], Laid],
     ) -> None:
@@ -47,35 +49,33 @@ class Plan:
         self._recipes, self._slots = recipes, work.slots
         scalars = Scalars()
         self._totals = RowTotals(work.slots)
-        capturable = on_device and work.needs.remote
+        capturable = decider is not None and work.needs.remote
         self.buckets = build_buckets(work.slots, scalars, capturable, self._totals.parts, lay)
-        self.control: Any
-        if on_device and self.buckets:
-            from ..executors.triton.decide import DeviceDecider
-
-            self.control = DeviceDecider(work, scalars, self.buckets)
-        else:
-            self.control = HostDecider(work, scalars, self.buckets)
+        make = decider if decider is not None and self.buckets else HostDecider
+        self.decider = make(work, scalars, self.buckets)
+        self.on_device = any(
+            bucket.key.device.type != "cpu" or bucket.key.executor.decider for bucket in self.buckets
+        )
         self._written = versions.to_count(work.slots)
-        self._watch = Guards(work.groups, work.state)
-        self._addresses = self._watch.grad_pointers  # as the buckets have them
+        self._guards = Guards(work.stepped, work.state)
+        self._addresses = self._guards.grad_pointers  # as the buckets have them
         # Of the gradients of slots all of whose other tensors are aligned: whether they are, too.
         self._alignable = np.zeros(len(work.slots), dtype=bool)
         for bucket in self.buckets:
             self._alignable[bucket.indices] = bucket.alignable
         self._aligned = self._alignment(self._addresses)
 
-    def holds(self, asked: Asked, state: Mapping[Tensor, Any]) -> bool:
+    def fits(self, asked: Asked, state: Mapping[Tensor, Any]) -> bool:
         """Whether the plan still fits; takes over gradients that moved."""
         if asked.recipes is not self._recipes:
             if asked.recipes != self._recipes:
                 return False
             self._recipes = asked.recipes
-        if asked.needs != self.needs or not self._watch.holds(asked.groups, state):
+        if asked.needs != self.needs or not self._guards.hold(asked.stepped, state):
             return False
-        if self._watch.grad_pointers is self._addresses:
+        if self._guards.grad_pointers is self._addresses:
             return True
-        addresses = self._watch.grad_pointers
+        addresses = self._guards.grad_pointers
         if not np.array_equal(self._alignment(addresses), self._aligned):
             return False  # better or worse aligned: other kernels
         for bucket in self.buckets:
@@ -86,23 +86,26 @@ class Plan:
     @property
     def stale(self) -> bool:
         """Whether it describes parameters or states that are no more: it cannot hold again."""
-        return self._watch.stale
+        return self._guards.stale
 
     def parted_by(self, live: Set[Tensor]) -> bool:
         """Whether a step of these parameters parts some that are counted as one here."""
-        control = self.control
-        return control.on_device and bool(control.parted_by([slot.param in live for slot in self._slots]))
+        return self.decider.parted_by([slot.param in live for slot in self._slots])
 
     def _alignment(self, addresses: Array) -> Array:
         aligned: Array = addresses[self._alignable] % 16 == 0
         return aligned
 
+    def resume(self) -> None:
+        """Takes up after steps of other plans."""
+        self.decider.resume()
+
     def refresh(self, asked: Asked) -> None:
         """Takes over the options of the groups for the coming step."""
         self.begun = False
-        self.control.refresh(asked)
+        self.decider.refresh(asked)
 
-    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> int:
+    def step(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> int:
         """Steps everything, or nothing; returns the number of kernel launches.
 
         Whatever can fail (memory, compiling, loading) comes before the first launch. If one is interrupted
@@ -112,26 +115,26 @@ class Plan:
             grad_scale: by which the gradients are too large.
             found_inf: not 0 if one of them is not finite: then the step is left out.
         """
-        self.taken = self.control.ready(grad_scale, found_inf)
+        self.taken = self.decider.ready(grad_scale, found_inf)
         launches = 0
         if self.taken:
             self.begun = True
-            launches = self.control.decide()
-            launches += self._step()
-            self.control.advance()
+            launches = self.decider.decide()
+            launches += self._launch()
+            self.decider.advance()
             # Kernels write through addresses: tell autograd, as an in-place operation would.
             torch.autograd.graph.increment_version(self._written)
         return launches
 
-    def _step(self) -> int:
+    def _launch(self) -> int:
         """Every launch of it; collectives where rows lie on several ranks."""
         split = [bucket for bucket in self.buckets if bucket.key.split]
         launches = 0
         if self._totals.centred:
-            launches += sum(bucket.key.executor.run(bucket, "sums") for bucket in split)
+            launches += sum(bucket.key.executor.step_bucket(bucket, "sums") for bucket in split)
             self._totals.add_up()
-        launches += sum(bucket.key.executor.run(bucket) for bucket in self.buckets)
+        launches += sum(bucket.key.executor.step_bucket(bucket) for bucket in self.buckets)
         if self._totals.projected:
             self._totals.add_up()
-            launches += sum(bucket.key.executor.run(bucket, "finish") for bucket in split)
+            launches += sum(bucket.key.executor.step_bucket(bucket, "finish") for bucket in split)
         return launches

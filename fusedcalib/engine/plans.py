@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..layout.asked import Asked
 from ..layout.buckets import Array
-from ..layout.recipe import Recipe, merged
+from ..layout.recipe import Asked, Recipe, merged
 from .plan import Plan
-from .shelf import Shelf
+from .slots import Shelf
 
 KEPT = 8  # plans, of as many live sets or options: mixtures of experts, layers that are not always used
 
@@ -33,13 +32,17 @@ class Plans:
         self._compiled: list[Recipe] = []
         self._params: list[int] = []
 
-    def fitting(self, asked: Asked, state: Mapping[Tensor, Any]) -> Plan | None:
-        """The plan for the parameters that have gradients now, and what is asked for, if one is kept."""
+    def fitting(self, asked: Asked, state: Mapping[Tensor, Any], known: Plan | None) -> Plan | None:
+        """The plan for the parameters that have gradients now, and what is asked for, if one is kept.
+
+        Args:
+            asked, state: of the coming step.
+            known: a plan that does not fit.
+        """
         for plan in self._kept:
-            if plan.holds(asked, state):
-                if plan is not self._kept[0]:
-                    self._kept.remove(plan)
-                    self._kept.insert(0, plan)
+            if plan is not known and plan.fits(asked, state):
+                self._kept.remove(plan)
+                self._kept.insert(0, plan)
                 return plan
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout.recipe import Recipe
 from ..layout.shards import like, local_of
-from .checks import STATE_DTYPES
+from ..options import STATE_DTYPES
 
 if TYPE_CHECKING:
     from ..layout.buckets import Slot
@@ -91,3 +91,26 @@ def state_dtype(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dty
 def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
     """What of a parameter's states lies here, in the order the device functions take them."""
     return tuple(local_of(state[param][name]) for name in recipe.states)
+
+
+class StateBefore:
+    """The states of some parameters as they were before a step made what was missing."""
+
+    def __init__(self, state: MutableMapping[Tensor, Any]) -> None:
+        self._state = state
+        self._entries: dict[Tensor, dict[str, Any] | None] = {}
+
+    def remember(self, params: Iterable[Tensor]) -> None:
+        """Notes the states of parameters for which some may be made."""
+        for param in params:
+            if param not in self._entries:
+                self._entries[param] = dict(self._state[param]) if param in self._state else None
+
+    def restore(self) -> None:
+        """Drops what was made since."""
+        for param, entry in self._entries.items():
+            if entry is None:
+                self._state.pop(param, None)
+            else:
+                self._state[param].clear()
+                self._state[param].update(entry)

@@ -18,6 +18,7 @@ from ..layout.geometry import Geometry
 from ..layout.recipe import Recipe
 from ..layout.shards import Place
 from ..noise import normals, rounding_bits
+from . import branches
 from .source import Function, rebound
 from .triton.resident import sent
 
@@ -89,6 +90,9 @@ class EagerExecutor:
     """Runs buckets as plain torch operations, a block of rows at a time."""
 
     name = "eager"
+    decider = None
+    launches = False
+    branches = branches
 
     def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
         """One tile a slot: the table is not read."""
@@ -97,7 +101,7 @@ class EagerExecutor:
     def prepare(self, buckets: list[Bucket]) -> None:
         """There is nothing to make ready."""
 
-    def run(self, bucket: Bucket, part: str = "step") -> int:
+    def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket."""
         elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)
         flags = bucket.key.recipe.flags
@@ -214,3 +218,12 @@ def _gradient(bucket: Bucket, slot: Slot) -> Tensor:
 
 
 EXECUTOR = EagerExecutor()
+
+
+def why_not(device: torch.device, dtype: torch.dtype, by_name: bool) -> None:
+    """Plain torch runs everywhere."""
+
+
+def load() -> EagerExecutor:
+    """What runs a bucket."""
+    return EXECUTOR

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..hostmath import number_of
-from .buckets import Array
+from .buckets import Array, Executor
 
 SIGNS = {"descent": -1.0, "literal": 1.0}
 Groups = Sequence[dict[str, Any]]
@@ -40,7 +40,7 @@ class Given(NamedTuple):
 class Key(NamedTuple):
     """What branch weights of one launch have in common."""
 
-    executor: str
+    executor: Executor
     device: torch.device
     dtypes: tuple[torch.dtype, torch.dtype]  # of R and its gradient
 
@@ -75,3 +75,16 @@ class Bucket:
         for i, group in enumerate(groups):
             sign = SIGNS[group["branch_sign"]]
             self.numbers[:, i] = lr_of(group["lr"]), -sign if group["maximize"] else sign
+
+
+class BranchExecutor(Protocol):
+    """Steps the branch weights of a bucket."""
+
+    def refresh(self, bucket: Bucket, groups: Groups) -> None:
+        """Takes over gradients and options for the coming step."""
+
+    def prepare(self, bucket: Bucket, given: Given) -> None:
+        """Gets the launch ready; of what is given only the kind matters."""
+
+    def step(self, bucket: Bucket, groups: Groups, given: Given) -> None:
+        """Steps all of them, without waiting for a device."""

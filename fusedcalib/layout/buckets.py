@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, geometry_of
+from .geometry import Geometry
 from .recipe import Recipe
+from .scalars import Scalars
 from .shards import Place, local_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,9 +55,23 @@ class TileShape(NamedTuple):
 
 
 class Executor(Protocol):
-    """Runs buckets: Triton on a GPU, numba or plain torch."""
+    """Runs buckets where they lie. Another one is a file in executors/, and a name in executors/choose.py.
+
+    Attributes:
+        name: by which `backend` asks for it.
+        decider: makes what decides a step on its device; None where only the host can. See engine/decide.py.
+        launches: whether the kernels of kernels/ can be launched where it runs.
+        branches: steps branch weights, as `layout.branches.BranchExecutor` says.
+    """
 
     name: str
+    launches: bool
+
+    @property
+    def decider(self) -> Callable[[Any, Scalars, Sequence[Bucket]], Any] | None: ...
+
+    @property
+    def branches(self) -> Any: ...
 
     def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
         """The tile for a slot of this layout and so many tensors; `split` if ranks share its rows."""
@@ -65,7 +79,7 @@ class Executor(Protocol):
     def prepare(self, buckets: list[Bucket]) -> None:
         """Makes those of a plan ready to run: whatever can fail, as memory and compiling, is done here."""
 
-    def run(self, bucket: Bucket, part: str = "step") -> int:
+    def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket; returns the number of kernel launches.
 
         Where rows lie on several ranks in three parts: "sums" leaves what of a row's mean is known here,
@@ -94,32 +108,6 @@ class Key(NamedTuple):
 
 
 GEOMETRY = 12  # columns of the table between addresses and strides: see kernels/table.py
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-
-
-class Scalars:
-    """The rows of scalars of a step in double, and as buckets read them: in their type."""
-
-    def __init__(self) -> None:
-        self.rows: Sequence[Sequence[float]] = [()]
-        self.resident: dict[torch.dtype, Tensor] = {}  # made on the device, where the step is decided there
-        self._casts: dict[torch.dtype, Array] = {}
-
-    def set(self, values: Sequence[Sequence[float]]) -> None:
-        """Takes over the scalars of a step, a row each."""
-        self.rows = values
-        self._casts.clear()
-
-    @property
-    def count(self) -> int:
-        """Scalars in a row."""
-        return len(self.rows[0])
-
-    def of(self, compute: torch.dtype) -> Array:
-        """Rows in the type of the arithmetic."""
-        if compute not in self._casts:
-            self._casts[compute] = np.array(self.rows, dtype=_NUMPY[compute])
-        return self._casts[compute]
 
 
 @dataclass(eq=False)
@@ -176,152 +164,14 @@ class Bucket:
 
     def set_gradients(self, addresses: Array) -> None:
         """Takes over the addresses of the gradients of the plan."""
-        self.gradients[:] = addresses[self.indices]
+        self.table[:, 1] = addresses[self.indices]
         self.moves += 1
 
 
 def prepare(buckets: Sequence[Bucket]) -> None:
     """Makes all ready to run, so that nothing fails once the first is launched."""
-    executors = dict.fromkeys(bucket.key.executor for bucket in buckets)
-    for executor in executors:
-        executor.prepare([bucket for bucket in buckets if bucket.key.executor is executor])
-
-
-class Laid(NamedTuple):
-    """A slot as it is part of a launch.
-
-    Attributes:
-        key: what it has in common with the others; None where it has no element.
-        row: of the table.
-        tiles: of the list, those of slot 0.
-        alignable: whether all its tensors but the gradient are aligned; it is aligned where that is, too.
-    """
-
-    slot: Slot
-    key: Key | None
-    row: Array
-    tiles: Array
-    alignable: bool
-
-    @property
-    def aligned(self) -> bool:
-        """Whether all are."""
-        return self.key is not None and self.key.aligned
-
-
-def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
-    """Lays a slot out. `totals`: of RowTotals, if its rows are split."""
-    tensors = slot.tensors()
-    param = tensors[0]
-    if param.numel() == 0:
-        return Laid(slot, None, np.empty(0), np.empty((0, 3)), False)
-    columns = param.numel() // param.shape[0] if param.ndim else 1
-    recipe = slot.compiled()
-    by_rows = recipe.flags.by_rows or slot.factors is not None
-    place = slot.place or Place(0, columns)
-    # Rows whose elements are not numbered on from one to the next must be told apart.
-    layout = geometry_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
-    shape = slot.executor.shape(layout, by_rows, len(tensors), totals is not None)
-    alignable = is_aligned(tensors, layout, (param, *tensors[2:]))
-    key = Key(
-        slot.executor,
-        param.device,
-        recipe,
-        tuple(t.dtype for t in tensors),
-        len(layout.sizes),
-        recipe.flags.random and _in_quads(layout, place),
-        alignable and tensors[1].data_ptr() % 16 == 0,
-        shape.row_class,
-        place.mesh,
-        place.copies,
-        totals is not None,
-        slot.factors is not None,
-    )
-    return Laid(
-        slot, key, _row(slot, tensors, layout, shape, place, totals), _tiles(layout, shape), alignable
-    )
-
-
-def build_buckets(
-    slots: Sequence[Slot],
-    shared: Scalars,
-    capturable: bool = False,
-    totals: Mapping[int, Tensor] = MappingProxyType({}),
-    lay: Callable[[Slot, Tensor | None], Laid] = lay_slot,
-) -> list[Bucket]:
-    """Sorts slots into launches and lays each launch out. `totals`: of RowTotals."""
-    members: dict[Key, list[tuple[int, Laid]]] = {}
-    alike: dict[int, list[tuple[int, Laid]]] = {}  # by the identity of a key: comparing them takes long
-    for index, slot in enumerate(slots):
-        laid = lay(slot, totals.get(index))
-        if laid.key is not None:
-            if id(laid.key) not in alike:
-                alike[id(laid.key)] = members.setdefault(laid.key, [])
-            alike[id(laid.key)].append((index, laid))
-    return [_bucket(key, found, shared, capturable, totals) for key, found in members.items()]
-
-
-def _bucket(
-    key: Key,
-    members: list[tuple[int, Laid]],
-    shared: Scalars,
-    capturable: bool,
-    totals: Mapping[int, Tensor],
-) -> Bucket:
-    indices = np.array([index for index, _ in members])
-    table = np.array([laid.row for _, laid in members])
-    grads: list[Any] = [laid.slot.param.grad for _, laid in members]
-    table[:, 1] = list(map(Tensor.data_ptr, map(local_of, grads)))
-    tiles = np.concatenate([laid.tiles for _, laid in members])
-    tiles[:, 0] = np.repeat(np.arange(len(members)), [len(laid.tiles) for _, laid in members])
-    return Bucket(
-        key,
-        [laid.slot for _, laid in members],
-        indices,
-        table,
-        tiles,
-        shared,
-        capturable,
-        [totals.get(index) for index, _ in members],
-        alignable=np.array([laid.alignable for _, laid in members], dtype=bool),
-    )
-
-
-def is_aligned(tensors: Sequence[Tensor], layout: Geometry, some: Sequence[Tensor] | None = None) -> bool:
-    """Whether 16-byte accesses reach every element of every row of a slot's tensors, or of some of them."""
-    vector = 16 // min(t.element_size() for t in tensors)
-    whole = not layout.sizes and layout.columns % vector == 0
-    return whole and all(t.data_ptr() % 16 == 0 for t in some or tensors)
-
-
-def _in_quads(layout: Geometry, place: Place) -> bool:
-    """Whether every row begins with a counter of its own: its elements are numbered from a multiple of 4."""
-    return place.first % 4 == 0 and (layout.rows == 1 or (layout.columns % 4 == 0 and place.pitch % 4 == 0))
-
-
-def _row(
-    slot: Slot,
-    tensors: Sequence[Tensor],
-    layout: Geometry,
-    shape: TileShape,
-    place: Place,
-    totals: Tensor | None,
-) -> Array:
-    """The slot's row of the table, see kernels/table.py."""
-    random = (*slot.words, place.first, place.pitch)
-    of_rows = (0 if t is None else t.data_ptr() for t in (totals, slot.factors))
-    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows)
-    strides = (stride for strides in layout.strides for stride in strides)
-    addresses = (t.data_ptr() for t in tensors)
-    return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)
-
-
-def _tiles(layout: Geometry, shape: TileShape) -> Array:
-    """The tiles of one slot, int32 [n, 3]: slot 0, row block, column block; a row's pieces side by side."""
-    row_blocks = -(-layout.rows // shape.rows)
-    column_blocks = -(-layout.columns // shape.columns)
-    tiles = np.empty((row_blocks * column_blocks, 3), dtype=np.int32)
-    tiles[:, 0] = 0
-    tiles[:, 1] = np.repeat(np.arange(row_blocks, dtype=np.int32), column_blocks)
-    tiles[:, 2] = np.tile(np.arange(column_blocks, dtype=np.int32), row_blocks)
-    return tiles
+    of_executors: dict[Executor, list[Bucket]] = {}
+    for bucket in buckets:
+        of_executors.setdefault(bucket.key.executor, []).append(bucket)
+    for executor, members in of_executors.items():
+        executor.prepare(members)

@@ -73,58 +73,6 @@ class Counters:
         return self._buffers[name], np.array(found, dtype=np.int64)
 
 
-class HostCounts:
-    """A number of each slot of a plan: of those whose entry has it, in the optimizer's buffer.
-
-    Args:
-        counters: the optimizer's.
-        name: of the state.
-        entries: of each slot; {} where it keeps no count, and only its first step is told from later ones.
-        everyone: the entries of all parameters.
-        own: fp32 [slots], where those begin that keep none.
-    """
-
-    def __init__(
-        self, counters: Counters, name: str, entries: Entries, everyone: Iterable[dict[str, Any]], own: Array
-    ) -> None:
-        self._kept = np.array([bool(entry) for entry in entries], dtype=bool)
-        self._own = own
-        kept = [entry for entry in entries if entry]
-        self._shared, self._places = torch.empty(0), np.empty(0, dtype=np.int64)
-        if kept:
-            self._shared, self._places = counters.on_host(name, kept, everyone)
-        self._seen: Array = self._shared.numpy()
-        count = len(self._shared)
-        self._whole = len(kept) == len(entries) == count and bool((self._places == np.arange(count)).all())
-
-    def read(self) -> Array:
-        """The numbers as they are now."""
-        if self._whole:
-            return self._seen
-        self._own[self._kept] = self._seen[self._places]
-        return self._own
-
-    def write(self, values: Array) -> None:
-        """Takes over new ones."""
-        if self._whole:
-            self._shared.copy_(torch.from_numpy(values))
-            return
-        np.copyto(self._own, values)
-        if len(self._places):
-            self._shared[torch.from_numpy(self._places)] = torch.from_numpy(values[self._kept])
-
-    def count(self, most: Array) -> None:
-        """Adds one to each, up to so many."""
-        if self._whole:
-            self._shared.add_(1)  # none of them ends
-        else:
-            self.write(np.minimum(self.read() + 1, most))
-
-    def note(self) -> bytes | None:
-        """What they are, to be compared at the next step in one look; None where that is not enough."""
-        return self._seen.tobytes() if self._whole else None
-
-
 def on_device(
     name: str,
     entries: Entries,

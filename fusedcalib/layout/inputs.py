@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,21 @@ class PlanInputs:
         slots: the parameters to step.
         fresh: of each, whether its state is new.
         groups, state: the optimizer's.
+        stepped: the groups whose parameters are stepped.
         recipes: what is compiled for each group.
         needs: what the step is asked for besides.
-        outcome, counters: the optimizer's, over all its plans.
+        report, counters: the optimizer's, over all its plans.
         kin: of each slot, a number that it shares with those that are in every live set with it.
     """
 
     slots: list[Slot]
     fresh: list[bool]
-    groups: list[dict[str, Any]]
-    state: dict[Tensor, Any]
+    groups: Sequence[dict[str, Any]]
+    stepped: Sequence[dict[str, Any]]
+    state: MutableMapping[Tensor, Any]
     recipes: list[Recipe]
     needs: Needs
-    outcome: StepReport
+    report: StepReport
     counters: Counters
     kin: Array
 

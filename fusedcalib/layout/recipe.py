@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..hostmath import Group, is_on, is_remote
 from ..kernels.stages import Flags
-from ..noise import stage_of
+from ..noise import parsed
 from ..rule import Rule
 
 
@@ -57,6 +57,24 @@ class Needs(NamedTuple):
     remote: bool = False  # numbers that the host cannot know without waiting
 
 
+class Asked(NamedTuple):
+    """What the param groups of an optimizer ask for.
+
+    Attributes:
+        groups: the param groups.
+        stepped: those whose parameters the rule steps.
+        recipes: of each group; the same list until one asks for another.
+        needs: what the step is asked for besides.
+        versions: of each group, a number that changes with its values.
+    """
+
+    groups: Sequence[dict[str, Any]] = ()
+    stepped: Sequence[dict[str, Any]] = ()
+    recipes: list[Recipe] = []  # noqa: RUF012
+    needs: Needs = Needs()
+    versions: Sequence[int] = ()
+
+
 def needs_of(groups: Sequence[Group], grad_scale: object, found_inf: object) -> Needs:
     """What a step of these groups is asked for, with what a GradScaler hands over."""
     limits = [group["max_grad_norm"] for group in groups if is_on(group["max_grad_norm"])]
@@ -90,7 +108,7 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         l1=on["l1"],
         centralize="gradient" if centralize is True else centralize or "none",
         project=is_remote(group["max_row_norm"]) or group["max_row_norm"] not in (None, math.inf),
-        noise=stage_of(group["noise"]),
+        noise=parsed(group["noise"]).stage,
         scaled=needs.scaled,
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",

@@ -8,21 +8,23 @@ takes on the device, where step, gradient norm and loss scale are known without 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..hostmath import Group, Number, Recorded, fp32, is_remote, number_of, where
 from ..kernels.stages import Numbers
 from ..kernels.tape import CODES
-from ..noise import schedule_of
+from ..noise import parsed
 from ..options import NONE_IS
 from ..rule import Rule
 from .recipe import Recipe
 
+Array = np.ndarray[Any, np.dtype[Any]]
 DECAYS = {"none": 0.0, "coupled": 0.0, "decoupled": 1.0, "proximal": 2.0}
 
 
@@ -72,7 +74,7 @@ def row_of(rule: Rule, numbers: Group, now: StepFacts) -> tuple[tuple[Number, ..
 
 def entries_of(recipe: Recipe, group: Group) -> dict[str, Any]:
     """A param group, and what its recipe says of it, with what is meant for what is None."""
-    entries = {**group, "decay": DECAYS[recipe.flags.decay], "noise": schedule_of(group["noise"])}
+    entries = {**group, "decay": DECAYS[recipe.flags.decay], "noise": parsed(group["noise"]).schedule}
     for key, meaning in NONE_IS.items():
         if entries.get(key, 0) is None:
             entries[key] = meaning
@@ -189,3 +191,33 @@ def leaves_of(tape: Tape, recipe: Recipe, group: Group) -> list[float | Tensor]:
             raise ValueError(f"{leaf[0]} on a device must be fp32 or fp64, not {value.dtype}")
         found.append(value)
     return found
+
+
+# -- of a step ---------------------------------------------------------------------------------
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Scalars:
+    """The rows of scalars of a step in double, and as buckets read them: in their type."""
+
+    def __init__(self) -> None:
+        self.rows: Sequence[Sequence[float]] = [()]
+        self.resident: dict[torch.dtype, Tensor] = {}  # made on the device, where the step is decided there
+        self._casts: dict[torch.dtype, Array] = {}
+
+    def set(self, values: Sequence[Sequence[float]]) -> None:
+        """Takes over the scalars of a step, a row each."""
+        self.rows = values
+        self._casts.clear()
+
+    @property
+    def count(self) -> int:
+        """Scalars in a row."""
+        return len(self.rows[0])
+
+    def of(self, compute: torch.dtype) -> Array:
+        """Rows in the type of the arithmetic."""
+        if compute not in self._casts:
+            self._casts[compute] = np.array(self.rows, dtype=_NUMPY[compute])
+        return self._casts[compute]

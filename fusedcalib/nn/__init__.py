@@ -16,7 +16,7 @@ from .branch import branch_step
 from .calib import BranchExpand, BranchReadout, CalibConv2d, branch_kernels
 from .convert import calibrate
 from .csgd import CSGD, csgd_groups
-from .virtual import VirtualConv2d, VirtualLinear
+from .virtual_layers import VirtualConv2d, VirtualLinear
 from .virtualize import scale_in_step, set_loss_scale, virtualize
 
 __all__ = [

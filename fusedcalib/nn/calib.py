@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..executors.branches import normalized
+
 MODES = ("mixed", "grouped")
 READOUTS = ("concat", "max", "mean")
 GRAD_RULES = ("bp", "literal")
@@ -68,12 +70,6 @@ def branch_kernels(R: Tensor, w: Tensor, grad_rule: str = "bp") -> Tensor:
     check_grad_rule(grad_rule)
     kernels: Tensor = _BranchKernels.apply(R, w, grad_rule)  # type: ignore[no-untyped-call]
     return kernels
-
-
-def normalized(R: Tensor) -> Tensor:
-    """Branch weights that add up to 1 over the branches; 1/K each where all are 0."""
-    total = R.sum(0, keepdim=True)
-    return torch.where(total == 0, 1 / R.shape[0], R / total)
 
 
 def _split(x: Tensor, *sizes: int) -> Tensor:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.checks import check_parameter, describe
+from ..engine.slots import live_of
 from ..executors.triton.resident import capturing
 from ..layout.branches import SIGNS, Given
 from ..layout.recipe import recipe_of
 from ..noise import WeightNoise
-from ..optimizer import FusedOptimizer, ParamsT
+from ..optimizer import ParamsT
 from ..rules.sgd import SGD
 from .branch import BranchPlan
 from .calib import CalibConv2d
-
-if TYPE_CHECKING:
-    from ..engine.plan import Plan
 
 
 def csgd_groups(model: nn.Module, branch_lr: float | None = None) -> list[dict[str, Any]]:
@@ -65,6 +63,20 @@ def csgd_groups(model: nn.Module, branch_lr: float | None = None) -> list[dict[s
         "branches": {"branch": True, **({} if branch_lr is None else {"lr": branch_lr})},
     }
     return [{"name": kind, "params": params, **options[kind]} for kind, params in found.items() if params]
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """Raises where an option of branch weights is out of range."""
+    if not isinstance(group["branch"], bool):
+        raise ValueError(f"Invalid branch value: {group['branch']!r}, expected True or False")
+    if group["branch_sign"] not in SIGNS:
+        raise ValueError(f"Invalid branch_sign: {group['branch_sign']!r}, expected one of {', '.join(SIGNS)}")
+    rates = {"branch_lr": group["branch_lr"]}
+    if group["branch"]:
+        rates["lr"] = group.get("lr", 0.0)
+    for name, value in rates.items():
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"Invalid {name} value: {value}, expected a number >= 0")
 
 
 class CSGD(SGD):
@@ -118,7 +130,10 @@ class CSGD(SGD):
             "branch_lr": 0.01,
             "branch_sign": "descent",
         },
+        check=_check_options,
+        steps=lambda group: not group["branch"],
     )
+    _branches: BranchPlan | None = None
 
     def __init__(self, params: ParamsT | nn.Module, *args: Any, **options: Any) -> None:
         groups = csgd_groups(params) if isinstance(params, nn.Module) else params
@@ -132,84 +147,48 @@ class CSGD(SGD):
                 param_group.setdefault("lr", options["branch_lr"])
         super().add_param_group(param_group)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        if not isinstance(group["branch"], bool):
-            raise ValueError(f"Invalid branch value: {group['branch']!r}, expected True or False")
-        if group["branch_sign"] not in SIGNS:
-            raise ValueError(
-                f"Invalid branch_sign: {group['branch_sign']!r}, expected one of {', '.join(SIGNS)}"
-            )
-        rates = {"branch_lr": group["branch_lr"]}
-        if group["branch"]:
-            rates["lr"] = group.get("lr", 0.0)
-        for name, value in rates.items():
-            if not isinstance(value, Tensor) and not value >= 0:
-                raise ValueError(f"Invalid {name} value: {value}, expected a number >= 0")
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._branches: BranchPlan | None = None
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient; returns what the closure returns. As every optimizer."""
-        # Not super().step(): torch.optim may have wrapped that of SGD, and hooks would run twice.
-        loss = FusedOptimizer.step(self, closure)
-        if self._plan is not None and self._plan.taken and self._branches is not None:
-            with torch.no_grad():
-                self._branches.run(self._branch_groups(), self._given(self.grad_norm))
+        loss = self._evaluated(closure)
+        groups = [group for group in self.param_groups if group["branch"]]
+        with torch.no_grad():
+            branches = self._branches_of(groups)
+            taken = self._engine.step(
+                self.param_groups, self.state, self._scaling(), lambda: branches.prepare(self._given())
+            )
+            if taken:
+                branches.step(groups, self._given())
         return loss
 
-    def _given(self, norm: Tensor | None) -> Given:
-        """What branch weights are told; the norm counts where steps are left out by it."""
-        check = any(group["skip_nonfinite"] for group in self.param_groups)
-        return Given(*self._scaling(), norm if check else None, check)
-
-    def _branch_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["branch"]]
-
-    def _prepare(self) -> Plan:
-        """The fused step's part sees no gradient of branch weights."""
-        groups = self._branch_groups()
+    def _branches_of(self, groups: list[dict[str, Any]]) -> BranchPlan:
+        """The plan of the coming step of branch weights."""
         for group in groups:
-            self._check(group)
-        if self._branches is None or not self._branches.holds(groups):
+            _check_options(group)
+        branches = self._branches
+        if branches is None or not branches.fits(groups):
             if capturing():
                 raise RuntimeError(
                     "CSGD.step() is captured in a CUDA graph before its branch weights are ready for it; run "
                     "some steps before, on another stream, with the same gradients"
                 )
             self._check_branches()
-            self._branches = BranchPlan(groups, self._executor)
-        self._branches.refresh(groups)
-        held = [(R, R.grad) for group in groups for R in group["params"] if R.grad is not None]
-        try:
-            for R, _ in held:
-                R.grad = None
-            plan = super()._prepare()
-            try:
-                self._branches.prepare(self._given(self.grad_norm))
-            except BaseException:
-                self._abandon(plan)
-                raise
-            return plan
-        finally:
-            for R, grad in held:
-                R.grad = grad
+            branches = self._branches = BranchPlan(groups, self._engine.executor_of)
+        if capturing() and branches not in self._engine.captured:
+            self._engine.captured.append(branches)
+        branches.refresh(groups)
+        return branches
+
+    def _given(self) -> Given:
+        """What branch weights are told; the norm counts where steps are left out by it."""
+        check = any(group["skip_nonfinite"] for group in self.param_groups)
+        return Given(*self._scaling(), self.grad_norm if check else None, check)
 
     def _check_branches(self) -> None:
         """Raises where branch weights cannot be stepped as they are."""
-        for group, index, R in self._live():
-            if not self.param_groups[group]["branch"]:
-                continue
+        for group, index, R in live_of(self.param_groups, replace(self.rule, steps=lambda g: g["branch"])):
             owner = describe(type(self).__name__, self.param_groups, group, index)
             check_parameter(owner, R, recipe_of(self.rule, self.param_groups[group]), {})
             if R.ndim == 0 or R.is_complex():
                 raise ValueError(
                     f"{owner}: branch weights are real and [K, ...], not {R.dtype} {list(R.shape)}"
                 )
-
-    def _check_capture(self) -> None:
-        super()._check_capture()
-        if self._branches not in self._captured:
-            self._captured.append(self._branches)

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..layout.row_scales import RowFactors, set_row_factors
 from ..optimizer import FusedOptimizer
-from .virtual import VIRTUAL, Settings, Virtual
+from .virtual import Settings, Virtual
+from .virtual_layers import VIRTUAL
 
 
 def virtualize(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..engine.state import make_state
-from ..hostmath import Group
+from ..hostmath import Group, epsilons
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
-from ..layout.recipe import recipe_of
 from ..optimizer import FusedOptimizer
-from ..rule import Rule, epsilons
+from ..rule import Rule
 
 
 @jit
@@ -67,8 +65,5 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     def share_memory(self) -> None:
         """Makes the state and moves its accumulators to shared memory, for training by several processes."""
-        for group in self.param_groups:
-            self._check(group)
-            for param in group["params"]:
-                make_state(self.state, self._versions, param, recipe_of(self.rule, group), group)
+        self._engine.make_states(self.param_groups, self.state)
         super().share_memory()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from .. import hostmath
-from ..hostmath import Group
+from ..hostmath import Group, epsilons
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, maximum, sqrt
 from ..optimizer import FusedOptimizer
-from ..rule import Rule, decay_of, epsilons
+from ..rule import Rule, decay_of
 
 
 @jit

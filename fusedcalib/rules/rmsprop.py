@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..hostmath import Group, is_on
+from ..hostmath import Group, epsilons, is_on
 from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
 from ..optimizer import FusedOptimizer
-from ..rule import Rule, epsilons
+from ..rule import Rule
 
 
 @jit

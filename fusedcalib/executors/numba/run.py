@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -18,7 +22,6 @@ from ...layout.shards import local_of
 from ..source import Function
 from .memory import INNER, Memory, fetch_add, geometry_at, set_double, tile_at, words_at
 from .rows import gradients, row_loop, row_squares
-from .threads import on_threads, threads_for
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
 NEXT = 6  # word of a job: the next tile to take
@@ -100,6 +103,15 @@ class NumbaExecutor:
     """Runs buckets in compiled loops, on as many threads as torch uses."""
 
     name = "numba"
+    decider = None
+    launches = False
+
+    @property
+    def branches(self) -> Any:
+        """Steps branch weights."""
+        from . import branches
+
+        return branches
 
     def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
         """Tiles of about TILE elements: whole rows where rows matter, stretches elsewhere."""
@@ -108,30 +120,37 @@ class NumbaExecutor:
         return TileShape(1, TILE, None)
 
     def prepare(self, buckets: list[Bucket]) -> None:
-        """Compiles their loops."""
+        """Compiles their loops, once for each bucket."""
         for bucket in buckets:
-            flags = bucket.key.recipe.flags
-            for part in ("sums", "step", "finish") if bucket.key.split else ("step",):
-                if flags.needs(part):
-                    _loop(bucket, bucket.key.recipe, _named(bucket, part))
+            if "loops" not in bucket.cache:
+                parts = ("sums", "step", "finish") if bucket.key.split else ("step",)
+                recipe = bucket.key.recipe
+                bucket.cache["loops"] = {
+                    # Where ranks share rows the step leaves something to be done.
+                    part: _loop(bucket, recipe, "partial" if bucket.key.split and part == "step" else part)
+                    for part in parts
+                    if recipe.flags.needs(part)
+                }
 
-    def run(self, bucket: Bucket, part: str = "step") -> int:
+    def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket."""
-        recipe = bucket.key.recipe
-        if not recipe.flags.needs(part):
+        loop = bucket.cache["loops"].get(part)
+        if loop is None:
             return 0
-        _run(bucket, recipe, _named(bucket, part))
+        _run(bucket, loop)
         return 1
 
     def squares(self, bucket: Bucket) -> float:
         """Sum of the squares of all gradients of the bucket."""
         totals = np.empty(len(bucket.tiles))
-        _run(bucket, None, "step", totals.ctypes.data)
+        if "squares" not in bucket.cache:
+            bucket.cache["squares"] = _loop(bucket, None, "step")
+        _run(bucket, bucket.cache["squares"], totals.ctypes.data)
         return float(totals.sum())
 
 
-def _run(bucket: Bucket, recipe: Recipe | None, part: str, totals: int = 0) -> None:
-    """Runs the loop of a recipe, or that of the squares, over a bucket's tiles."""
+def _run(bucket: Bucket, loop: Any, totals: int = 0) -> None:
+    """Runs a loop over a bucket's tiles."""
     cache, scalars = bucket.cache, bucket.scalars
     if "job" not in cache:
         elements = sum(local_of(slot.param).numel() for slot in bucket.slots)
@@ -141,22 +160,75 @@ def _run(bucket: Bucket, recipe: Recipe | None, part: str, totals: int = 0) -> N
     count = len(bucket.tiles)
     threads = threads_for(count, cache["elements"])
     cache["job"][3:] = scalars.ctypes.data, count, max(1, count // (threads * CHUNKS)), 0, totals
-    on_threads(_loop(bucket, recipe, part), cache["data"], threads)
-
-
-def _named(bucket: Bucket, part: str) -> str:
-    """The loop for a part: where ranks share rows the step leaves something to be done."""
-    return "partial" if bucket.key.split and part == "step" else part
+    on_threads(loop, cache["data"], threads)
 
 
 def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Any:
-    """The compiled loop, looked up once for a bucket."""
-    cache, key = bucket.cache, bucket.key
-    if (recipe, part) not in cache:
-        shape = (key.dtypes, bucket.compute, bucket.shared.count, key.inner)
-        compiled: Any = kernel_for(recipe, *shape, key.factored, part)
-        cache[recipe, part] = compiled.ctypes
-    return cache[recipe, part]
+    """The compiled loop of a recipe, or that of the squares, as ctypes has it."""
+    key = bucket.key
+    compiled: Any = kernel_for(
+        recipe, key.dtypes, bucket.compute, bucket.shared.count, key.inner, key.factored, part
+    )
+    return compiled.ctypes
 
 
 EXECUTOR = NumbaExecutor()
+
+
+# -- threads ------------------------------------------------------------------------------------
+#
+# After each of its operations torch's OpenMP threads spin for a while, waiting for the next one. Threads of
+# another pool would compete with them for the cores (10 to 15 % of a step that follows a backward pass);
+# the same threads are already awake.
+
+WORTH_A_THREAD = 32768  # elements; waking a thread costs as much as stepping about this many
+
+
+def threads_for(shares: int, elements: int) -> int:
+    """How many threads the work is worth: at most as many as torch may use."""
+    return max(1, min(torch.get_num_threads(), shares, elements // WORTH_A_THREAD))
+
+
+def on_threads(work: Callable[[int], Any], data: int, threads: int) -> None:
+    """Calls `work(data)` once on each of `threads` threads, this one included.
+
+    Args:
+        work: C function `void work(void *data)`, as ctypes has it; takes its share of the work itself.
+        data: address that it is given.
+        threads: at least 1.
+    """
+    if threads == 1:
+        work(data)
+    elif parallel := _openmp():
+        parallel(work, data, threads, 0)
+    else:
+        beside = [_pool(threads - 1).submit(work, data) for _ in range(threads - 1)]
+        work(data)
+        wait(beside)
+
+
+@cache
+def _openmp() -> Callable[..., Any] | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded (GNU's, LLVM's and Intel's all have it)."""
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # no such runtime, or Windows
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "fusedcalib")
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and an OpenMP runtime that still counts on them."""
+    _pool.cache_clear()
+    globals()["_openmp"] = lambda: None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

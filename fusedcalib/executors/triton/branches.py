@@ -53,7 +53,7 @@ def prepare(bucket: Bucket, given: Given) -> None:
         cache["launch"].prepare()
 
 
-def run(bucket: Bucket, groups: Groups, given: Given) -> None:
+def step(bucket: Bucket, groups: Groups, given: Given) -> None:
     """One launch on the current stream of the device."""
     step = bucket.cache["launch"]
     step.set(launch.TOLD, _told(given))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import launch
-from ...layout.asked import Asked
-from ...layout.buckets import Bucket, Scalars, prepare
+from ...layout.buckets import Bucket, prepare
 from ...layout.counts import on_device, values_of
 from ...layout.inputs import PlanInputs, begun, entries_of_slots, meshes_of, norm_dtype, product_of
-from ...layout.scalars import leaves_of, shape_of, tape_of
+from ...layout.recipe import Asked
+from ...layout.scalars import Scalars, leaves_of, shape_of, tape_of
 from ...layout.shards import summed
 from .resident import Array, DeviceArray, Streams, capturing, sent
 from .run import backend, guarded, resident_of
@@ -85,7 +85,7 @@ class DeviceDecider:
         )
         self._counters = (steps, products)  # whose addresses these are
         rows_of = scalars.resident.get
-        self._report_on = partial(work.outcome.on, device, norm_dtype(buckets) if needs.measure else None)
+        self._report_on = partial(work.report.on, device, norm_dtype(buckets) if needs.measure else None)
         self._after = (self._report_on(), rows_of(torch.float32), rows_of(torch.float64))
         self._spec = launch.DeciderSpec(self._tape.code, self._tape.outputs, leaves, needs.check)
         self._launches: list[launch.Launch] = []
@@ -112,9 +112,12 @@ class DeviceDecider:
         self._total = torch.zeros(1, dtype=torch.float64, device=self._device)
         return int(firsts[-1])
 
+    def resume(self) -> None:
+        """Takes up after steps of other plans, which have reported last."""
+        self._report_on()
+
     def refresh(self, asked: Asked) -> None:
         """Hands over the options of the groups where they changed."""
-        self._report_on()  # another plan may have reported last
         changed = [g for g in self._group_rows if self._versions.get(g) != asked.versions[g]]
         if changed:
             values = self._values.copy()

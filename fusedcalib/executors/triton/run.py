@@ -15,6 +15,8 @@ from ...kernels.step import step_kernel
 from ...kernels.table import GEOMETRY
 from ...layout.buckets import Bucket, TileShape
 from ...layout.geometry import Geometry
+from ...layout.inputs import PlanInputs
+from ...layout.scalars import Scalars
 from ..eager import squares
 from .resident import DeviceArray, Streams, capturing, sent
 
@@ -33,6 +35,21 @@ class TritonExecutor:
     """Runs a bucket in one launch, with one more for each sum over rows that no tile can hold."""
 
     name = "triton"
+    launches = True
+
+    @property
+    def branches(self) -> Any:
+        """Steps branch weights."""
+        from . import branches
+
+        return branches
+
+    @staticmethod
+    def decider(work: PlanInputs, scalars: Scalars, buckets: Sequence[Bucket]) -> Any:
+        """Decides steps on the device."""
+        from .decide import DeviceDecider
+
+        return DeviceDecider(work, scalars, buckets)
 
     def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
         """The tile of the slot's row class."""
@@ -53,7 +70,7 @@ class TritonExecutor:
             with guarded(device):
                 cache["together"].prepare()
 
-    def run(self, bucket: Bucket, part: str = "step") -> int:
+    def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket on the current stream of its device."""
         launches = resident_of(bucket).launches
         wanted = [part] if bucket.key.split else list(launches)

@@ -1,0 +1,1 @@
+"""Measures steps, and predicts what they cost; cli.py has the commands."""

@@ -1,0 +1,1 @@
+"""Times the step of any rule beside others', each held against a reference first."""

@@ -1,0 +1,242 @@
+"""One case: several methods on one parameter list, gated, timed together and written as data."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..env import machine
+from ..models import shapes
+from ..models.shapes import ParamList
+from . import clocks, gate, spare
+from .baselines import ADAMW, METHODS, SUBJECTS, Built, Method, NotAvailableError, Subject, step_bytes
+from .clocks import Effort, Tell
+from .rivals import sentence
+
+__all__ = ["ANCHORS", "DTYPES", "Case", "Effort", "empty_row", "run"]
+
+# Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
+ANCHORS = ("torch_fused", "torch_foreach", "own_plain")
+SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short list, some of a long one
+
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32-state": (torch.bfloat16, torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to measure. Lists, methods and subjects are given by their names, or as they are.
+
+    Attributes:
+        extras: what the case is about besides its rule: a name of baselines.EXTRAS, or one like it.
+        bases: to one of these, the first that was measured, tables give the ratios of the others.
+    """
+
+    list: str | ParamList
+    methods: tuple[str | Method, ...]
+    dtypes: str = "fp32"
+    subject: str | Subject = "AdamW"
+    extras: str = ""
+    bases: tuple[str, ...] = ANCHORS
+
+    @property
+    def title(self) -> str:
+        name = self.list if isinstance(self.list, str) else self.list.name
+        return f"{name} {self.subject_title} {self.dtypes}{self.extras and f' with {self.extras}'}"
+
+    @property
+    def subject_title(self) -> str:
+        return self.subject if isinstance(self.subject, str) else self.subject.title or self.subject.cls
+
+    def rows(self) -> dict[str, Method]:
+        """The methods by name."""
+        found = (METHODS[method] if isinstance(method, str) else method for method in self.methods)
+        return {method.name: method for method in found}
+
+
+class Prepared:
+    """A case with everything looked up, and what became of its methods."""
+
+    def __init__(self, case: Case, device: torch.device, tell: Tell) -> None:
+        self.spec = shapes.get(case.list) if isinstance(case.list, str) else case.list
+        self.subject = SUBJECTS[case.subject] if isinstance(case.subject, str) else case.subject
+        self.rows = case.rows()
+        self.dtype, state_dtype = DTYPES[case.dtypes]
+        self.state_dtype = state_dtype if state_dtype != self.dtype else None
+        self.device, self.tell = device, tell
+        self.reasons: dict[str, str] = {}
+        self.states = self.subject.states()
+        size = self.dtype.itemsize
+        self.plain = step_bytes(size, size, self.states * [state_dtype.itemsize])
+
+    def width(self, *methods: Method) -> int:
+        """Bytes that a step of one of these moves for each parameter, the most."""
+        return self.plain + max((method.extras.width(self.dtype) for method in methods), default=0)
+
+    def build(self) -> dict[str, tuple[list[Tensor], Built]]:
+        """Each method that can be had, on its own copy of the list."""
+        built: dict[str, tuple[list[Tensor], Built]] = {}
+        source: list[Tensor] | None = None
+        for index, (name, method) in enumerate(self.rows.items()):
+            self.tell(f"building {method.title}", index / len(self.rows))
+            params = shapes.build(self.spec, self.device, self.dtype, source)
+            try:
+                built[name] = (params, method.make(self.spec, params, self._subject_of(method)))
+            except NotAvailableError as error:
+                self.reasons[name] = str(error)
+            except Exception as error:  # of another library: it costs that method only
+                self.reasons[name] = sentence(error)
+            else:
+                source = params
+        return built
+
+    def _subject_of(self, method: Method) -> Subject:
+        if self.state_dtype is None:
+            return self.subject
+        if not method.own:
+            raise NotAvailableError("takes no state of another type than the parameter's")
+        return replace(self.subject, own={**self.subject.own, "state_dtype": self.state_dtype})
+
+    def judge(self, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, gate.Verdict]:
+        """Hold all against the reference; what does not pass is taken out of `built`."""
+        gated = {name: _entry(self.rows[name], params, b) for name, (params, b) in built.items()}
+        self.tell("three steps of each, held against float64", 0)
+        every = max(1, self.spec.params // SAMPLE)
+        verdicts = gate.check(self.spec, gated, self.subject, every) if built else {}
+        for name, verdict in verdicts.items():
+            if not verdict.passed:
+                self.reasons[name] = verdict.reason or (
+                    f"wrong result: {verdict.of_bound:.3g} times the bound away from float64"
+                )
+                del built[name]
+        for name in [name for name in built if self.rows[name].extras.any]:
+            if fault := self._fault(self.rows[name], built[name][1]):
+                self.reasons[name] = fault
+                del built[name]
+        return verdicts
+
+    def _fault(self, method: Method, built: Built) -> str | None:
+        """Judges what the gate cannot see, and gives the method its noise back."""
+        if built.set_noise and method.extras.noise is not None:
+            built.set_noise(method.extras.noise)
+        subject = self.subject
+        if method.like is not None or not spare.shows_gradient(subject):
+            method, subject = (
+                replace(method, make=method.like or method.make),
+                replace(ADAMW, own=subject.own),
+            )
+        try:
+            return spare.fault(method, subject, self.device, self.dtype)
+        except Exception as error:  # as in the gate
+            return sentence(error)
+
+
+def run(
+    case: Case, device: torch.device, effort: Effort, tell: Tell = lambda what, share: None
+) -> dict[str, Any]:
+    """Measure a case. A method that cannot run, or fails the gate, gets a reason and no numbers.
+
+    `tell` is told what is being done. What was measured when the user interrupts it (Ctrl-C) while methods
+    are timed is returned, "incomplete" in it.
+    """
+    work = Prepared(case, device, tell)
+    gpu = machine.on_gpu(device)
+    width = work.width(*work.rows.values())
+    flush = gpu and work.spec.params * width < 400e6
+    built = work.build()
+    verdicts = work.judge(built)
+    methods = _refreshed(work.spec, built)
+    # What has extras moves more than the stream beside it would.
+    streams = case.dtypes == "fp32" and work.spec.params >= 2**20 and not case.extras
+    references = tuple(name for name, method in work.rows.items() if method.reference)
+    plan = clocks.TimingPlan(flush, 2 + work.states if streams else None, ANCHORS, references)
+    timed = clocks.measure(work.spec, methods, device, effort, plan, tell) if methods else clocks.Timed()
+    rows, reasons = timed.rows, work.reasons | timed.reasons
+    for name, verdict in verdicts.items():
+        if name in rows:
+            rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
+            rows[name]["bytes_per_param"] = work.width(work.rows[name])
+            rows[name]["first_steps_s"] = verdict.seconds
+    del built, methods
+    _let_go(gpu)
+    return {
+        "list": work.spec.name,
+        "tensors": work.spec.tensors,
+        "params": work.spec.params,
+        "dtypes": case.dtypes,
+        "subject": case.subject_title,
+        "hyper": dict(work.subject.options),
+        "extras": case.extras,
+        "base": next((name for name in case.bases if name in rows), None),
+        "bytes_per_param": width,
+        "flush": "write" if flush else "none",
+        "clock": "device" if gpu else "wall",
+        "methods": [
+            empty_row(work.rows.get(name, name)) | rows.get(name, {}) | {"reason": reasons.get(name)}
+            for name in (*work.rows, *(name for name in rows if name not in work.rows))
+        ],
+        **({"incomplete": True} if timed.interrupted else {}),
+    }
+
+
+def _let_go(gpu: bool) -> None:
+    """Of the memory of a case."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+
+
+def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
+    """A method for the gate: without its noise, and clipped by the norm that it has."""
+    if built.set_noise:
+        built.set_noise(0.0)
+    extras = replace(method.extras, noise=None)
+    torch_norm = built.spoils and extras.clip is not None
+    return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages, method.narrow)
+
+
+@torch.no_grad()
+def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, Built]:
+    """The methods; those that change their gradients are given them anew from a pool."""
+    spoiling = [params for params, b in built.values() if b.spoils]
+    if spoiling:
+        shapes.load_gradients(spec, spoiling, 0)
+    pool = [param.grad.clone() for param in spoiling[0] if param.grad is not None] if spoiling else []
+
+    def refresh(params: list[Tensor]) -> None:
+        for param, value in zip(params, pool, strict=True):
+            assert param.grad is not None
+            param.grad.copy_(value)
+
+    return {
+        name: replace(b, fresh=partial(refresh, params)) if b.spoils else b
+        for name, (params, b) in built.items()
+    }
+
+
+def empty_row(method: str | Method) -> dict[str, Any]:
+    """A method's row before anything is known: every number is None, never 0."""
+    numbers = ("device_ms_median", "device_ms_p10", "device_ms_p90", "wall_ms", "host_us")
+    counts = ("launches", "peak_extra_bytes", "pct_stream", "max_err_vs_fp64", "kept", "dropped")
+    known = METHODS.get(method) if isinstance(method, str) else method
+    return {
+        "name": known.name if known else method,
+        "title": known.title if known else "memory stream",
+        "options": known.options if known else {"gc": False},
+        **dict.fromkeys((*numbers, *counts)),
+        "ratio_to": {},
+        "wall_ratio_to": {},
+        "note": "",
+        "reason": None,
+    }

@@ -1,0 +1,230 @@
+"""From the words of a command line to cases: rules with options, features, parameter lists, methods."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..models import architectures, shapes
+from ..models.shapes import ParamList
+from .baselines import METHODS, RIVALS, SUBJECTS, composed, own_extras
+from .case import ANCHORS, DTYPES, Case
+from .method import EXTRAS, NONE, Extras, Method, Subject, reference_options
+
+AGAINST = {  # what a user calls the methods that ours is compared with
+    "fused": "torch_fused",
+    "foreach": "torch_foreach",
+    "for-loop": "torch_forloop",
+    "compile": "torch_compiled",
+    **{name: name for name in RIVALS},
+}
+MODELS = {
+    "gpt2": "gpt2-124m",
+    "llama3-8b-layer": "llama3-8b-layer-x1",
+    "small1000": "small-1000",
+}
+# Options of ours that are features here, for the others have them composed; what they are set to by `--with`.
+DEFAULTS = {
+    "max_grad_norm": EXTRAS["clip"].clip,
+    "noise": EXTRAS["noise"].noise,
+    "centralize": True,
+    "ema_decay": EXTRAS["ema"].ema,
+}
+FEATURES = {"clip": "max_grad_norm", "noise": "noise", "centralize": "centralize", "ema": "ema_decay"}
+WORDS = {"clip": "clip", "noise": "noise", "centralize": "GC", "ema": "EMA"}
+_DECAY = {"lr": 1e-3, "weight_decay": 1e-2}
+
+
+class Features(NamedTuple):
+    """What a step does around its rule."""
+
+    extras: Extras = NONE
+    gc: bool = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """By name, in the order of the step."""
+        kept = {"clip": self.extras.clip, "noise": self.extras.noise, "centralize": self.gc or None}
+        return {name: value for name, value in {**kept, "ema": self.extras.ema}.items() if value is not None}
+
+    @property
+    def key(self) -> str:
+        """As `clip+centralize`, with the value where it is not the usual."""
+        return "+".join(
+            name if value == DEFAULTS[FEATURES[name]] else f"{name}={value:g}"
+            for name, value in self.values.items()
+        )
+
+    def title(self, gc: str) -> str:
+        return ", ".join(gc if name == "centralize" else WORDS[name] for name in self.values)
+
+
+def options_from(words: Iterable[str]) -> dict[str, Any]:
+    """`lr=1e-3 betas=0.9,0.95 backend=eager` as values: Python's literals, or else text.
+
+    Raises:
+        ValueError: a word is no such pair.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name.isidentifier() and equals and text):
+            raise ValueError(f"--set {word}: expected name=value, for example --set lr=1e-3 momentum=0.9")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError) as error:
+            if not text.isidentifier():
+                raise ValueError(f"--set {word}: {text!r} is no value of Python; {error}") from error
+            found[name] = text
+    return found
+
+
+def features_from(names: Iterable[str], options: dict[str, Any]) -> Features:
+    """The features that are named, or set as options, which are taken out of `options`.
+
+    Raises:
+        ValueError: there is none of that name, or its value is not one.
+    """
+    given = {}
+    for name in names:
+        if name not in FEATURES:
+            raise ValueError(f"--with {name}: there are {', '.join(FEATURES)}, and several as clip,ema")
+        given[FEATURES[name]] = DEFAULTS[FEATURES[name]]
+    given |= {name: options.pop(name) for name in DEFAULTS if name in options}
+    if not isinstance(given.get("centralize", False), bool):
+        raise ValueError("--set centralize: only True and False are compared here")
+    for name, value in given.items():
+        number = isinstance(value, float | int) and value > 0 and (name != "ema_decay" or value < 1)
+        if name != "centralize" and value is not None and (isinstance(value, bool) or not number):
+            limits = "between 0 and 1" if name == "ema_decay" else "above 0"
+            what = " (the variance at the first step)" if name == "noise" else ""
+            raise ValueError(f"--set {name}={value}: expected a number {limits}{what}")
+    numbers = [given.get(name) for name in ("max_grad_norm", "noise", "ema_decay")]
+    return Features(Extras(*numbers), given.get("centralize") is True)
+
+
+def subjects_from(names: Sequence[str], options: dict[str, Any]) -> list[Subject]:
+    """The rules that are named; each is given those of the options that it has.
+
+    Raises:
+        ValueError: there is no such rule, none has an option, or a value is out of its range.
+    """
+    made = [_subject(name, options) for name in names]
+    known = {name for subject in made for name in (*subject.options, *subject.own)}
+    if unknown := [name for name in options if name not in known]:
+        classes = ", ".join(dict.fromkeys(subject.cls for subject in made))
+        raise ValueError(f"--set {unknown[0]}: no option of {classes}; docs/ has a page of each")
+    return made
+
+
+def _subject(name: str, options: dict[str, Any]) -> Subject:
+    import torch
+
+    import fusedcalib
+    from fusedcalib.registry import options_of
+
+    classes = fusedcalib.optimizers()
+    lower = {cls.lower(): cls for cls in classes}
+    named = {subject.lower(): subject for subject in SUBJECTS}
+    if name.lower() not in lower and name.lower() not in named:
+        more = ", ".join(repr(title) for title in SUBJECTS if title not in classes)
+        raise ValueError(f"--optimizer {name}: there are {', '.join(classes)}; with options {more}")
+    title = named.get(name.lower()) or lower[name.lower()]
+    start = SUBJECTS[title] if title in SUBJECTS else Subject(title, _DECAY)
+    of_rule = {k: v for k, v in options.items() if k in reference_options(start.cls)}
+    own = {k: v for k, v in options.items() if k in options_of(classes[start.cls]) and k not in of_rule}
+    said = ", ".join(f"{k}={v}" for k, v in (of_rule | own).items())
+    made = Subject(start.cls, start.options | of_rule, own, f"{title} {said}".strip())
+    try:
+        classes[made.cls]([torch.zeros(1, requires_grad=True)], **made.options, **own)
+    except Exception as error:
+        raise ValueError(f"--optimizer {name} with {said}: {error}") from error
+    return made
+
+
+def lists_from(models: Sequence[str], files: Sequence[Path], configs: Sequence[Path]) -> list[ParamList]:
+    """Parameter lists by name, from files of shapes, and from config.json of models.
+
+    Raises:
+        ValueError: there is none of that name, or a file is not as it should be.
+    """
+    made = [architectures.from_shapes(path) for path in files]
+    made += [architectures.from_config(path) for path in configs]
+    return [_list(name) for name in models] + [_of_model(model) for model in made]
+
+
+def _list(name: str) -> ParamList:
+    if name in architectures.LLAMAS:
+        return _of_model(architectures.get(name))
+    try:
+        return shapes.get(MODELS.get(name, name))
+    except KeyError:
+        known = ", ".join((*MODELS, *shapes.LISTS, "single-2^20", *architectures.LLAMAS))
+        raise ValueError(f"--model {name}: there are {known}; others: --shapes or --hf-config") from None
+
+
+def _of_model(model: architectures.Model) -> ParamList:
+    return ParamList(model.name, tuple(param.shape for param in model.params))
+
+
+def methods_for(features: Features, against: Sequence[str]) -> tuple[Method, ...]:
+    """Ours and the others. With features all have those; torch's fused step and ours are also without.
+
+    Raises:
+        ValueError: there is no method of that name.
+    """
+    if unknown := [name for name in against if name not in AGAINST]:
+        raise ValueError(f"--against {unknown[0]}: there are {', '.join(AGAINST)}")
+    others = [METHODS[AGAINST[name]] for name in against]
+    if not features.values:
+        return (METHODS["own_plain"], *others)
+    key, (extras, gc) = features.key, features
+    ours = METHODS["own_plain"]
+    own = Method(
+        f"own_{key}", f"{ours.title} with {features.title('GC')}", gc, own_extras(extras, gc), extras, True
+    )
+    around = [
+        replace(
+            method,
+            name=f"eager_{key}_{method.name}",
+            title=f"{features.title('eager GC')} + {method.title}",
+            gc=gc,
+            make=composed(extras, gc, method.make),
+            extras=extras,
+            like=composed(extras, gc),
+        )
+        for method in others
+    ]
+    return (METHODS["torch_fused"], ours, own, *around)
+
+
+def cases_from(
+    subjects: Sequence[Subject],
+    lists: Sequence[ParamList],
+    dtypes: Sequence[str],
+    features: Features,
+    against: Sequence[str],
+) -> list[Case]:
+    """Every rule on every list in every dtype."""
+    methods = methods_for(features, against)
+    key = features.key
+    with_all = (*(f"eager_{key}_{name}" for name in ANCHORS[:2]), f"own_{key}") if key else ()
+    bases = (*with_all, *ANCHORS)
+    return [
+        Case(spec, methods, dtype, subject, key, bases)
+        for spec in lists
+        for dtype in dtypes
+        for subject in subjects
+    ]
+
+
+def needed_bytes(case: Case) -> int:
+    """Memory that the methods of a case hold at one time: each has its own parameters, gradients, states."""
+    assert not isinstance(case.list, str)
+    assert not isinstance(case.subject, str)
+    param, state = (dtype.itemsize for dtype in DTYPES[case.dtypes])
+    width = 2 * param + case.subject.states() * state
+    return case.list.params * sum(width + 4 * (m.extras.ema is not None) for m in case.rows().values())

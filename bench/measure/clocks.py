@@ -1,0 +1,166 @@
+"""The numbers of methods that passed the gate: time on each clock, ratios, and what a step costs besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..env import machine
+from ..models.shapes import ParamList
+from . import probe
+from .baselines import Built
+from .ceilings import stream_of
+from .rivals import sentence
+from .timing import Rounds, Sampler, Spread, Step, device_sampler, interleave, repeats_for, wall_sampler
+
+Tell = Callable[[str, float], None]  # what is being done, and which share of it is over
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds at most, seconds at most for each kind of clock."""
+
+    rounds: int = 30
+    seconds: float = 8.0
+    warmup: int = 10  # steps on a GPU, whose clocks must rise; on a CPU the gate has warmed all
+
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """How the methods of a case are timed.
+
+    Attributes:
+        flush: whether caches are emptied before each step on a GPU.
+        reads: arrays of the memory stream beside them, if there is to be one.
+        anchors: on a CPU every sample stands beside one of these, the first that there is.
+        references: the ratios to these are written.
+    """
+
+    flush: bool
+    reads: int | None
+    anchors: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+@dataclass
+class Timed:
+    """Rows by method, why others have none, and whether the user ended it early."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def measure(
+    spec: ParamList,
+    methods: dict[str, Built],
+    device: torch.device,
+    effort: Effort,
+    plan: TimingPlan,
+    tell: Tell,
+) -> Timed:
+    """Time methods in turns. One that raises costs itself only.
+
+    Raises:
+        RuntimeError: the method that the others stand beside raised.
+    """
+    gpu = machine.on_gpu(device)
+    out = Timed()
+    steps = {name: _guarded(name, built.step, out.reasons) for name, built in methods.items()}
+    if plan.reads:
+        with suppress(ImportError):  # no ceiling then; `ceil.how` says why
+            steps[stream_name(plan.reads)] = stream_of(device, spec.params, plan.reads)
+    probes = _probes(steps, device, effort.warmup if gpu else 1, tell)
+    steps = {name: step for name, step in steps.items() if name not in out.reasons}
+    if not steps:
+        return out
+    fresh = {name: built.fresh for name, built in methods.items()}
+    first = next(iter(steps))
+    repeat = 1 if gpu else repeats_for(wall_sampler(steps[first], device, 3)())
+    anchor = None if gpu else next((name for name in plan.anchors if name in steps), first)
+    wall = interleave(
+        {
+            name: wall_sampler(step, device, repeat, name == anchor, fresh.get(name))
+            for name, step in steps.items()
+        },
+        rounds=effort.rounds,
+        seconds=effort.seconds,
+        anchor=anchor,
+        tell=lambda share: tell("wall time", share),
+    )
+    queued: dict[str, Sampler] = {}
+    for name, step in steps.items() if gpu and not wall.interrupted else ():
+        fit = probe.queue(probes[name], plan.flush)
+        if fit is not None:
+            queued[name] = device_sampler(step, device, flush=plan.flush, fresh=fresh.get(name), **fit)
+    on_device = interleave(
+        queued,
+        rounds=effort.rounds,
+        seconds=effort.seconds,
+        tell=lambda share: tell("device time", share),
+    )
+    if anchor in out.reasons:
+        raise RuntimeError(f"{anchor}, which the others are timed beside, broke: {out.reasons[anchor]}")
+    out.interrupted = wall.interrupted or on_device.interrupted
+    rounds = (wall.without(out.reasons), on_device.without(out.reasons))
+    for name in steps:
+        if name not in out.reasons:
+            out.rows[name] = _row(name, *rounds, probes[name], plan.references, gpu)
+    return out
+
+
+def _guarded(name: str, step: Step, reasons: dict[str, str]) -> Step:
+    """A step that raises does so once, and then nothing: its times are left out."""
+
+    def guarded() -> None:
+        if name not in reasons:
+            try:
+                step()
+            except Exception as error:  # another library's, of any kind
+                reasons[name] = sentence(error)
+
+    return guarded
+
+
+def _probes(steps: dict[str, Step], device: torch.device, warmup: int, tell: Tell) -> dict[str, probe.Probe]:
+    found = {}
+    for index, (name, step) in enumerate(steps.items()):
+        tell("memory and launches", index / len(steps))
+        for _ in range(warmup):
+            step()
+        found[name] = probe.measure(step, device)
+    return found
+
+
+def stream_name(reads: int) -> str:
+    """As `stream_4r3w`: arrays read and written."""
+    return f"stream_{reads}r{reads - 1}w"
+
+
+def _row(
+    name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe, references: tuple[str, ...], gpu: bool
+) -> dict[str, Any]:
+    main = on_device if gpu else wall
+    device_time, wall_time = on_device.time(name), wall.time(name)
+    streams = [other for other in main.samples if other.startswith("stream_")]
+    to_stream = main.ratio(streams[0], name) if streams else None
+    row: dict[str, Any] = {
+        "wall_ms": 1e3 * wall_time.median if wall_time else None,
+        "ratio_to": _ratios(main, name, (*references, *streams)),
+        "wall_ratio_to": _ratios(wall, name, (*references, *streams)),
+        "pct_stream": 100 * to_stream.median if to_stream else None,
+        "kept": main.kept(name),
+        "dropped": main.dropped(name),
+    }
+    for key in ("median", "p10", "p90"):
+        row[f"device_ms_{key}"] = 1e3 * getattr(device_time, key) if device_time else None
+    return row | asdict(probed)
+
+
+def _ratios(rounds: Rounds, name: str, others: tuple[str, ...]) -> dict[str, Any]:
+    spreads: dict[str, Spread | None] = {to: rounds.ratio(name, to) for to in others}
+    return {to: asdict(spread) for to, spread in spreads.items() if spread and to != name}

@@ -1,0 +1,212 @@
+"""Host time of a step: what Python and the launches cost when the arithmetic costs next to nothing.
+
+On a GPU the step is queued behind a sleeping kernel, so that it returns without waiting. On a CPU
+the arithmetic cannot be left out, so the tensors have one element each; `work_us` is fusedcalib's step
+without its loops, which is all of its host work but the launches, beside torch's whole fused step.
+
+python3 bench/run.py host [--out FILE] [--each]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..env import machine
+from ..models import shapes
+from ..report import tables
+from . import timing
+from .baselines import METHODS
+from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wall_sampler
+
+TENSORS = 1000
+COMPARED = ("torch_fused", "own_plain", "own_gc")
+# Gradients at the same addresses; at others in each step, as zero_grad(set_to_none) makes them; at each step
+# of a set of parameters that has not been stepped before, as of experts, which is then laid out anew.
+VARIANTS = ("unchanged", "reallocated", "of a new set")
+
+
+def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> list[dict[str, Any]]:
+    """Host microseconds and ratios to torch fused for each variant."""
+    shape = (1024,) if machine.on_gpu(device) else (1,)
+    spec = shapes.ParamList(f"{TENSORS}x{shape[0]}", (shape,) * TENSORS)
+    out = []
+    for variant in VARIANTS:
+        samplers: dict[str, Sampler] = {}
+        for name in COMPARED:
+            params = shapes.build(spec, device)
+            shapes.load_gradients(spec, [params], 0)
+            built = METHODS[name].make(spec, params)
+            for _ in range(5):
+                built.step()
+            turn = others(params) if variant == VARIANTS[2] else turns(params, moving=variant == VARIANTS[1])
+            samplers[name] = _after(turn, built.step, device)
+            if name.startswith("own") and not machine.on_gpu(device):
+                samplers[f"{name} work"] = _without_loops(turn, built.step)
+        timed = interleave(samplers, rounds=rounds, seconds=seconds)
+        out.append(
+            {
+                "list": spec.name,
+                "variant": variant,
+                "methods": [
+                    {
+                        "name": name,
+                        "host_us": _microseconds(timed.time(name)),
+                        "ratio_to": _ratio(timed.ratio(name, COMPARED[0]), name),
+                        **_work(timed, f"{name} work"),
+                    }
+                    for name in COMPARED
+                ],
+            }
+        )
+    return out
+
+
+def turns(params: list[Tensor], moving: bool) -> Step:
+    """What happens before each step: nothing, or all gradients change their addresses."""
+    sets: list[list[Tensor | None]] = [[param.grad for param in params]]
+    sets.append([torch.ones_like(param) for param in params])
+
+    def swap() -> None:
+        sets.reverse()
+        for param, grad in zip(params, sets[0], strict=True):
+            param.grad = grad
+
+    return swap if moving else lambda: None
+
+
+def others(params: list[Tensor]) -> Step:
+    """What happens before each step: another parameter than before has no gradient."""
+    grads, missing = [param.grad for param in params], itertools.cycle(range(len(params)))
+
+    def leave_out() -> None:
+        left_out = next(missing)
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            param.grad = None if i == left_out else grad
+
+    return leave_out
+
+
+def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
+    """Time `step` alone, after an untimed `turn`."""
+
+    def sample() -> float:
+        turn()
+        if machine.on_gpu(device):
+            return host_seconds(device, step, repeats=1)
+        return wall_sampler(step, device)()
+
+    return sample
+
+
+def _microseconds(spread: Spread | None) -> float | None:
+    return 1e6 * spread.median if spread else None
+
+
+def _without_loops(turn: Step, step: Step) -> Sampler:
+    """Time `step` after an untimed `turn`, less what its compiled loops take."""
+
+    def sample() -> float:
+        import fusedcalib.executors.numba.run
+
+        cpu: Any = fusedcalib.executors.numba.run
+        turn()
+        on_threads, spent = cpu.on_threads, 0.0
+
+        def timed(*args: Any) -> None:
+            nonlocal spent
+            start = time.perf_counter()
+            on_threads(*args)
+            spent += time.perf_counter() - start
+
+        cpu.on_threads = timed
+        try:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start - spent
+        finally:
+            cpu.on_threads = on_threads
+
+    return sample
+
+
+def _work(timed: Rounds, name: str) -> dict[str, Any]:
+    """Microseconds of host work, and its ratios to torch's whole step."""
+    ratio = timed.ratio(name, COMPARED[0])
+    return {"work_us": _microseconds(timed.time(name)), "work_to": vars(ratio)} if ratio else {}
+
+
+def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
+    return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}
+
+
+def each_tensor(rounds: int = 40, backend: str = "auto") -> dict[str, float]:
+    """Median seconds of the host for each tensor, of one element, gradients new at each step; in turns.
+
+    own: our step up to its launches. torch: its fused AdamW with its kernel taken out.
+    """
+    import fusedcalib
+
+    spec = shapes.ParamList(f"{TENSORS}x1", ((1,),) * TENSORS)
+    device = torch.device("cpu")
+    own, theirs = (shapes.build(spec, device) for _ in range(2))
+    shapes.load_gradients(spec, [own, theirs], 0)
+    ours, torchs = fusedcalib.AdamW(own, backend=backend), torch.optim.AdamW(theirs, fused=True)
+    steps: dict[str, tuple[list[torch.Tensor], Step]] = {
+        "own": (own, torch.no_grad()(lambda: ours._engine.prepare(ours.param_groups, ours.state))),
+        "torch": (theirs, torchs.step),
+    }
+    samplers: dict[str, Sampler] = {}
+    for name, (params, step) in steps.items():
+        samplers[name] = wall_sampler(step, device, fresh=turns(params, moving=True))
+    taken: dict[str, list[float]] = {name: [] for name in samplers}
+    for optimizer in (ours, torchs):
+        optimizer.step()
+    with mock.patch.object(torch, "_fused_adamw_"), timing.one_thread():
+        for _ in range(rounds):
+            for name, sample in samplers.items():
+                taken[name].append(sample() / TENSORS)
+    return {name: median(times) for name, times in taken.items()}
+
+
+def kept(slug: str) -> dict[str, Any] | None:
+    """What was measured on such a device and kept, if it was."""
+    path = machine.RESULTS / "host" / f"{slug}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.exists() else None
+    return found
+
+
+def lines(measured: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each variant: the whole step, and what of it is neither loop nor launch."""
+    found = []
+    for case in measured:
+        for row in case["methods"]:
+            ratio, work = row["ratio_to"].get(COMPARED[0]), row.get("work_to")
+            if row["name"] == "own_plain" and ratio:
+                of_which = f", without its loops {tables.spread_text(work)}" if work else ""
+                share = f"{tables.spread_text(ratio)} of torch's fused step{of_which}"
+                found.append(f"gradients {case['variant']}: {share}")
+    return found
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.each:
+        for name, seconds in each_tensor().items():
+            print(f"{name}: {1e6 * seconds:.2f} us for each tensor")
+        return 0
+    device = machine.pick_device("auto")
+    with timing.one_thread():
+        results = {**machine.describe(device), "host": measure(device, rounds=100, seconds=60)}
+    print("\n".join([tables.measured_on(results), *lines(results["host"])]))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0

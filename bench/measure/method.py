@@ -1,0 +1,172 @@
+"""What is compared, and what a method of the comparison is; the methods themselves stand in baselines.py."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.shapes import ParamList
+from .timing import Step
+
+HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: an optimizer class by name, and its options.
+
+    Attributes:
+        options: of the rule, which every method takes that can be compared.
+        own: more options, of our class alone, which the result does not depend on but by rounding.
+        title: what tables call it.
+    """
+
+    cls: str
+    options: dict[str, Any]
+    own: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+
+    def states(self) -> int:
+        """State tensors of a parameter, which make the bytes that a step must move."""
+        import fusedcalib
+
+        optimizer = getattr(fusedcalib, self.cls)([torch.zeros(1)], **self.options)
+        return len(optimizer.rule.states[optimizer.rule.variant(optimizer.param_groups[0])])
+
+    def rule_options(self) -> dict[str, Any]:
+        """All options of the rule with their values: another library's defaults may be others."""
+        return reference_options(self.cls) | self.options
+
+    def coupled_decay(self) -> float:
+        """The weight decay that is added to the gradient."""
+        options = self.rule_options()
+        return float(options["weight_decay"]) if options.get("decoupled_weight_decay") is False else 0.0
+
+
+def reference_options(cls: str) -> dict[str, Any]:
+    """What the reference of a class can be told of its rule, with the defaults of our class."""
+    from fusedcalib.options import EXTRAS
+    from fusedcalib.reference import ORACLES
+    from fusedcalib.registry import optimizers, options_of
+
+    aside = {*EXTRAS, "backend", "foreach", "fused", "capturable", "differentiable"} - {"l1", "max_row_norm"}
+    known = inspect.signature(ORACLES[cls]).parameters.values()
+    around = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    found = around | options_of(optimizers()[cls])
+    return {name: default for name, default in found.items() if name not in aside}
+
+
+_DECAY = {"lr": 1e-3, "weight_decay": 1e-2}
+SUBJECTS: dict[str, Subject] = {
+    "AdamW": Subject("AdamW", HYPER),
+    "AdamW amsgrad": Subject("AdamW", {**HYPER, "amsgrad": True}),
+    "Adam": Subject("Adam", HYPER),
+    "NAdam": Subject("NAdam", HYPER),
+    "RAdam": Subject("RAdam", HYPER),
+    "Adamax": Subject("Adamax", HYPER),
+    "Adan": Subject("Adan", _DECAY),
+    "ADOPT": Subject("ADOPT", _DECAY),
+    "Adagrad": Subject("Adagrad", {**_DECAY, "initial_accumulator_value": 0.1}),
+    "Adadelta": Subject("Adadelta", {**_DECAY, "lr": 1.0}),
+    "RMSprop": Subject("RMSprop", _DECAY),
+    "RMSprop centered momentum": Subject("RMSprop", {**_DECAY, "centered": True, "momentum": 0.9}),
+    "SGD": Subject("SGD", _DECAY),
+    "SGD momentum": Subject("SGD", {**_DECAY, "momentum": 0.9}),
+    "SGDW momentum": Subject("SGDW", {**_DECAY, "momentum": 0.9}),
+    "Lion": Subject("Lion", _DECAY),
+    "Signum": Subject("Signum", _DECAY),
+}
+ADAMW = SUBJECTS["AdamW"]
+
+
+class NotAvailableError(Exception):
+    """The method cannot run here; the message says why, for the results."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a step does around its rule, besides centring."""
+
+    clip: float | None = None  # largest norm of all gradients
+    noise: float | None = None  # variance of the gradient's noise at the first step
+    ema: float | None = None  # decay of the average of the parameter
+
+    @property
+    def any(self) -> bool:
+        return self != NONE
+
+    def width(self, dtype: torch.dtype) -> int:
+        """Bytes that a parameter moves for them: the gradient once more, an fp32 average both ways."""
+        return dtype.itemsize * (self.clip is not None) + 8 * (self.ema is not None)
+
+
+def step_bytes(param: int, grad: int, states: Iterable[int]) -> int:
+    """Bytes that a step must move for one parameter, from the bytes of each value.
+
+    Parameter and states are read and written, the gradient is read.
+    """
+    return 2 * param + grad + 2 * sum(states)
+
+
+NONE = Extras()
+EXTRAS = {
+    "noise": Extras(noise=0.01),
+    "clip": Extras(clip=1.0),
+    "ema": Extras(ema=0.999),
+    "chain": Extras(1.0, 0.01, 0.999),
+}
+GAMMA = 0.55  # how fast the noise falls
+
+
+@dataclass(frozen=True)
+class Built:
+    """A method at work on its own copy of a list."""
+
+    step: Step
+    optimizer: torch.optim.Optimizer | None = None  # None for a plain function
+    note: str = ""
+    averages: Callable[[], list[Tensor]] | None = None  # of the parameters, where the method keeps them
+    set_noise: Callable[[float], None] | None = None  # sets the variance, where there is noise
+    spoils: bool = False  # whether a step changes gradients, so that the next must be given new ones
+    fresh: Step | None = None  # gives them
+
+
+Maker = Callable[..., Built]  # of a list, its parameters and what is compared (AdamW)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to take a step; `gc` when it centralizes the gradient.
+
+    Attributes:
+        extras: what it does besides.
+        reference: whether the times of others are written as ratios to this one's.
+        like: makes the same extras around torch's step, where they are judged in its place.
+        narrow: whether it makes the numbers of a step, as bias corrections, in fp32.
+    """
+
+    name: str
+    title: str
+    gc: bool
+    make: Maker
+    extras: Extras = NONE
+    reference: bool = False
+    like: Maker | None = None
+    narrow: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"gc": self.gc, **asdict(self.extras)}
+
+    @property
+    def own(self) -> bool:
+        return self.name.startswith("own")
+
+
+def groups_of(spec: ParamList, params: list[Tensor]) -> list[Any]:
+    return [{"params": [param]} for param in params] if spec.group_each else list(params)

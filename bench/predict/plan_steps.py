@@ -1,0 +1,291 @@
+"""What a step launches, moves and sends on the GPU that has most to do.
+
+Ours is laid out by the engine itself, on parameters without memory: its launches are counted, not modelled.
+What users compose around torch.optim is counted by the arrays that each operation reads and writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+
+import fusedcalib
+from fusedcalib.engine.state import make_state, states_of
+from fusedcalib.executors.triton import run as gpu
+from fusedcalib.kernels import launch
+from fusedcalib.layout.buckets import Slot
+from fusedcalib.layout.recipe import merged, needs_of, recipe_of
+from fusedcalib.layout.scalars import Scalars
+from fusedcalib.layout.shards import Place
+from fusedcalib.layout.split_rows import RowTotals
+from fusedcalib.layout.tables import build_buckets
+
+from ..measure.baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of
+from ..measure.case import DTYPES
+from ..models.shardings import Mesh, Shard, Sharding
+from ..models.traffic import traffic
+
+ROWS = (
+    *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
+    *("eager_clip", "own_clip", "eager_chain", "own_chain"),
+)
+KINDS: dict[str, dict[str, Any]] = {  # of shardings.kind_of, as fusedcalib.param_groups has them
+    "weight": {},
+    "embedding": {"centralize": False},
+    "vector": {"weight_decay": 0.0, "centralize": False},
+}
+SQUARES = 8  # bytes of the sum of all squares, in fp64
+
+
+class Collective(NamedTuple):
+    """One all-reduce: the dimension of the mesh that it goes over, and its bytes."""
+
+    over: str
+    bytes: int
+
+
+class Step(NamedTuple):
+    """A step on one GPU; `moved` are bytes that its memory reads and writes, `kept` those that stay there."""
+
+    name: str
+    title: str
+    moved: int
+    kept: int
+    launches: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def own(self) -> bool:
+        return self.name.startswith("own")
+
+
+def step_of(name: str, subject: Subject, dtypes: str, found: Counter[Shard], sharding: Sharding) -> Step:
+    """The step of one of baselines.METHODS, for what shardings.shards has found.
+
+    Raises:
+        NotAvailableError: torch.optim has no such step.
+    """
+    count = own if name.startswith("own") else composed
+    return count(METHODS[name], subject, dtypes, found, sharding)
+
+
+# -- ours
+
+
+class Part(NamedTuple):
+    """A slot, and how many there are of its like."""
+
+    slot: Slot
+    alike: int
+
+    @property
+    def size(self) -> int:
+        """Elements of all of them."""
+        return self.alike * self.slot.tensors()[0].numel()
+
+
+def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sharding: Sharding) -> Step:
+    """Our step, as the engine lays it out."""
+    options = {**subject.options, **options_of(method.extras, method.gc)}
+    laid = parts_of(subject.cls, options, DTYPES[dtypes], found, sharding)
+    parts, slots = laid.parts, [part.slot for part in laid.parts]
+    totals = RowTotals(slots)
+    buckets = build_buckets(slots, Scalars(), totals=totals.parts)
+    moved = launches = 0
+    for bucket in buckets:
+        flags = bucket.key.recipe.flags
+        kernels = launch.parts_of(cast(launch.Tile, bucket.key.row_class), flags)
+        launches += len(kernels)
+        sizes = [dtype.itemsize for dtype in bucket.key.dtypes]
+        width = sum(traffic(part, flags, sizes).memory for part in (*kernels, *["norm"] * laid.measures))
+        moved += sum(width * parts[i].size for i in bucket.indices)
+    mesh = sharding.mesh or Mesh(())
+    collectives: list[Collective] = []
+    if laid.measures:  # a launch for each list of tiles; over ranks one more, which decides
+        launches += len(buckets) + bool(mesh.ndim)
+        collectives += [Collective(over, SQUARES) for over, _ in mesh.dims]
+    of_rows = [
+        (part.alike, rows) for i, part in enumerate(parts) if (rows := totals.parts.get(i)) is not None
+    ]
+    if of_rows:
+        collectives.append(
+            Collective("tp", sum(alike * t.numel() * t.element_size() for alike, t in of_rows))
+        )
+    kept = sum(part.alike * t.numel() * t.element_size() for part in parts for t in part.slot.tensors())
+    return Step(method.name, method.title, moved, kept, launches, tuple(collectives))
+
+
+class Laid(NamedTuple):
+    """The slots of our optimizer, on parameters without memory.
+
+    Attributes:
+        groups: its param groups.
+        measures: whether a step needs the norm of all gradients.
+        decides: whether the GPU decides it.
+    """
+
+    parts: list[Part]
+    groups: list[dict[str, Any]]
+    measures: bool
+    decides: bool = False
+
+
+def parts_of(
+    cls: str,
+    options: dict[str, Any],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    found: Counter[Shard],
+    sharding: Sharding,
+) -> Laid:
+    """Lays out an optimizer of that name; `dtypes` are those of parameters and of states."""
+    dtype, state_dtype = dtypes
+    if state_dtype != dtype:
+        options = {**options, "state_dtype": state_dtype}
+    shards = {kind: [shard for shard in found if shard.kind == kind] for kind in KINDS}
+    params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in KINDS}
+    groups: list[dict[str, Any]] = [
+        {"params": params[kind], **own} for kind, own in KINDS.items() if params[kind]
+    ]
+    optimizer = getattr(fusedcalib, cls)(groups, **options)
+    needs = needs_of(optimizer.param_groups, None, None)
+    asked = merged([recipe_of(optimizer.rule, group, needs) for group in optimizer.param_groups])
+    recipes = [replace(r, flags=r.flags._replace(skips=needs.tentative)) for r in asked]
+    parts = []
+    for index, kind in enumerate(kind for kind in KINDS if params[kind]):
+        group, recipe = optimizer.param_groups[index], recipes[index]
+        for shard, param in zip(shards[kind], params[kind], strict=True):
+            make_state(optimizer.state, optimizer._engine.versions, param, recipe, group)
+            states = states_of(optimizer.state, param, recipe)
+            place = _place(shard, sharding.mesh)
+            slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)
+            parts.append(Part(slot, found[shard]))
+    decides = needs.remote or needs.measure or needs.scaled or needs.tentative
+    return Laid(parts, optimizer.param_groups, needs.measure, decides)
+
+
+def _tensor(shard: Shard, dtype: torch.dtype) -> torch.nn.Parameter:
+    """A parameter of that shape without memory, its gradient as far from 16 bytes as FSDP2 would have it."""
+    param = torch.nn.Parameter(torch.empty(shard.shape, dtype=dtype, device="meta"))
+    first = shard.offset % (16 // dtype.itemsize)
+    flat = torch.empty(first + shard.elements, dtype=dtype, device="meta")
+    param.grad = flat[first:].view(shard.shape)
+    return param
+
+
+def _place(shard: Shard, mesh: Mesh | None) -> Place | None:
+    """The place of the first part, as fusedcalib.layout.shards finds it for a DTensor."""
+    if mesh is None:
+        return None
+    across = [i for i, (name, _) in enumerate(mesh.dims) if shard.columns_cut and name == "tp"]
+    return Place(0, math.prod(shard.whole[1:]), True, mesh, shard.copies, tuple(across))
+
+
+# -- what else there is
+
+
+class Pass(NamedTuple):
+    """One operation over all tensors: arrays read and written of each kind.
+
+    Attributes:
+        lists: how many lists a foreach launch takes; 0: a launch for each tensor.
+        weights: whether it is of weights alone.
+    """
+
+    params: int = 0
+    grads: int = 0
+    states: int = 0
+    averages: int = 0
+    lists: int = 0
+    weights: bool = False
+
+
+CHUNK, BLOCKS = 65_536, 320  # elements of a block, and blocks of a launch of torch's multi-tensor kernels
+TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # and tensors, by the number of lists
+CLIP = (Pass(grads=1, lists=1), Pass(grads=2, lists=1))  # the norms; mul_
+NOISE = (Pass(grads=1), Pass(grads=3))  # randn_like; add_
+GC = (Pass(grads=1, weights=True), Pass(grads=2, weights=True))  # mean; sub_
+EMA = (Pass(params=1, averages=2, lists=2),)  # lerp_
+FOREACH_ADAMW = (
+    Pass(params=2, lists=1),  # mul_ by what decay leaves
+    Pass(states=2, grads=1, lists=2),  # lerp_ of the first moment
+    *(Pass(states=2, lists=1), Pass(states=2, grads=2, lists=3)),  # mul_, addcmul_ of the second
+    *(Pass(states=2, lists=2), Pass(states=2, lists=1), Pass(states=2, lists=1)),  # sqrt, div_, add_
+    Pass(params=2, states=2, lists=3),  # addcdiv_
+)
+
+
+def composed(
+    method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sharding: Sharding
+) -> Step:
+    """A step of torch.optim, and what users put around it: see baselines.py."""
+    dtype, state_dtype = DTYPES[dtypes]
+    if dtype != state_dtype:
+        raise NotAvailableError("torch.optim makes states in the dtype of the parameter")
+    passes = [*around(method.extras, method.gc), *_steps(method.name, subject)]
+    shards = sorted(found.elements(), key=lambda shard: shard.offset)
+    moved = launches = 0
+    for p in passes:
+        own = [shard for shard in shards if shard.kind == "weight" or not p.weights]
+        width = (p.params + p.grads + p.states) * dtype.itemsize + p.averages * 4
+        moved += width * sum(shard.elements for shard in own)
+        counts = [shard.elements for shard in own]
+        launches += multi_tensor_launches(counts, TENSORS[p.lists]) if p.lists else len(counts)
+    kept_width = (2 + subject.states()) * dtype.itemsize + (4 if method.extras.ema is not None else 0)
+    kept = kept_width * sum(shard.elements for shard in shards)
+    sent = tuple(_sent(method, shards, sharding, dtype))
+    return Step(method.name, method.title, moved, kept, launches, sent)
+
+
+def around(extras: Extras, gc: bool) -> Iterator[Pass]:
+    """What is done besides the rule."""
+    yield from CLIP if extras.clip is not None else ()
+    yield from NOISE if extras.noise is not None else ()
+    yield from GC if gc else ()
+    yield from EMA if extras.ema is not None else ()
+
+
+def _steps(name: str, subject: Subject) -> tuple[Pass, ...]:
+    """The step of torch.optim itself."""
+    cls = getattr(torch.optim, subject.cls, None)
+    if cls is None:
+        raise NotAvailableError(f"torch.optim has no {subject.cls}")
+    states = subject.states()
+    if name == "torch_foreach":
+        if (subject.cls, states) != ("AdamW", 2):
+            raise NotAvailableError("counted for AdamW alone")
+        return FOREACH_ADAMW
+    if "fused" not in inspect.signature(cls).parameters:
+        raise NotAvailableError(f"torch.optim.{subject.cls} has no fused form")
+    counting = (Pass(lists=1),) if states else ()
+    return (*counting, Pass(params=2, grads=1, states=2 * states, lists=2 + states))
+
+
+def _sent(
+    method: Method, shards: Iterable[Shard], sharding: Sharding, dtype: torch.dtype
+) -> Iterator[Collective]:
+    """The norm over each dimension that cuts parameters; the means of each tensor whose rows are cut."""
+    if method.extras.clip is not None:
+        cutting = (over for over, _ in (sharding.mesh or Mesh(())).dims if over != "replicate")
+        yield from (Collective(over, dtype.itemsize) for over in cutting)
+    if method.gc:
+        cut = (shard for shard in shards if shard.columns_cut and shard.kind == "weight")
+        yield from (Collective("tp", dtype.itemsize * shard.shape[0]) for shard in cut)
+
+
+def multi_tensor_launches(counts: Iterable[int], most: int) -> int:
+    """Launches of a multi-tensor kernel over tensors of so many elements, `most` at a time."""
+    launches = tensors = blocks = 0
+    for count in counts:
+        left, tensors = -(-count // CHUNK), tensors + 1
+        while left:
+            taken = min(left, BLOCKS - blocks)
+            left, blocks = left - taken, blocks + taken
+            if blocks == BLOCKS or (tensors == most and not left):
+                launches, blocks, tensors = launches + 1, 0, int(left > 0)
+    return launches + bool(blocks)

@@ -1,0 +1,172 @@
+"""What the kernels of a step take of a GPU: compiled for one that need not be there, or measured on one.
+
+python -m fusedcalib profile --arch sm_90 --model llama3-8b --options centralize,max_grad_norm
+python3 bench/run.py profile --arch sm_90 --optimizer all --everything --json profile.json --plot profile.png
+
+docs/profile.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..measure.baselines import SUBJECTS
+from ..models import architectures
+from ..report import tables
+from . import profile_gpu, profile_steps
+from .gpus import GPUS
+from .profile_steps import ProfileCase, everything
+
+Results = dict[str, Any]
+DEFAULT = "sm_90"
+NOTE = (
+    "On paper: registers, accesses and instructions are those of the compiled code, bytes what the step must "
+    "move, times the published bandwidth and issue rate of bench/predict/gpus.py; no GPU was measured."
+)
+
+
+def kernels_table(found: Results) -> tables.Table:
+    """Each kernel of a step."""
+    header = ["kernel", "tile", "tensors", "elements", "registers", "spilled B", "warps", "KB in flight"]
+    header += ["access B", "bytes", "instr.", "memory ms", "issue ms", "bound by"]
+    rows = []
+    for kernel in found["kernels"]:
+        widths = sorted({kernel["narrowest"], kernel["widest"]} - {None}, reverse=True)
+        room, seconds = kernel["occupancy"], kernel["seconds"]
+        rows.append(
+            [
+                kernel["kernel"],
+                kernel["tile"],
+                str(kernel["tensors"]),
+                f"{kernel['elements'] / 1e6:,.3g}M",
+                str(kernel["registers"]),
+                str(kernel["spilled"]),
+                f"{room['warps']}/{room['most']}",
+                f"{kernel['in_flight'] / 1024:.0f}",
+                " to ".join(map(str, widths)) or "-",
+                str(kernel["bytes"]),
+                f"{kernel['instructions']:.1f}",
+                *(tables.milliseconds(seconds[part]) for part in ("memory", "issue")),
+                kernel["bound"] if kernel["elements"] else "-",
+            ]
+        )
+    return header, rows
+
+
+def totals_table(results: Results) -> tables.Table:
+    """Each step."""
+    header = ["step", "launches", "bytes a parameter", "GB moved", "most registers", "spilled B"]
+    header += ["memory ms", "issue ms", "at least ms"]
+    rows = []
+    for found in results["cases"]:
+        kernels, seconds = found["kernels"], found["seconds"]
+        rows.append(
+            [
+                profile_steps.case_title(found),
+                str(found["launches"]),
+                f"{found['moved_per_param']:.1f}",
+                f"{found['moved'] / 1e9:.3g}",
+                str(max(kernel["registers"] for kernel in kernels)),
+                str(sum(kernel["spilled"] for kernel in kernels)),
+                *(tables.milliseconds(seconds[part]) for part in ("memory", "issue", "bound")),
+            ]
+        )
+    return header, rows
+
+
+def show(results: Results) -> None:
+    """Prints the tables."""
+    print(profile_steps.title(results))
+    for found in results["cases"]:
+        print(f"\n{profile_steps.case_title(found)}:")
+        tables.show(kernels_table(found), width=170)
+    print("\nEach step:")
+    tables.show(totals_table(results))
+    print(NOTE)
+
+
+# -- the command
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.accept or options.check:
+        from . import profile_kept
+
+        return profile_kept.main(options.accept)
+    model = architectures.chosen(options)
+    target = _target(options)
+    device = None if target else profile_gpu.here()
+    if device is not None:
+        results = profile_gpu.profile(_cases(options), model, device, _teller(options.json))
+    else:
+        if target is None:
+            target = DEFAULT
+            print(f"No GPU is here to measure on: this is the static profile, compiled for {target}.")
+        results = profile_steps.profile(_cases(options), model, _gpu(options, target))
+        show(results)
+    _write(results, options.json)
+    if failed := [f"{one['case']}: {one['error']}" for one in results.get("failures", ())]:
+        raise ValueError("; ".join(failed))
+    if options.plot:
+        from . import profile_plot
+
+        (profile_plot.draw if device is None else profile_plot.draw_measured)(results, options.plot)
+    return 0
+
+
+def _teller(path: Path | None) -> Callable[[Results], None]:
+    """Shows and writes each case of a GPU when it is measured: what ends it early costs the rest only."""
+    shown = 0
+
+    def told(results: Results) -> None:
+        nonlocal shown
+        if not shown and results["cases"]:
+            print(profile_gpu.title(results))
+        for found in results["cases"][shown:]:
+            profile_gpu.show(found)
+        sys.stdout.flush()
+        shown = len(results["cases"])
+        _write(results, path)
+
+    return told
+
+
+def _write(results: Results, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _target(options: argparse.Namespace) -> str | None:
+    """What is compiled for, where that is named; else a GPU is measured, if one is here."""
+    target: str | None = options.arch or (options.gpu and GPUS[options.gpu].target)
+    return target
+
+
+def _gpu(options: argparse.Namespace, target: str) -> str:
+    """The GPU whose bandwidth is taken: the one that is named, or the first of the architecture."""
+    if options.gpu is None:
+        return next(name for name, gpu in GPUS.items() if gpu.target == target)
+    if GPUS[options.gpu].target != target:
+        of_target = ", ".join(name for name, gpu in GPUS.items() if gpu.target == target)
+        raise ValueError(f"--gpu {options.gpu} is no {target}; of that are {of_target}")
+    name: str = options.gpu
+    return name
+
+
+def _cases(options: argparse.Namespace) -> list[ProfileCase]:
+    names = list(SUBJECTS) if options.optimizer == ["all"] else options.optimizer
+    unknown = [name for name in names if name not in SUBJECTS]
+    if unknown:
+        raise ValueError(f"--optimizer {unknown[0]!r} is not known; there are all, {', '.join(SUBJECTS)}")
+    cases = []
+    for dtypes in options.dtypes:
+        for name in names:
+            cases.append(ProfileCase(name, options.options, dtypes))
+            if options.everything:
+                cases.append(ProfileCase(name, everything(dtypes), dtypes))
+    return cases

@@ -1,0 +1,1 @@
+"""Results as data, as tables of text and as figures."""
