@@ -23,7 +23,7 @@ STATE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
     **{str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES},
 }
 CENTRALIZE = (False, True, "gradient", "update")
-BACKENDS = ("auto", "triton", "numba", "eager")  # executors/ has the last three, here by preference
+BACKENDS = ("auto", "triton", "numba", "eager")  # the last three are of executors/, the preferred one first
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fusedcalib.bench.models.traffic import traffic as moved_by
 from fusedcalib.bench.predict import compiled as on_paper
 from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, sass, spilled, spilled_in_loops
 from fusedcalib.executors.triton import run as gpu
+from fusedcalib.executors.triton.executor import EXECUTOR
 from fusedcalib.kernels import launch
 from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import needs_of, recipe_of
@@ -50,7 +51,7 @@ def spec_of(config: Config) -> launch.Spec:
     scalars.set([scalars_of(recipe, group, 1.0)])
     place = Place(0, 8 * p.shape[-1], mesh="eight", across=(0,)) if config.slicing == "ranks" else None
     factors = torch.ones(p.shape[0]) if config.slicing == "factors" else None
-    slot = Slot(param, states, 0, recipe, gpu.EXECUTOR, place=place, factors=factors)
+    slot = Slot(param, states, 0, recipe, EXECUTOR, place=place, factors=factors)
     (bucket,) = build_buckets([slot], scalars, totals=RowTotals([slot]).parts)
     return gpu.spec_of(bucket)
 

@@ -1,4 +1,4 @@
-"""The Triton executor: keeps the tables on the device and calls the launches of `kernels/launch.py`."""
+"""The launches of buckets, and what of them lies on the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from torch import Tensor
 from ...kernels import launch
 from ...kernels.step import step_kernel
 from ...kernels.table import GEOMETRY
-from ...layout.buckets import Bucket, TileShape
-from ...layout.geometry import Geometry
-from ...layout.inputs import PlanInputs
-from ...layout.scalars import Scalars
-from ..eager import squares
+from ...layout.buckets import Bucket
 from .resident import DeviceArray, Streams, capturing, sent
 
 
@@ -29,60 +25,6 @@ def interpreted() -> bool:
 def backend() -> str:
     """What Triton compiles for: "cuda", "hip" or "interpreter"."""
     return "interpreter" if interpreted() else "hip" if torch.version.hip else "cuda"
-
-
-class TritonExecutor:
-    """Runs a bucket in one launch, with one more for each sum over rows that no tile can hold."""
-
-    name = "triton"
-    launches = True
-
-    @property
-    def branches(self) -> Any:
-        """Steps branch weights."""
-        from . import branches
-
-        return branches
-
-    @staticmethod
-    def decider(work: PlanInputs, scalars: Scalars, buckets: Sequence[Bucket]) -> Any:
-        """Decides steps on the device."""
-        from .decide import DeviceDecider
-
-        return DeviceDecider(work, scalars, buckets)
-
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
-        """The tile of the slot's row class."""
-        tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors, split)
-        # A looping program walks its whole row: one tile a row in the list.
-        columns = layout.columns if tile.reduction in launch.LOOPS else tile.columns
-        return TileShape(tile.rows, columns, tile)
-
-    def prepare(self, buckets: list[Bucket]) -> None:
-        """Sends what has changed, on the current streams of the devices, and compiles what is not yet."""
-        devices: dict[torch.device, list[Bucket]] = {}
-        for bucket in buckets:
-            devices.setdefault(bucket.key.device, []).append(bucket)
-        for device, members in devices.items():
-            cache = members[0].cache
-            if "together" not in cache:
-                cache["together"] = Together(members)
-            with guarded(device):
-                cache["together"].prepare()
-
-    def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
-        """Steps every slot of the bucket on the current stream of its device."""
-        launches = resident_of(bucket).launches
-        wanted = [part] if bucket.key.split else list(launches)
-        with guarded(bucket.key.device):
-            for name in wanted:
-                if name in launches:
-                    launches[name]()
-        return sum(name in launches for name in wanted)
-
-    def squares(self, bucket: Bucket) -> float:
-        """Only asked where a step is decided on the host, which waits for it."""
-        return squares(bucket)
 
 
 def guarded(device: torch.device) -> AbstractContextManager[Any]:
@@ -249,6 +191,3 @@ def fields_of(tensors: int, inner: int) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-EXECUTOR = TritonExecutor()
