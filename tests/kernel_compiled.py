@@ -59,26 +59,26 @@ def spec_of(config: Config) -> launch.Spec:
 def traffic(config: Config) -> tuple[int, int]:
     """Bytes for each element that the step kernel has to read and to write, also those of a second walk."""
     spec = spec_of(config)
-    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.dtypes]
-    return moved_by("step", spec.flags, sizes, spec.built.reduction == "loop").accessed
+    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.DTYPES]
+    return moved_by("step", spec.FLAGS, sizes, spec.REDUCTION == "loop").accessed
 
 
 def compiled(config: Config, target: str = "sm_90", kernel: str = "step") -> Compiled:
     return compiled_for(spec_of(config), target, kernel)
 
 
-def decision_of(rule: str, check: bool = True) -> launch.Decision:
+def decider_of(rule: str, check: bool = True) -> launch.DeciderSpec:
     """What is compiled of a rule's scalars."""
     optimizer = getattr(fusedcalib, rule)([torch.nn.Parameter(torch.zeros(1))])
     tape = tape_of(optimizer.rule, shape_of(optimizer.param_groups[0]))
-    return launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
+    return launch.DeciderSpec(tape.code, tape.outputs, len(tape.leaves), check)
 
 
 def compiled_control(rule: str, target: str = "sm_90", config: Config | None = None) -> Compiled:
     """norm_kernel for a parameter, control_kernel where there is none; with the scalars of a rule."""
     if config is None:
-        return on_paper.compiled_control(decision_of(rule), target)
-    return on_paper.compiled_norm(spec_of(config), decision_of(rule), target)
+        return on_paper.compiled_control(decider_of(rule), target)
+    return on_paper.compiled_norm(spec_of(config), decider_of(rule), target)
 
 
 __all__ = [
@@ -88,7 +88,7 @@ __all__ = [
     "compiled",
     "compiled_control",
     "compiled_for",
-    "decision_of",
+    "decider_of",
     "sass",
     "spec_of",
     "spilled",

@@ -53,8 +53,8 @@ def kernel_for(
     each tile: the squares of its gradients, where there is no recipe.
     """
     memory = Memory(dtypes, compute, count, inner)
-    factor_of, gradient = gradients(memory, factored)
-    on_row = row_loop(recipe, memory, gradient, part) if recipe else row_squares(memory, gradient)
+    factor_of, scaled = gradients(memory, factored)
+    on_row = row_loop(recipe, memory, scaled, part) if recipe else row_squares(memory, scaled)
     keeps = part in ("sums", "partial")  # what a row comes to, in its place
     shift, spread = memory.shift, memory.spread
     integers, scalars_at = memory.integers, memory.scalars_at

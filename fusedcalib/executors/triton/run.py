@@ -125,7 +125,7 @@ class Resident:
         self.spec = spec_of(bucket)
         self.tiles = sent(device, bucket.tiles)
         self._table = DeviceArray(device, bucket.table)
-        pieces = len(bucket.tiles) if self.spec.tile.reduction == "pieces" else 0
+        pieces = len(bucket.tiles) if self.spec.REDUCTION == "pieces" else 0
         self.sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
         self.launches: dict[str, launch.Launch] = {}
         self._version = bucket.table_version
@@ -143,14 +143,14 @@ class Resident:
             self._version = self.bucket.table_version
         gradients, before = self._read
         if type(scalars) is not type(before):
-            spec = self.spec._replace(scalars=0) if isinstance(scalars, tuple) else self.spec
+            spec = self.spec._replace(COUNT=0) if isinstance(scalars, tuple) else self.spec
             self.launches = launch.step_launches(
                 self.table, self.gradients, self.tiles, scalars, self.sums, spec
             )
         elif gradients is not self.gradients or scalars is not before:
             for each in self.launches.values():
-                each.set(1, self.gradients)
-                each.set(3, scalars)
+                each.set(launch.GRADS, self.gradients)
+                each.set(launch.SCALARS, scalars)
         self._read = self.gradients, scalars
         for each in self.launches.values():
             each.prepare()
@@ -170,19 +170,18 @@ def spec_of(bucket: Bucket) -> launch.Spec:
     """What is compiled for a bucket."""
     key = bucket.key
     vector = 16 // min(dtype.itemsize for dtype in key.dtypes)
-    return launch.Spec(
-        rule=key.recipe.rule.update,
-        flags=key.recipe.flags,
-        dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
-        compute=launch.dtype_of(_name(bucket.compute)),
-        fields=fields_of(len(key.dtypes), key.inner),
-        scalars=bucket.shared.count,
-        inner=key.inner,
-        quads=key.quads,
-        vector=vector if key.aligned else 1,
-        tile=cast(launch.Tile, key.row_class),
-        factored=key.factored,
+    spec = launch.Spec(
+        DTYPES=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
+        COMPUTE=launch.dtype_of(_name(bucket.compute)),
+        FIELDS=fields_of(len(key.dtypes), key.inner),
+        COUNT=bucket.shared.count,
+        D=key.inner,
+        QUADS=key.quads,
+        VECTOR=vector if key.aligned else 1,
+        FACTORED=key.factored,
     )
+    spec = spec.of_rule(key.recipe.rule.update, key.recipe.flags)
+    return spec.tiled(cast(launch.Tile, key.row_class))
 
 
 def fields_of(tensors: int, inner: int) -> int:
