@@ -71,7 +71,7 @@ def test_each_group_has_its_own_limit_of_the_common_norm(backend):
         {"params": [b], "max_grad_norm": 2.5},
         {"params": [c]},
     ]
-    opt = fusedcalib.SGD(groups, lr=1.0, backend=backend)
+    opt = fusedcalib.SGD(groups, lr=1.0, weight_decay=0.1, backend=backend)  # there is nothing to decay
     for p, g in ((a, 3.0), (b, 4.0), (c, 12.0)):
         p.grad = torch.full_like(p, g)
     opt.step()
