@@ -67,11 +67,6 @@ class Numbers(NamedTuple):
         """A row of the table by name."""
         return cls(*row[:SHARED], tuple(row[SHARED:]))
 
-    @property
-    def row(self) -> tuple[Any, ...]:
-        """A row of the table: the rule's own come behind those that every rule has."""
-        return (*self[:SHARED], *self.own)
-
 
 SHARED = len(Numbers._fields) - 1  # numbers that every rule has
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -26,6 +26,9 @@ from ..report import tables
 from . import timing
 from .baselines import METHODS
 from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wall_sampler
+
+if TYPE_CHECKING:
+    from fusedcalib.options import Backend
 
 TENSORS = 1000
 COMPARED = ("torch_fused", "own_plain", "own_gc")
@@ -148,7 +151,7 @@ def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
     return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}
 
 
-def each_tensor(rounds: int = 40, backend: Any = "auto") -> dict[str, float]:
+def each_tensor(rounds: int = 40, backend: Backend = "auto") -> dict[str, float]:
     """Median seconds of the host for each tensor, of one element, gradients new at each step; in turns.
 
     own: our step up to its launches. torch: its fused AdamW with its kernel taken out.

@@ -57,7 +57,7 @@ def row_of(rule: Rule, numbers: Group, now: StepFacts) -> tuple[tuple[Number, ..
     limit = numbers["max_grad_norm"]
     clip = limit / (now.norm + 1e-6)
     factor = where(limit > 0, where(clip > 1, 1.0, clip), 1.0) / now.scale
-    row = Numbers(
+    *shared, own = Numbers(
         decay=kept,
         step_size=step_size,
         l1=numbers["l1"],
@@ -67,9 +67,9 @@ def row_of(rule: Rule, numbers: Group, now: StepFacts) -> tuple[tuple[Number, ..
         factor=factor,
         share=1 - numbers["ema_decay"],
         skip=now.skip,
-        own=own,
+        own=tuple(own),
     )
-    return row.row, product
+    return (*shared, *own), product
 
 
 def entries_of(recipe: Recipe, group: Group) -> dict[str, Any]:
