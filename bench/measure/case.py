@@ -6,7 +6,6 @@ import gc
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
+from ..report.results import Measured, Row
 from . import clocks, gate, spare
 from .baselines import ADAMW, METHODS, SUBJECTS, Built, Method, NotAvailableError, Subject, step_bytes
 from .clocks import Effort, Tell
@@ -140,9 +140,7 @@ class Prepared:
             return sentence(error)
 
 
-def run(
-    case: Case, device: torch.device, effort: Effort, tell: Tell = lambda what, share: None
-) -> dict[str, Any]:
+def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda what, share: None) -> Measured:
     """Measure a case. A method that cannot run, or fails the gate, gets a reason and no numbers.
 
     `tell` is told what is being done. What was measured when the user interrupts it (Ctrl-C) while methods
@@ -160,32 +158,33 @@ def run(
     references = tuple(name for name, method in work.rows.items() if method.reference)
     plan = clocks.TimingPlan(flush, 2 + work.states if streams else None, ANCHORS, references)
     timed = clocks.measure(work.spec, methods, device, effort, plan, tell) if methods else clocks.Timed()
-    rows, reasons = timed.rows, work.reasons | timed.reasons
-    for name, verdict in verdicts.items():
-        if name in rows:
-            rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
-            rows[name]["bytes_per_param"] = work.width(work.rows[name])
-            rows[name]["first_steps_s"] = verdict.seconds
+    reasons = work.reasons | timed.reasons
+    names = [*work.rows, *(name for name in timed.rows if name not in work.rows)]
+    rows = {name: timed.rows.get(name) or empty_row(work.rows[name]) for name in names}
+    for name, row in rows.items():
+        row.reason = reasons.get(name)
+        if name in work.rows:
+            row.title, row.options = work.rows[name].title, work.rows[name].options
+        if name in timed.rows and name in verdicts:
+            row.max_err_vs_fp64, row.first_steps_s = verdicts[name].max_err, verdicts[name].seconds
+            row.note, row.bytes_per_param = methods[name].note, work.width(work.rows[name])
     del built, methods
     _let_go(gpu)
-    return {
-        "list": work.spec.name,
-        "tensors": work.spec.tensors,
-        "params": work.spec.params,
-        "dtypes": case.dtypes,
-        "subject": case.subject_title,
-        "hyper": dict(work.subject.options),
-        "extras": case.extras,
-        "base": next((name for name in case.bases if name in rows), None),
-        "bytes_per_param": width,
-        "flush": "write" if flush else "none",
-        "clock": "device" if gpu else "wall",
-        "methods": [
-            empty_row(work.rows.get(name, name)) | rows.get(name, {}) | {"reason": reasons.get(name)}
-            for name in (*work.rows, *(name for name in rows if name not in work.rows))
-        ],
-        **({"incomplete": True} if timed.interrupted else {}),
-    }
+    return Measured(
+        list=work.spec.name,
+        tensors=work.spec.tensors,
+        params=work.spec.params,
+        dtypes=case.dtypes,
+        subject=case.subject_title,
+        hyper=dict(work.subject.options),
+        extras=case.extras,
+        base=next((name for name in case.bases if name in timed.rows), None),
+        bytes_per_param=width,
+        flush="write" if flush else "none",
+        clock="device" if gpu else "wall",
+        methods=list(rows.values()),
+        incomplete=timed.interrupted,
+    )
 
 
 def _let_go(gpu: bool) -> None:
@@ -225,18 +224,7 @@ def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Buil
     }
 
 
-def empty_row(method: str | Method) -> dict[str, Any]:
-    """A method's row before anything is known: every number is None, never 0."""
-    numbers = ("device_ms_median", "device_ms_p10", "device_ms_p90", "wall_ms", "host_us")
-    counts = ("launches", "peak_extra_bytes", "pct_stream", "max_err_vs_fp64", "kept", "dropped")
+def empty_row(method: str | Method) -> Row:
+    """A method's row before anything is known."""
     known = METHODS.get(method) if isinstance(method, str) else method
-    return {
-        "name": known.name if known else method,
-        "title": known.title if known else "memory stream",
-        "options": known.options if known else {"gc": False},
-        **dict.fromkeys((*numbers, *counts)),
-        "ratio_to": {},
-        "wall_ratio_to": {},
-        "note": "",
-        "reason": None,
-    }
+    return Row(known.name, known.title, known.options) if known else Row(str(method), "memory stream", {})

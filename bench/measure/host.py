@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import time
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -23,9 +24,10 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..report import tables
+from ..report.results import Spread
 from . import timing
 from .baselines import METHODS
-from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wall_sampler
+from .timing import Rounds, Sampler, Step, host_seconds, interleave, wall_sampler
 
 TENSORS = 1000
 COMPARED = ("torch_fused", "own_plain", "own_gc")
@@ -191,8 +193,8 @@ def lines(measured: list[dict[str, Any]]) -> list[str]:
         for row in case["methods"]:
             ratio, work = row["ratio_to"].get(COMPARED[0]), row.get("work_to")
             if row["name"] == "own_plain" and ratio:
-                of_which = f", without its loops {tables.spread_text(work)}" if work else ""
-                share = f"{tables.spread_text(ratio)} of torch's fused step{of_which}"
+                of_which = f", without its loops {tables.spread_text(Spread(**work))}" if work else ""
+                share = f"{tables.spread_text(Spread(**ratio))} of torch's fused step{of_which}"
                 found.append(f"gradients {case['variant']}: {share}")
     return found
 
@@ -204,8 +206,9 @@ def main(options: argparse.Namespace) -> int:
         return 0
     device = machine.pick_device("auto")
     with timing.one_thread():
-        results = {**machine.describe(device), "host": measure(device, rounds=100, seconds=60)}
-    print("\n".join([tables.measured_on(results), *lines(results["host"])]))
+        head = machine.describe(device)
+        results = {**asdict(head), "host": measure(device, rounds=100, seconds=60)}
+    print("\n".join([head.measured_on, *lines(results["host"])]))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..env import machine
+from ..report.results import Spread
 from .load import Load
 
 Step = Callable[[], object]
@@ -29,25 +30,6 @@ OTHERS_TOLERANCE = 0.08
 ENOUGH = 5  # quiet samples, below which the disturbed ones must serve too
 FLUSH_BYTES = 256 * 2**20  # well over any GPU's L2 cache
 QUEUE_LIMIT = 900  # launches that fit behind a sleeping kernel; CUDA's queue holds about 1024
-
-
-@dataclass
-class Spread:
-    """A median with the 10th and 90th percentile of `n` values."""
-
-    median: float
-    p10: float
-    p90: float
-    n: int
-    disturbed: bool = False  # too few quiet samples, so that all were taken
-
-    @staticmethod
-    def of(values: list[float], disturbed: bool = False) -> Spread | None:
-        """None where nothing was measured: a missing number is never a zero."""
-        if not values:
-            return None
-        low, middle, high = np.percentile(values, [10, 50, 90])
-        return Spread(float(middle), float(low), float(high), len(values), disturbed)
 
 
 @dataclass(frozen=True)

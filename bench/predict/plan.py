@@ -196,7 +196,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        from . import plan_plot
+        from . import plots
 
-        plan_plot.draw(results, title(results), options.plot)
+        plots.plan(results, title(results), options.plot)
     return 0

@@ -113,9 +113,9 @@ def main(options: argparse.Namespace) -> int:
     if failed := [f"{one['case']}: {one['error']}" for one in results.get("failures", ())]:
         raise ValueError("; ".join(failed))
     if options.plot:
-        from . import profile_plot
+        from . import plots
 
-        (profile_plot.draw if device is None else profile_plot.draw_measured)(results, options.plot)
+        (plots.profile if device is None else plots.measured)(results, options.plot)
     return 0
 
 

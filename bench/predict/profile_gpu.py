@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def profile(
     """
     copy = ceilings.measure(device)["copy_gbs"]
     results: Results = {
-        **machine.describe(device),
+        **asdict(machine.describe(device)),
         "model": model.name,
         "params": model.count,
         "tensors": len(model.params),
@@ -200,7 +201,7 @@ def title(results: Results) -> str:
     versions = results["versions"]
     return (
         f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
-        f"{machine.short_name(results)}, torch {versions['torch']}, Triton {versions['triton']}; "
+        f"{machine.Head.of(results).short_name}, torch {versions['torch']}, Triton {versions['triton']}; "
         f"a copy moves {results['copy_gbs']:,.0f} GB/s"
     )
 

@@ -31,6 +31,7 @@ from ..measure.case import DTYPES, SAMPLE
 from ..models import shapes
 from ..models.architectures import Shape
 from ..models.shapes import ParamList
+from ..report.results import Spread
 
 Changes = Mapping[str, Mapping[str, Any]]  # of modules of the kernels: constants by name
 FOLDER = ROOT / "kernels"
@@ -187,7 +188,7 @@ def measured(
     }
 
 
-def better(ratio: timing.Spread) -> bool:
+def better(ratio: Spread) -> bool:
     """Whether a variant is faster by more than the spread of its ratios."""
     return 1 - ratio.median > ratio.p90 - ratio.p10
 

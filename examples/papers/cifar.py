@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"test error {found['test_error']:.2f} %, lr {found['lr']:g}, {found['seconds']:.0f} s",
             flush=True,
         )
-    results = {**machine.describe(device), "settings": training.settings, "history": training.history}
+    results = {**asdict(machine.describe(device)), "settings": training.settings, "history": training.history}
     results["test_error"] = training.history[-1]["test_error"]
     file = options.out / "cifar.json"
     file.write_text(json.dumps(results, indent=1) + "\n")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -275,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     start = time.monotonic()
-    head = machine.describe(torch.device("cpu"))
+    head = asdict(machine.describe(torch.device("cpu")))
     head["cpu"]["threads"] = 1  # of each training
     names = options.names or list(EXPERIMENTS)
     records = []
