@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
-from fusedcalib.bench.measure.baselines import step_bytes  # noqa: E402
 from fusedcalib.bench.models import architectures, shardings  # noqa: E402
+from fusedcalib.bench.models.traffic import step_bytes  # noqa: E402
 from fusedcalib.bench.predict import plan, profile_kept  # noqa: E402
 from fusedcalib.bench.report import tables  # noqa: E402
 from fusedcalib.bench.repository import readme  # noqa: E402

@@ -13,7 +13,7 @@ import torch
 from bench_subjects import CPU, LITTLE, quiet_machine
 
 from fusedcalib.bench.env import machine
-from fusedcalib.bench.measure import baselines, case, ceilings, clocks, host, rivals, timing
+from fusedcalib.bench.measure import baselines, case, ceilings, clocks, host, method, rivals, timing
 from fusedcalib.bench.models import shapes
 from fusedcalib.bench.report import results, tables
 from fusedcalib.bench.repository import digits, goals, suite
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 METHODS = ("torch_fused", "own_gc", "wrong", "absent")
-QUICK = case.Effort(rounds=2, seconds=60, warmup=1)
+QUICK = clocks.Effort(rounds=2, seconds=60, warmup=1)
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def measured(monkeypatch):
     """A case of the little list, one method of which is wrong and one missing."""
     quiet_machine(monkeypatch)
     monkeypatch.setitem(shapes.LISTS, "little", lambda: LITTLE)
-    wrong = baselines.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
-    absent = baselines.Method(
+    wrong = method.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
+    absent = method.Method(
         "absent", "absent", False, baselines.rival(rivals.Rival("absent", "no_such_module", {}))
     )
     monkeypatch.setitem(baselines.METHODS, "wrong", wrong)

@@ -12,7 +12,7 @@ import torch
 from bench_subjects import CPU, LITTLE, fake_library, quiet_machine
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench.measure import baselines, ceilings, choose, clocks, probe, rivals, timing
+from fusedcalib.bench.measure import baselines, ceilings, choose, clocks, method, probe, rivals, timing
 from fusedcalib.bench.report import tables
 from fusedcalib.bench.report.results import SPEEDS, load
 
@@ -92,7 +92,7 @@ def test_two_rules_are_two_cases_and_an_option_goes_to_those_that_have_it(bench)
 @pytest.mark.parametrize("name", ["Lion", "SGD momentum", "Adan", "RMSprop centered momentum"])
 def test_features_stand_around_any_rule(bench, name):
     """Of a rule that torch.optim has not, nothing is composed, and it is said."""
-    against = "for-loop" if hasattr(torch.optim, baselines.SUBJECTS[name].cls) else "fused"
+    against = "for-loop" if hasattr(torch.optim, method.SUBJECTS[name].cls) else "fused"
     code, results = bench(
         "--optimizer", name, "--with", "clip,noise,ema", "--set", "centralize=True", against=against
     )
@@ -101,7 +101,7 @@ def test_features_stand_around_any_rule(bench, name):
     assert row_of(results, f"own_{key}").reason is None
     assert row_of(results, f"own_{key}").wall_ms > 0
     composed = row_of(results, f"eager_{key}_{choose.AGAINST[against]}")
-    cls = baselines.SUBJECTS[name].cls
+    cls = method.SUBJECTS[name].cls
     if cls == "Lion":  # then all is compared with ours, of the same features
         assert results.cases[0].base == f"own_{key}"
     assert composed.reason == (None if against == "for-loop" else f"torch.optim has no {cls}")
@@ -179,7 +179,7 @@ def test_no_number_without_a_right_result(bench, fake):
 
 
 def test_our_own_wrong_result_is_a_failure(bench, monkeypatch, capsys):
-    wrong = baselines.Method("own_plain", "fusedcalib", True, baselines.METHODS["own_plain"].make)
+    wrong = method.Method("own_plain", "fusedcalib", True, baselines.METHODS["own_plain"].make)
     monkeypatch.setitem(baselines.METHODS, "own_plain", wrong)
     code, results = bench()
     assert code == 1

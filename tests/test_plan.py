@@ -11,8 +11,9 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from fusedcalib import __main__ as command
 from fusedcalib.bench import cli
 from fusedcalib.bench.measure import host
-from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS
+from fusedcalib.bench.measure.baselines import METHODS
 from fusedcalib.bench.measure.case import DTYPES
+from fusedcalib.bench.measure.method import SUBJECTS
 from fusedcalib.bench.models import architectures, shardings
 from fusedcalib.bench.models.architectures import Model, Param
 from fusedcalib.bench.models.shardings import Sharding

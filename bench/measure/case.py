@@ -13,13 +13,13 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
+from ..models.traffic import step_bytes
 from ..report.results import Measured, Row
 from . import clocks, gate, spare
-from .baselines import ADAMW, METHODS, SUBJECTS, Built, Method, NotAvailableError, Subject, step_bytes
+from .baselines import METHODS
 from .clocks import Effort, Tell
+from .method import ADAMW, SUBJECTS, Built, Method, NotAvailableError, Subject
 from .rivals import sentence
-
-__all__ = ["ANCHORS", "DTYPES", "Case", "Effort", "empty_row", "run"]
 
 # Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
 ANCHORS = ("torch_fused", "torch_foreach", "own_plain")

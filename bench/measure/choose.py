@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ..models import architectures, shapes
 from ..models.shapes import ParamList
-from .baselines import METHODS, RIVALS, SUBJECTS, composed, own_extras
+from .baselines import METHODS, RIVALS, composed, own
 from .case import ANCHORS, DTYPES, Case
-from .method import EXTRAS, NONE, Extras, Method, Subject, reference_options
+from .method import EXTRAS, NONE, SUBJECTS, Extras, Method, Subject, reference_options
 
 AGAINST = {  # what a user calls the methods that ours is compared with
     "fused": "torch_fused",
@@ -183,8 +183,8 @@ def methods_for(features: Features, against: Sequence[str]) -> tuple[Method, ...
         return (METHODS["own_plain"], *others)
     key, (extras, gc) = features.key, features
     ours = METHODS["own_plain"]
-    own = Method(
-        f"own_{key}", f"{ours.title} with {features.title('GC')}", gc, own_extras(extras, gc), extras, True
+    with_all = Method(
+        f"own_{key}", f"{ours.title} with {features.title('GC')}", gc, own(extras, gc), extras, True
     )
     around = [
         replace(
@@ -198,7 +198,7 @@ def methods_for(features: Features, against: Sequence[str]) -> tuple[Method, ...
         )
         for method in others
     ]
-    return (METHODS["torch_fused"], ours, own, *around)
+    return (METHODS["torch_fused"], ours, with_all, *around)
 
 
 def cases_from(

@@ -12,8 +12,8 @@ from ..env import machine
 from ..models.shapes import ParamList
 from ..report.results import Row, Spread
 from . import probe
-from .baselines import Built
 from .ceilings import stream_of
+from .method import Built
 from .rivals import sentence
 from .timing import Rounds, Sampler, Step, device_sampler, interleave, repeats_for, wall_sampler
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..models import shapes
 from ..models.shapes import ParamList
-from .baselines import NONE, Extras, Subject
+from .method import NONE, Extras, Subject
 from .rivals import sentence
 from .timing import one_thread
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,14 +103,6 @@ class Extras:
     def width(self, dtype: torch.dtype) -> int:
         """Bytes that a parameter moves for them: the gradient once more, an fp32 average both ways."""
         return dtype.itemsize * (self.clip is not None) + 8 * (self.ema is not None)
-
-
-def step_bytes(param: int, grad: int, states: Iterable[int]) -> int:
-    """Bytes that a step must move for one parameter, from the bytes of each value.
-
-    Parameter and states are read and written, the gradient is read.
-    """
-    return 2 * param + grad + 2 * sum(states)
 
 
 NONE = Extras()

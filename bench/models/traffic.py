@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ...kernels.stages import Flags
 
 FP32 = 4  # bytes; an average is always of them
+
+
+def step_bytes(param: int, grad: int, states: Iterable[int]) -> int:
+    """Bytes that a step must move for one parameter, from the bytes of each value.
+
+    Parameter and states are read and written, the gradient is read.
+    """
+    return 2 * param + grad + 2 * sum(states)
 
 
 class Traffic(NamedTuple):

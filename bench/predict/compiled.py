@@ -22,19 +22,8 @@ TARGETS = {
 }
 # What `decide` of kernels/control.py takes, with everything there can be.
 CONTROL = (
-    "*i32",
-    "*fp64",
-    "*i64",
-    "*i32",
-    "*i32",
-    "*i64",
-    "*fp32",
-    "*i64",
-    "*fp32",
-    "*fp32",
-    "*fp64",
-    "*fp32",
-    "*fp64",
+    *("*i32", "*fp64", "*i64", "*i32", "*i32", "*i64", "*fp32"),
+    *("*i64", "*fp32", "*fp32", "*fp64", "*fp32", "*fp64"),
 )
 # Bytes of an access, by the end of its name in amdgcn.
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}

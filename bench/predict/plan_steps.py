@@ -26,8 +26,9 @@ from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
 from fusedcalib.layout.tables import build_buckets
 
-from ..measure.baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of
+from ..measure.baselines import METHODS, options_of
 from ..measure.case import DTYPES
+from ..measure.method import Extras, Method, NotAvailableError, Subject
 from ..models.shardings import Mesh, Shard, Sharding
 from ..models.traffic import traffic
 

@@ -17,8 +17,8 @@ import fusedcalib
 
 from ..env import machine
 from ..measure import ceilings, timing
-from ..measure.baselines import SUBJECTS
 from ..measure.case import DTYPES
+from ..measure.method import SUBJECTS
 from ..models.architectures import Model
 from ..models.shardings import kind_of
 from ..report import tables
@@ -208,23 +208,14 @@ def title(results: Results) -> str:
 
 def table(found: Results) -> tables.Table:
     """Each kernel of a step."""
-    header = ["kernel", "tile", "tensors", "elements", "bytes", "us", "GB/s", "% of a copy"]
-    rows = [
-        [
-            *(
-                row["kernel"],
-                row["tile"],
-                str(row["tensors"]),
-                f"{row['elements'] / 1e6:,.3g}M",
-                str(row["bytes"]),
-            ),
-            f"{row['us']:.1f}",
-            tables.number(row["gbs"], ",.0f"),
-            tables.number(row["pct_copy"], ".0f"),
-        ]
-        for row in found["kernels"]
-    ]
-    return header, rows
+    columns: tables.Columns[Results] = {
+        **profile_steps.COLUMNS,
+        "bytes": lambda row: str(row["bytes"]),
+        "us": lambda row: f"{row['us']:.1f}",
+        "GB/s": lambda row: tables.number(row["gbs"], ",.0f"),
+        "% of a copy": lambda row: tables.number(row["pct_copy"], ".0f"),
+    }
+    return tables.table_of(found["kernels"], columns)
 
 
 def show(found: Results) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..env import machine
-from ..measure.baselines import SUBJECTS
+from ..measure.method import SUBJECTS
 from ..models import architectures
 from ..report import tables
 from . import profile_steps

@@ -22,11 +22,12 @@ from fusedcalib.layout.buckets import Bucket
 from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
 from fusedcalib.layout.tables import build_buckets
 
-from ..measure.baselines import SUBJECTS
 from ..measure.case import DTYPES
+from ..measure.method import SUBJECTS
 from ..models import shardings
 from ..models.architectures import Model
 from ..models.traffic import Traffic, traffic
+from ..report.tables import Columns
 from . import compiled, static_costs
 from .gpus import GPUS, Gpu
 from .plan_steps import parts_of
@@ -300,3 +301,12 @@ def title(results: Results) -> str:
 def case_title(found: Results) -> str:
     """Optimizer, storage and options of a case."""
     return ProfileCase(found["optimizer"], tuple(found["options"]), found["dtypes"]).title
+
+
+# What tables of kernels begin with.
+COLUMNS: Columns[Results] = {
+    "kernel": lambda kernel: kernel["kernel"],
+    "tile": lambda kernel: kernel["tile"],
+    "tensors": lambda kernel: str(kernel["tensors"]),
+    "elements": lambda kernel: f"{kernel['elements'] / 1e6:,.3g}M",
+}

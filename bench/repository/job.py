@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..env import machine
 from ..measure import baselines, case, ceilings, progress
-from ..measure.clocks import Tell
+from ..measure.clocks import Effort, Tell
 from ..report import plots, tables
 from ..report.results import Results, assemble, save
 from . import digits, report
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _measure(options: argparse.Namespace, head: machine.Head, device: torch.device, tell: Tell) -> Results:
     """All measurements; `tell` is told what is being done."""
     start = time.monotonic()
-    effort = case.Effort(rounds=4, seconds=2) if options.quick else case.Effort(20, 5)
+    effort = Effort(rounds=4, seconds=2) if options.quick else Effort(20, 5)
     seeds = options.seeds or (2 if options.quick else 8)
     left = itertools.count(1)
 

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from ..env import machine
-from ..measure.baselines import CORE, RIVALS, SUBJECTS
-from ..measure.case import Case, Effort
+from ..measure.baselines import CORE, RIVALS
+from ..measure.case import Case
+from ..measure.clocks import Effort
+from ..measure.method import SUBJECTS
 from ..measure.runner import Log, Run
 from ..measure.worker import Worker
 from ..report import tables

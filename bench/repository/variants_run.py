@@ -26,11 +26,12 @@ from fusedcalib.executors.triton import run as gpu
 from ..bootstrap import ROOT
 from ..env import machine
 from ..measure import gate, timing
-from ..measure.baselines import SUBJECTS, Extras, step_bytes
 from ..measure.case import DTYPES, SAMPLE
+from ..measure.method import SUBJECTS, Extras
 from ..models import shapes
 from ..models.architectures import Shape
 from ..models.shapes import ParamList
+from ..models.traffic import step_bytes
 from ..report.results import Spread
 
 Changes = Mapping[str, Mapping[str, Any]]  # of modules of the kernels: constants by name

@@ -23,7 +23,7 @@ from typing import Any
 
 import hilbert
 import torch
-from judge import Better, Comparison, Learns, Retrace, Same, Worse
+from judge import Comparison, Expected, Retrace, better, learns, same, worse
 from torch import Tensor, nn
 
 import fusedcalib
@@ -112,8 +112,8 @@ def centralization(seeds: int | None = None) -> Found:
         "Adagrad": {"lr": 0.02},
     }
     for norm, words, usual, expected in (
-        (False, "", 6, Better(1.0, 5 / 6)),
-        (True, ", batch norm", 12, Same()),
+        (False, "", 6, better(1.0, 5 / 6)),
+        (True, ", batch norm", 12, same()),
     ):
         for name, options in rules.items():
             plain, centred = (
@@ -141,7 +141,7 @@ def gradient_noise(seeds: int = 5) -> Found:
     setting = data, 60, constant, 1000  # 1920 steps
     without = errors_of(partial(zeros, None), seeds, *setting)
     noisy = errors_of(partial(zeros, fusedcalib.GradientNoise(0.01)), seeds, *setting)
-    yield Comparison("SGD from zeros, without and with noise", without, noisy, Learns())
+    yield Comparison("SGD from zeros, without and with noise", without, noisy, learns())
 
 
 def retraces() -> Found:
@@ -187,7 +187,7 @@ def csgd(seeds: int = 12) -> Found:
     one = errors_of(partial(calibrated, 1, "mixed"), seeds, data, 25)
     for mode in ("grouped", "mixed"):
         four = errors_of(partial(calibrated, 4, mode), seeds, data, 25)
-        yield Comparison(f"CSGD, one branch and four, {mode}", one, four, Better(0.2))
+        yield Comparison(f"CSGD, one branch and four, {mode}", one, four, better(0.2))
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -224,10 +224,10 @@ def svgd(seeds: int | None = None) -> Found:
     """
     data = digits.load(torch.device("cpu"))
     own = errors_of(partial(virtual, 0.03, 0.3), seeds or 20, data, 30, falling)
-    rivals: list[tuple[str, dict[str, Any], Better | Worse]] = [
-        ("SGD", {"lr": 0.1}, Better()),
-        ("SGD", {"lr": 0.3}, Better()),
-        ("RMSprop", {"lr": 0.003, "alpha": 0.9}, Worse()),
+    rivals: list[tuple[str, dict[str, Any], Expected]] = [
+        ("SGD", {"lr": 0.1}, better()),
+        ("SGD", {"lr": 0.3}, better()),
+        ("RMSprop", {"lr": 0.003, "alpha": 0.9}, worse()),
     ]
     for name, options, expected in rivals:
         base = errors_of(partial(virtual, None, name=name, **options), seeds or 20, data, 30, falling)
@@ -238,7 +238,7 @@ def svgd(seeds: int | None = None) -> Found:
         errors_of(partial(virtual, scale, 0.1, norm=True, l1=1e-4), seeds or 10, *setting)
         for scale in (None, 0.1)
     )
-    yield Comparison("SGD (lr 0.1) and SVGD (lr 0.1, s 0.1), batch norm", base, own, Same(0.5))
+    yield Comparison("SGD (lr 0.1) and SVGD (lr 0.1, s 0.1), batch norm", base, own, same(0.5))
 
 
 EXPERIMENTS: dict[str, Callable[..., Found]] = {
