@@ -1,4 +1,4 @@
-"""Writes the pages of the optimizers, the README's table of them, and tables of plans and profiles.
+"""Writes the pages and stubs of the optimizers, the README's table of them, tables of plans and profiles.
 
 python docs/build.py           writes them
 python docs/build.py --check   only says which are out of date
@@ -16,8 +16,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
 
+import stubs  # noqa: E402
 import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
@@ -27,7 +28,7 @@ from fusedcalib.bench.predict import plan, profile_kept  # noqa: E402
 from fusedcalib.bench.report import tables  # noqa: E402
 from fusedcalib.bench.repository import readme  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
-from fusedcalib.options import EXTRAS  # noqa: E402
+from fusedcalib.options import BACKEND, OURS  # noqa: E402
 
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
 PROFILE = ("<!-- profile:begin -->", "<!-- profile:end -->")
@@ -65,13 +66,26 @@ def _formula(match: re.Match[str]) -> str:
     return f"```math\n{body}\n```\n\n"
 
 
+def entries(text: str) -> list[tuple[str, str]]:
+    """(names, words) of the entries of an Args section."""
+    found = re.findall(r"^(?:    )?([\w, ]+): ((?:.*\n?)(?:        .*\n?|\s{8,}.*\n?)*)", text, re.MULTILINE)
+    return [(names.strip(), " ".join(words.split())) for names, words in found]
+
+
 def arguments(text: str) -> str:
     """The entries of an Args section as a list."""
-    entries = re.findall(
-        r"^(?:    )?([\w, ]+): ((?:.*\n?)(?:        .*\n?|\s{8,}.*\n?)*)", text, re.MULTILINE
-    )
-    lines = [f"- `{names.strip()}`: {markdown(' '.join(words.split()))}" for names, words in entries]
-    return "\n".join(lines)
+    return "\n".join(f"- `{names}`: {markdown(words)}" for names, words in entries(text))
+
+
+def said_of(cls: type) -> dict[str, str]:
+    """What the docstring of a class says of each argument, or that of a base to which it refers."""
+    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("fusedcalib.rules.")]
+    found = {name: words for base in reversed(bases) for name, words in said_of(base).items()}
+    for names, words in entries(parts(cls.__doc__ or "").get("Args", "")):
+        for name in names.split(", "):
+            if not words.startswith("as `") or name not in found:
+                found[name] = words
+    return found
 
 
 def bytes_moved(states: tuple[str, ...], size: int = FP32) -> int:
@@ -114,7 +128,7 @@ def page(name: str, cls: type[FusedOptimizer]) -> str:
 
 
 def _shared() -> str:
-    return ", ".join(f"`{name}`" for name in (*EXTRAS, "backend"))
+    return ", ".join(f"`{option.name}`" for option in (*OURS, BACKEND))
 
 
 def options_page() -> str:
@@ -173,7 +187,8 @@ def files() -> dict[Path, str]:
     }
     for path, (text, markers) in regions.items():
         pages[path] = readme.insert(path.read_text(), text, markers, path.name)
-    return {**pages, HERE / "options.md": options_page()}
+    made = stubs.files(fusedcalib.optimizers().values(), said_of)
+    return {**pages, **made, HERE / "options.md": options_page()}
 
 
 def main(given: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes, see __getattr__
     from . import nn as nn
     from . import reference as reference
     from .groups import param_groups as param_groups
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     from .registry import create as create
     from .registry import optimizers as optimizers
     from .registry import register_timm as register_timm
+    from .rules.adadelta import Adadelta as Adadelta
+    from .rules.adagrad import Adagrad as Adagrad
+    from .rules.adam import Adam as Adam
+    from .rules.adam import AdamW as AdamW
+    from .rules.adamax import Adamax as Adamax
+    from .rules.adan import Adan as Adan
+    from .rules.adopt import ADOPT as ADOPT
+    from .rules.lion import Lion as Lion
+    from .rules.nadam import NAdam as NAdam
+    from .rules.radam import RAdam as RAdam
+    from .rules.rmsprop import RMSprop as RMSprop
+    from .rules.sgd import SGD as SGD
+    from .rules.sgd import SGDW as SGDW
+    from .rules.signum import Signum as Signum
 
 _HOMES = {
     "FusedOptimizer": ".optimizer",
@@ -35,7 +49,7 @@ _HOMES = {
 _MODULES = ("nn", "reference")
 
 
-def __getattr__(name: str) -> Any:
+def _loaded(name: str) -> Any:
     """Loads what is asked for, optimizers from `rules`: importing the package costs next to nothing."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
@@ -48,8 +62,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+if not TYPE_CHECKING:  # or every name would be one, of any type
+    __getattr__ = _loaded
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted({*globals(), *_loaded("__all__")})
 
 
 def _found() -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -117,25 +118,47 @@ def as_dict(noise: Noise | Mapping[str, Any] | None) -> dict[str, Any]:
     return {"kind": noise.kind, **options}
 
 
-def stage_of(noise: Noise | Mapping[str, Any] | None) -> str:
-    """Where the noise acts: "none", "gradient" or "weights"."""
-    kind = as_dict(noise).get("kind", "none")
-    return "weights" if kind == "langevin" else kind
+class Parsed(NamedTuple):
+    """What a step has to know of a noise.
+
+    Attributes:
+        stage: where it acts: "none", "gradient" or "weights".
+        schedule: its standard deviation as scale * step^power * lr^power, and whether parameters that stay
+            have it too. Steps count from 1.
+    """
+
+    stage: str = "none"
+    schedule: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
-def schedule_of(noise: Noise | Mapping[str, Any] | None) -> tuple[float, float, float, float]:
-    """Its standard deviation as scale * step^power * lr^power, and whether parameters that stay have it too.
+NO_NOISE = Parsed()
 
-    Steps count from 1.
+
+def parsed(noise: Noise | Mapping[str, Any] | None) -> Parsed:
+    """What a step has to know of a noise; worked out once for each that param groups have.
+
+    Raises:
+        ValueError: as `as_dict`.
     """
     if not noise:
-        return 0.0, 0.0, 0.0, 0.0
+        return NO_NOISE
+    if type(noise) is dict and {float, int, str}.issuperset(map(type, noise.values())):
+        return _known(tuple(noise.items()))
+    return _parse(noise)  # an object, or numbers that may change where they lie
+
+
+def _parse(noise: Noise | Mapping[str, Any]) -> Parsed:
     options = as_dict(noise)
     if options["kind"] == "gradient":
-        return math.sqrt(options["eta"]), -options["gamma"] / 2, 0.0, 1.0
+        return Parsed("gradient", (math.sqrt(options["eta"]), -options["gamma"] / 2, 0.0, 1.0))
     if options["kind"] == "weights":
-        return options["std"], 0.0, 0.0, 0.0
-    return math.sqrt(2 * options["temperature"]), 0.0, 0.5, 0.0
+        return Parsed("weights", (options["std"], 0.0, 0.0, 0.0))
+    return Parsed("weights", (math.sqrt(2 * options["temperature"]), 0.0, 0.5, 0.0))
+
+
+@lru_cache
+def _known(items: tuple[tuple[str, Any], ...]) -> Parsed:
+    return _parse(dict(items))
 
 
 def words_of(seed: int, name: str | None, index: int) -> tuple[int, int, int]:

@@ -5,36 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
-from .engine.checks import check_group
 from .engine.engine import Engine, Scaling
 from .engine.state import state_dtype
-from .executors.choose import BACKENDS, choose
-from .options import Options, check_ranges, extras_of, plain, signature_of
+from .executors.choose import choose
+from .options import BACKEND, check_group, plain
 from .rule import Rule
-
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
-else:
-    ParamsT = Any
+from .signature import declare, documented, extras_of
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
 
-def check_options(cls: type[FusedOptimizer], group: dict[str, Any]) -> None:
-    """Raises where a param group of a class has an option out of range."""
-    check_group(group, cls.__name__)
-    if issubclass(cls, Options):  # torch.optim's own classes check what they are constructed with
-        check_ranges(group, cls)
-    cls.rule.check(group)
-
-
+@documented
 class FusedOptimizer(Optimizer):
     r"""What every optimizer here does: the direction of its `rule`, between stages, in one pass over memory.
 
@@ -52,43 +41,7 @@ class FusedOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or param groups, as torch.optim takes them.
-        maximize: ascend instead of descend: the gradient changes sign, penalties do not. Default False.
-        foreach: accepted for compatibility.
-        fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where a
-            gradient is not finite, without rewriting gradients or waiting for the device. Every step is one
-            fused pass. Default None.
-        capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured in
-            a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-            the GPU anew. Default False.
-        differentiable: must be False.
-        centralize: remove the mean of each row from the gradient (True or "gradient") or from the update
-            ("update"); tensors of one dimension and rows of one element stay as they are. Default False.
-        centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions
-            only. Default 2.
-        l1: L1 penalty :math:`\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in
-            units of the gradient; with `weight_decay` the elastic net. Default 0.
-        max_row_norm: largest Euclidean norm :math:`c` of a row after a step, in units of the parameter, for
-            tensors of two dimensions or more; longer rows are scaled down. Default None: no limit.
-        noise: `fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient
-            before centring or on the parameter after the step; as a dict in param groups. Default None.
-        seed: of noise and stochastic rounding, an int of 64 bits. They are the same whatever the device, the
-            order of the parameters or how they are grouped, and go on where a checkpoint left them. A
-            parameter's follow its name, where parameters are named, else its place among all. Default 0.
-        max_grad_norm: largest Euclidean norm of all gradients together, in units of the gradient: they are
-            scaled down to it as by `torch.nn.utils.clip_grad_norm_`, but in the step, without changing
-            `p.grad`. The norm is of all groups; a group may have a limit of its own. `grad_norm` is the
-            norm; `math.inf` only measures it. Default None: no limit.
-        skip_nonfinite: leave a step out whose gradients are not all finite: parameters, state and counters
-            stay; `skipped_steps` counts. For all groups if for one. Default False.
-        ema_decay: :math:`\beta` of an exponential moving average of the parameter,
-            :math:`\bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta`, in [0, 1), from the parameter
-            before the first step on; in fp32, as the state `ema`. `ema_weights()` swaps it in. Default
-            None: no average.
-        stochastic_rounding: round bf16 parameters to one of their two neighbours at random, such that the
-            mean is right, by `seed`; parameters of 32 and more bits are not affected. Default False.
-        state_dtype: of the states that are like the parameter: torch.float32, bfloat16, float16 or
-            float64; kept by load_state_dict. Default None: the parameter's, as torch.optim.
-        backend: "auto", "triton", "numba" or "eager"; for the whole optimizer.
+        **options: every option of fusedcalib/options.py, as docs/options.md lists them.
 
     All but `params`, `backend`, `fused` and `capturable` may differ between param groups and change between
     steps.
@@ -108,14 +61,11 @@ class FusedOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        extras = {**extras_of(cls, cls.rule.extras), "backend": "auto"}
-        cls.__signature__ = signature_of(cls, extras)  # type: ignore[attr-defined]
+        declare(cls, cls.rule.extras)
 
     def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
-        backend = options.pop("backend", "auto")
-        if backend not in BACKENDS:
-            raise ValueError(f"Invalid backend: {backend!r}, expected one of {', '.join(BACKENDS)}")
-        self._backend = backend
+        self._backend = options.pop("backend", BACKEND.default)
+        BACKEND.check(self._backend)
         own = extras_of(type(self), self.rule.extras)
         self._extras = plain({key: options.pop(key, default) for key, default in own.items()})
         self._forget()
@@ -125,7 +75,7 @@ class FusedOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drops all that is not groups and state."""
-        check = partial(check_options, type(self))
+        check = partial(check_group, type(self))
         self._engine = Engine(type(self).__name__, self.rule, self._backend, check, ref(self))
         self._swapped = False
 
@@ -144,7 +94,7 @@ class FusedOptimizer(Optimizer):
         for key, value in self._extras.items():
             self.defaults.setdefault(key, value)
         if isinstance(param_group, dict):
-            check_options(type(self), {**self.defaults, **param_group})
+            check_group(type(self), {**self.defaults, **param_group})
             param_group.update(plain(param_group))
         self._drop_plans()
         super().add_param_group(param_group)

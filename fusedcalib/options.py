@@ -1,53 +1,282 @@
-"""The arguments of an optimizer class: what torch.optim's class of its name takes, and what is ours."""
+"""Every option that all optimizers share: its default, what None means, its check, how groups keep it."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .hostmath import is_remote
-from .noise import as_dict
+from .noise import GradientNoise, LangevinNoise, WeightNoise, as_dict, parsed
 
-# Options of every param group that torch.optim does not know, with their defaults.
-EXTRAS: dict[str, Any] = {
-    "centralize": False,
-    "centralize_min_ndim": 2,
-    "l1": 0.0,
-    "max_row_norm": None,  # in param groups infinity, for checkpoints hold numbers only
-    "noise": None,  # in param groups a dict
-    "seed": 0,
-    "max_grad_norm": None,  # in param groups 0, as trainers have it
-    "skip_nonfinite": False,
-    "ema_decay": None,  # in param groups 0
-    "stochastic_rounding": False,
-    "state_dtype": None,  # in param groups "parameter" or the name of a dtype
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
+    None: None,
+    "parameter": None,
+    **{dtype: dtype for dtype in _DTYPES},
+    **{str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES},
 }
-# What None stands for in param groups, which may be saved: no limit, or off.
-NONE_IS = {
-    "max_row_norm": math.inf,
-    "clip_exponent": math.inf,
-    "max_grad_norm": 0.0,
-    "ema_decay": 0.0,
-    "state_dtype": "parameter",
+CENTRALIZE = (False, True, "gradient", "update")
+BACKENDS = ("auto", "triton", "numba", "eager")  # executors/ has the last three, here by preference
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument by keyword that every optimizer takes.
+
+    Attributes:
+        name: the keyword of constructors, and the key in param groups.
+        default: its value where nothing is said.
+        type: its annotation.
+        doc: what it does, for docstrings and documents, which state the default after it.
+        fits: whether a value is one that it may have.
+        expected: what it may have, as errors say it.
+        called: what errors call it, where that is not its name and "value".
+        none: what None stands for in param groups, which may be saved; None where None itself is kept.
+        means: what None stands for, in words.
+        stored: a value as param groups have it: a number, a string or a dict.
+    """
+
+    name: str
+    default: Any
+    type: Any
+    doc: str
+    fits: Callable[[Any], bool] = lambda value: True
+    expected: str = ""
+    called: str = ""
+    none: Any = None
+    means: str = ""
+    stored: Callable[[Any], Any] = lambda value: value
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError for a value that it cannot have."""
+        if value is self.default or (value is None and self.none is not None):
+            return
+        if not self.fits(value):
+            raise ValueError(
+                f"Invalid {self.called or f'{self.name} value'}: {value!r}, expected {self.expected}"
+            )
+
+    @property
+    def text(self) -> str:
+        """What documents say of it."""
+        value = f'"{self.default}"' if isinstance(self.default, str) else str(self.default).removesuffix(".0")
+        return f"{self.doc} Default {value}{self.means and ': ' + self.means}."
+
+
+def _number(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A check of a number, which nobody can look at where it lies on a device."""
+    return lambda value: is_remote(value) or fits(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _name_of(dtype: Any) -> Any:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+# Arguments of torch.optim's classes; `fused` and `capturable` are also taken where torch's class does not.
+FLAGS = (
+    Option("maximize", False, bool, "ascend, not descend: the gradient changes sign, penalties do not."),
+    Option("foreach", None, bool | None, "accepted for compatibility."),
+    Option(
+        "fused",
+        None,
+        bool | None,
+        "with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where a "
+        "gradient is not finite, without rewriting gradients or waiting for the device. Every step is one "
+        "fused pass.",
+    ),
+    Option(
+        "capturable",
+        False,
+        bool,
+        "count steps and compute the numbers of a step on the GPU, so that it can be captured in a CUDA "
+        "graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on the GPU "
+        "anew.",
+    ),
+    Option("differentiable", False, bool, "must be False."),
+)
+# What torch.optim does not know, in the order that signatures and param groups have.
+OURS = (
+    Option(
+        "centralize",
+        False,
+        bool | Literal["gradient", "update"],
+        'remove the mean of each row from the gradient (True or "gradient") or from the update '
+        '("update"); tensors of one dimension and rows of one element stay as they are.',
+        lambda value: value in CENTRALIZE,
+        f"one of {CENTRALIZE}",
+    ),
+    Option(
+        "centralize_min_ndim",
+        2,
+        int,
+        "centre tensors of at least this many dimensions; 4 means convolutions only.",
+        lambda value: type(value) is int and value >= 1,
+        "an int >= 1",
+    ),
+    Option(
+        "l1",
+        0.0,
+        float | Tensor,
+        r"L1 penalty :math:`\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in "
+        "units of the gradient; with `weight_decay` the elastic net.",
+        _number(lambda value: 0 <= value < math.inf),
+        "a finite number >= 0",
+    ),
+    Option(
+        "max_row_norm",
+        None,
+        float | Tensor | None,
+        "largest Euclidean norm :math:`c` of a row after a step, in units of the parameter, for tensors "
+        "of two dimensions or more; longer rows are scaled down.",
+        _number(lambda value: value > 0),
+        "a number > 0, or None for no limit",
+        none=math.inf,
+        means="no limit",
+    ),
+    Option(
+        "noise",
+        None,
+        GradientNoise | WeightNoise | LangevinNoise | dict[str, Any] | None,
+        "`fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient "
+        "before centring or on the parameter after the step; as a dict in param groups.",
+        lambda value: parsed(value) is not None,  # which says itself what is wrong
+        stored=as_dict,
+    ),
+    Option(
+        "seed",
+        0,
+        int,
+        "of noise and stochastic rounding, an int of 64 bits. They are the same whatever the device, the "
+        "order of the parameters or how they are grouped, and go on where a checkpoint left them. A "
+        "parameter's follow its name, where parameters are named, else its place among all.",
+        lambda value: type(value) is int and 0 <= value < 2**64,
+        "an int in [0, 2^64)",
+    ),
+    Option(
+        "max_grad_norm",
+        None,
+        float | Tensor | None,
+        "largest Euclidean norm of all gradients together, in units of the gradient: they are scaled down "
+        "to it as by `torch.nn.utils.clip_grad_norm_`, but in the step, without changing `p.grad`. The "
+        "norm is of all groups; a group may have a limit of its own. `grad_norm` is the norm; `math.inf` "
+        "only measures it.",
+        _number(lambda value: value >= 0),
+        "a number > 0, or None for no limit",
+        none=0.0,
+        means="no limit",
+    ),
+    Option(
+        "skip_nonfinite",
+        False,
+        bool,
+        "leave a step out whose gradients are not all finite: parameters, state and counters stay; "
+        "`skipped_steps` counts. For all groups if for one.",
+        _is_bool,
+        "True or False",
+    ),
+    Option(
+        "ema_decay",
+        None,
+        float | Tensor | None,
+        r":math:`\beta` of an exponential moving average of the parameter, :math:`\bar\theta \leftarrow "
+        r"\beta \bar\theta + (1 - \beta) \theta`, in [0, 1), from the parameter before the first step on; "
+        "in fp32, as the state `ema`. `ema_weights()` swaps it in.",
+        _number(lambda value: 0 <= value < 1),
+        "a number in (0, 1) or None",
+        none=0.0,
+        means="no average",
+    ),
+    Option(
+        "stochastic_rounding",
+        False,
+        bool,
+        "round bf16 parameters to one of their two neighbours at random, such that the mean is right, by "
+        "`seed`; parameters of 32 and more bits are not affected.",
+        _is_bool,
+        "True or False",
+    ),
+    Option(
+        "state_dtype",
+        None,
+        torch.dtype | str | None,
+        "of the states that are like the parameter: torch.float32, bfloat16, float16 or float64; kept by "
+        "load_state_dict.",
+        lambda value: value in STATE_DTYPES,
+        ", ".join(map(str, _DTYPES)) + " or None",
+        none="parameter",
+        means="the parameter's, as torch.optim",
+        stored=_name_of,
+    ),
+)
+BACKEND = Option(
+    "backend",
+    "auto",
+    Literal["auto", "triton", "numba", "eager"],
+    '"auto", "triton", "numba" or "eager"; for the whole optimizer.',
+    lambda value: value in BACKENDS,
+    f"one of {', '.join(BACKENDS)}",
+    called="backend",
+)
+SHARED = (*FLAGS, *OURS, BACKEND)
+EXTRAS: dict[str, Any] = {option.name: option.default for option in OURS}
+# What None stands for in param groups, also in an option that one rule has.
+NONE_IS = {option.name: option.none for option in OURS if option.none is not None} | {
+    "clip_exponent": math.inf
 }
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def extras_of(cls: type, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a class that the constructor it has does not take: `fused` and `capturable` are for all."""
-    bases = [base for base in cls.__mro__ if base is Options or _is_torch(base)]
-    taken = {name for base in bases for name in inspect.signature(vars(base)["__init__"]).parameters}
-    flags = {"fused": False, "capturable": False}
-    return {**EXTRAS, **{k: v for k, v in flags.items() if k not in taken}, **own}
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as param groups hold them: numbers, strings and dicts, so that they can be saved."""
+    found = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
+    return found | {option.name: option.stored(found[option.name]) for option in OURS if option.name in found}
 
 
-def _is_torch(cls: type) -> bool:
-    return cls.__module__.startswith("torch.optim.")
+def check_group(cls: type[Any], group: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option of a param group that is out of range or not supported by a class."""
+    for option in OURS:
+        option.check(group[option.name])
+    if group.get("differentiable"):
+        other = f"use torch.optim.{cls.__name__}(differentiable=True)"
+        instead = other if hasattr(torch.optim, cls.__name__) else "set it to False"
+        raise ValueError(f"{cls.__name__} does not support differentiable=True; {instead}")
+    if issubclass(cls, Options):  # torch.optim's own classes check what they are constructed with
+        check_ranges(group, cls)
+    cls.rule.check(group)
+
+
+def check_ranges(options: Mapping[str, Any], cls: type) -> None:
+    """Raises ValueError for an option out of its range: averaging factors in [0, 1), others at least 0."""
+    for key, value in options.items():
+        if not is_remote(value):
+            _check_range(key, value)
+    signature: inspect.Signature = cls.__signature__  # type: ignore[attr-defined]
+    betas = signature.parameters.get("betas")
+    if betas and isinstance(betas.default, tuple) and len(options["betas"]) != len(betas.default):
+        raise ValueError(f"Invalid betas: {options['betas']}, expected {len(betas.default)} numbers")
+
+
+def _check_range(key: str, value: Any) -> None:
+    """Says it as torch.optim's classes do."""
+    if key == "momentum":
+        if not 0 <= value < 1:
+            raise ValueError(f"Invalid {key} value: {value}, expected a number in [0, 1)")
+    elif key == "betas":
+        for index, beta in enumerate(value):
+            if not is_remote(beta) and not 0 <= beta < 1:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    elif key in ("lr", "eps", "weight_decay", "clip_exponent") and value is not None and not value >= 0:
+        raise ValueError(f"Invalid {'learning rate' if key == 'lr' else f'{key} value'}: {value}")
 
 
 class Options(Optimizer):
@@ -66,68 +295,6 @@ class Options(Optimizer):
         fused: bool | None = None,
     ) -> None:
         check_ranges(own, type(self))
-        common = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, {**plain(own), **common})
-
-
-def plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as param groups hold them: numbers, strings and dicts, so that they can be saved."""
-    found: dict[str, Any] = {k: NONE_IS[k] if v is None and k in NONE_IS else v for k, v in options.items()}
-    if "noise" in found:
-        found["noise"] = as_dict(found["noise"])
-    if isinstance(found.get("state_dtype"), torch.dtype):
-        found["state_dtype"] = str(found["state_dtype"]).removeprefix("torch.")
-    return found
-
-
-_NAMES = {"lr": "learning rate"}  # as torch.optim's messages have them
-
-
-def check_ranges(options: Mapping[str, Any], cls: type) -> None:
-    """Raises ValueError for an option out of its range: averaging factors in [0, 1), others at least 0."""
-    for key, value in options.items():
-        if not is_remote(value):
-            _check_range(key, value)
-    signature: inspect.Signature = cls.__signature__  # type: ignore[attr-defined]
-    betas = signature.parameters.get("betas")
-    if betas and isinstance(betas.default, tuple) and len(options["betas"]) != len(betas.default):
-        raise ValueError(f"Invalid betas: {options['betas']}, expected {len(betas.default)} numbers")
-
-
-def _check_range(key: str, value: Any) -> None:
-    name = _NAMES.get(key, key)
-    if key == "momentum":
-        if not 0 <= value < 1:
-            raise ValueError(f"Invalid {name} value: {value}, expected a number in [0, 1)")
-    elif key == "betas":
-        for index, beta in enumerate(value):
-            if not is_remote(beta) and not 0 <= beta < 1:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    elif key in ("lr", "eps", "weight_decay", "clip_exponent") and value is not None and not value >= 0:
-        raise ValueError(f"Invalid {name}{'' if key == 'lr' else ' value'}: {value}")
-
-
-def signature_of(cls: type, extras: dict[str, Any]) -> inspect.Signature:
-    """What a class can be called with: its own arguments, those it hands on, and the extras."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        for p in parameters:
-            if p.kind not in (*_VARIADIC, p.POSITIONAL_ONLY):
-                found.setdefault(p.name, p)
-        handed_on = any(p.kind in _VARIADIC for p in parameters)
-        if not handed_on and (base is Options or _is_torch(base)):
-            keyword = inspect.Parameter.KEYWORD_ONLY
-            for name, default in extras.items():
-                found.setdefault(name, inspect.Parameter(name, keyword, default=default))
-        if not handed_on:
-            break
-    return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
+        flags = {"foreach": foreach, "maximize": maximize, "capturable": capturable}
+        flags |= {"differentiable": differentiable, "fused": fused}
+        super().__init__(params, {**plain(own), **flags})

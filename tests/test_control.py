@@ -166,7 +166,7 @@ def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
     opt.step()
     plan = prepared(opt)
     lr.fill_(0.25)
-    plan.run()
+    plan.step()
     assert w.tolist() == [-0.75] * 3
 
 

@@ -138,6 +138,7 @@ optimizer groups
 engine
 executors
 layout
+signature
 options rule
 noise
 hostmath
@@ -287,7 +288,7 @@ def test_readme_examples(tmp_path, monkeypatch):
 
 
 def test_wheel_contents(tmp_path):
-    """One top-level name; every module, the kernels and the type marker inside it."""
+    """One top-level name; every module, the kernels, the stubs and the type marker inside it."""
     pytest.importorskip("setuptools", "77")
     source = tmp_path / "source"
     skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
@@ -299,7 +300,8 @@ def test_wheel_contents(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fusedcalib"}
-    wanted = {str(path.relative_to(ROOT)) for path in INSTALLED} | {"fusedcalib/py.typed"}
+    stubs = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("rules/*.pyi")}
+    wanted = {str(path.relative_to(ROOT)) for path in INSTALLED} | stubs | {"fusedcalib/py.typed"}
     assert wanted <= names
     assert not [name for name in names if re.search("repository|speed|examples", name)]
 

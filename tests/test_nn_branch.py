@@ -178,7 +178,7 @@ def test_what_a_step_is_told(backend, given, moves):
     told = branch_tables.Given(**tensors, check=given.get("check", False))
     with torch.no_grad():
         plan.prepare(told)
-        plan.run(groups, told)
+        plan.step(groups, told)
     near(found, expected)
     assert moves or all(map(torch.equal, found, before))
 
@@ -216,8 +216,8 @@ def test_one_launch_for_all_layers(backend, monkeypatch):
     optimizer = CSGD(groups, branch=True, backend=backend)
     optimizer.step()
     module = optimizer._branches._buckets[0].key.executor.branches
-    whole, calls = module.run, []
-    monkeypatch.setattr(module, "run", lambda *arguments: calls.append(1) or whole(*arguments))
+    whole, calls = module.step, []
+    monkeypatch.setattr(module, "step", lambda *arguments: calls.append(1) or whole(*arguments))
     plan = optimizer._branches
     expected = [expected_of(R, 0.1 if i < 7 else 0.2) for i, R in enumerate(found)]
     optimizer.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hostmath import is_remote
 from ..layout.geometry import overlaps_itself
 from ..layout.recipe import Recipe
 from ..layout.shards import Place, local_of, place_of
-from ..noise import as_dict
 
-STATE_DTYPES: dict[str | None, torch.dtype | None] = {
-    None: None,
-    "parameter": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-CENTRALIZE = (False, True, "gradient", "update")
 PARAMETERS = (
     torch.float32,
     torch.float64,
@@ -33,40 +21,6 @@ PARAMETERS = (
     torch.complex64,
     torch.complex128,
 )
-
-
-def check_group(group: Mapping[str, Any], name: str) -> None:
-    """Options of a param group that torch.optim does not know or that are not supported."""
-    centralize, min_ndim = group["centralize"], group["centralize_min_ndim"]
-    if centralize not in CENTRALIZE:
-        raise ValueError(f"Invalid centralize value: {centralize!r}, expected one of {CENTRALIZE}")
-    if type(min_ndim) is not int or min_ndim < 1:
-        raise ValueError(f"Invalid centralize_min_ndim value: {min_ndim!r}, expected an int >= 1")
-    l1, norm = group["l1"], group["max_row_norm"]
-    if not is_remote(l1) and not 0 <= l1 < math.inf:
-        raise ValueError(f"Invalid l1 value: {l1!r}, expected a finite number >= 0")
-    if not (norm is None or is_remote(norm) or norm > 0):
-        raise ValueError(f"Invalid max_row_norm value: {norm!r}, expected a number > 0, or None for no limit")
-    as_dict(group["noise"])
-    limit, decay = group["max_grad_norm"], group["ema_decay"]
-    if not (limit is None or is_remote(limit) or limit >= 0):
-        raise ValueError(
-            f"Invalid max_grad_norm value: {limit!r}, expected a number > 0, or None for no limit"
-        )
-    if not (decay is None or is_remote(decay) or 0 <= decay < 1):
-        raise ValueError(f"Invalid ema_decay value: {decay!r}, expected a number in (0, 1) or None")
-    for flag in ("skip_nonfinite", "stochastic_rounding"):
-        if not isinstance(group[flag], bool):
-            raise ValueError(f"Invalid {flag} value: {group[flag]!r}, expected True or False")
-    if group["state_dtype"] not in STATE_DTYPES:
-        names = ", ".join(str(dtype) for dtype in STATE_DTYPES.values() if dtype)
-        raise ValueError(f"Invalid state_dtype value: {group['state_dtype']!r}, expected {names} or None")
-    if type(group["seed"]) is not int or not 0 <= group["seed"] < 2**64:
-        raise ValueError(f"Invalid seed value: {group['seed']!r}, expected an int in [0, 2^64)")
-    if group.get("differentiable"):
-        other = f"use torch.optim.{name}(differentiable=True)"
-        instead = other if hasattr(torch.optim, name) else "set it to False"
-        raise ValueError(f"{name} does not support differentiable=True; {instead}")
 
 
 def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout.recipe import Recipe
 from ..layout.shards import like, local_of
-from .checks import STATE_DTYPES
+from ..options import STATE_DTYPES
 
 if TYPE_CHECKING:
     from ..layout.buckets import Slot

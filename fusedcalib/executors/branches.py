@@ -18,7 +18,7 @@ def prepare(bucket: Bucket, given: Given) -> None:
     """There is nothing to make ready."""
 
 
-def run(bucket: Bucket, groups: Groups, given: Given) -> None:
+def step(bucket: Bucket, groups: Groups, given: Given) -> None:
     """Steps every branch weight of the bucket."""
     for group, R in bucket.members:
         _step(R, groups[group], given)

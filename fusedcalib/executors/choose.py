@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ..layout.buckets import Executor
+from ..options import BACKENDS
 
 # In the order of preference. Each is a module here: `why_not` says, without loading anything heavy, what is
 # against it; `load` gives what runs a bucket.
-NAMES = ("triton", "numba", "eager")
-BACKENDS = ("auto", *NAMES)
+NAMES = BACKENDS[1:]
 
 
 @cache

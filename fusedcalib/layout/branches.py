@@ -86,5 +86,5 @@ class BranchExecutor(Protocol):
     def prepare(self, bucket: Bucket, given: Given) -> None:
         """Gets the launch ready; of what is given only the kind matters."""
 
-    def run(self, bucket: Bucket, groups: Groups, given: Given) -> None:
+    def step(self, bucket: Bucket, groups: Groups, given: Given) -> None:
         """Steps all of them, without waiting for a device."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..hostmath import Group, is_on, is_remote
 from ..kernels.stages import Flags
-from ..noise import stage_of
+from ..noise import parsed
 from ..rule import Rule
 
 
@@ -108,7 +108,7 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         l1=on["l1"],
         centralize="gradient" if centralize is True else centralize or "none",
         project=is_remote(group["max_row_norm"]) or group["max_row_norm"] not in (None, math.inf),
-        noise=stage_of(group["noise"]),
+        noise=parsed(group["noise"]).stage,
         scaled=needs.scaled,
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..hostmath import Group, Number, Recorded, fp32, is_remote, number_of, where
 from ..kernels.tape import CODES
-from ..noise import schedule_of
+from ..noise import parsed
 from ..options import NONE_IS
 from ..rule import Rule
 from .recipe import Recipe
@@ -62,7 +62,7 @@ def row_of(rule: Rule, numbers: Group, now: StepFacts) -> tuple[tuple[Number, ..
 
 def entries_of(recipe: Recipe, group: Group) -> dict[str, Any]:
     """A param group, and what its recipe says of it, with what is meant for what is None."""
-    entries = {**group, "decay": DECAYS[recipe.flags.decay], "noise": schedule_of(group["noise"])}
+    entries = {**group, "decay": DECAYS[recipe.flags.decay], "noise": parsed(group["noise"]).schedule}
     for key, meaning in NONE_IS.items():
         if entries.get(key, 0) is None:
             entries[key] = meaning

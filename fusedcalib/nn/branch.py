@@ -62,10 +62,10 @@ class BranchPlan:
         for bucket in self._buckets:
             bucket.key.executor.branches.prepare(bucket, given.on(bucket.key.device))
 
-    def run(self, groups: Groups, given: Given) -> None:
+    def step(self, groups: Groups, given: Given) -> None:
         """Steps all of them, without waiting for a device."""
         for bucket in self._buckets:
-            bucket.key.executor.branches.run(bucket, groups, given.on(bucket.key.device))
+            bucket.key.executor.branches.step(bucket, groups, given.on(bucket.key.device))
             if bucket.key.executor is not EAGER:  # written through addresses, of which autograd is told
                 torch.autograd.graph.increment_version([R for _, R in bucket.members])
 

@@ -157,7 +157,7 @@ class CSGD(SGD):
                 self.param_groups, self.state, self._scaling(), lambda: branches.prepare(self._given())
             )
             if taken:
-                branches.run(groups, self._given())
+                branches.step(groups, self._given())
         return loss
 
     def _branches_of(self, groups: list[dict[str, Any]]) -> BranchPlan:

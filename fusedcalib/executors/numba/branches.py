@@ -26,7 +26,7 @@ def prepare(bucket: Bucket, given: Given) -> None:
     loop_for(bucket.key.dtypes, bucket.compute)
 
 
-def run(bucket: Bucket, groups: Groups, given: Given) -> None:
+def step(bucket: Bucket, groups: Groups, given: Given) -> None:
     """Steps every branch weight of the bucket."""
     norm = 0.0 if given.norm is None else given.norm.item()
     if not math.isfinite(norm) or (given.found_inf is not None and given.found_inf.item()):

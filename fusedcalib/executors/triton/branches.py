@@ -57,7 +57,7 @@ def prepare(bucket: Bucket, given: Given) -> None:
         cache["launch"].prepare()
 
 
-def run(bucket: Bucket, groups: Groups, given: Given) -> None:
+def step(bucket: Bucket, groups: Groups, given: Given) -> None:
     """One launch on the current stream of the device."""
     launch = bucket.cache["launch"]
     for place, tensor in enumerate(_singles(given), GIVEN):
