@@ -150,7 +150,7 @@ def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
     return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}
 
 
-def each_tensor(rounds: int = 40, backend: str = "auto") -> dict[str, float]:
+def each_tensor(rounds: int = 40, backend: Any = "auto") -> dict[str, float]:
     """Median seconds of the host for each tensor, of one element, gradients new at each step; in turns.
 
     own: our step up to its launches. torch: its fused AdamW with its kernel taken out.

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from ..measure.baselines import METHODS
 from ..report.style import COLOURS, INK, SOFT, figure
-from . import profile_gpu, profile_steps
+from . import profile_gpu, profile_static, profile_steps
 from .gpus import Gpu
 from .static_costs import issue_rate
 
@@ -84,7 +84,7 @@ def profile(results: Results, path: Path) -> Path:
         for kernel in found["kernels"]
         if kernel["elements"]
     ]
-    titles = (headline([kernel for _, kernel in points]), f"{profile_steps.title(results)}\n{ON_PAPER}")
+    titles = (headline([kernel for _, kernel in points]), f"{profile_static.title(results)}\n{ON_PAPER}")
     with figure(path, 5.6, titles, left=0.09, top=0.93, right=0.7) as (axes,):
         for case, kernel in points:
             colour = STEPS[case] if case < len(STEPS) else SOFT

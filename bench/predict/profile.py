@@ -18,7 +18,7 @@ from typing import Any
 from ..measure.method import SUBJECTS
 from ..models import architectures
 from ..report import tables
-from . import profile_gpu, profile_steps
+from . import profile_gpu, profile_static, profile_steps
 from .gpus import GPUS
 from .profile_steps import ProfileCase, everything
 
@@ -38,7 +38,7 @@ def kernels_table(found: Results) -> tables.Table:
         return " to ".join(map(str, ends)) or "-"
 
     columns: tables.Columns[Results] = {
-        **profile_steps.COLUMNS,
+        **profile_static.COLUMNS,
         "registers": lambda kernel: str(kernel["registers"]),
         "spilled B": lambda kernel: str(kernel["spilled"]),
         "warps": lambda kernel: "{warps}/{most}".format(**kernel["occupancy"]),
@@ -71,7 +71,7 @@ def totals_table(results: Results) -> tables.Table:
 
 def show(results: Results) -> None:
     """Prints the tables."""
-    print(profile_steps.title(results))
+    print(profile_static.title(results))
     for found in results["cases"]:
         print(f"\n{profile_steps.case_title(found)}:")
         tables.show(kernels_table(found), width=170)
@@ -97,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
         if target is None:
             target = DEFAULT
             print(f"No GPU is here to measure on: this is the static profile, compiled for {target}.")
-        results = profile_steps.profile(_cases(options), model, _gpu(options, target))
+        results = profile_static.profile(_cases(options), model, _gpu(options, target))
         show(results)
     _write(results, options.json)
     if failed := [f"{one['case']}: {one['error']}" for one in results.get("failures", ())]:

@@ -22,7 +22,7 @@ from ..measure.method import SUBJECTS
 from ..models.architectures import Model
 from ..models.shardings import kind_of
 from ..report import tables
-from . import profile_steps
+from . import profile_static, profile_steps
 from .plan_steps import KINDS
 from .profile_steps import ProfileCase, Variant
 
@@ -209,7 +209,7 @@ def title(results: Results) -> str:
 def table(found: Results) -> tables.Table:
     """Each kernel of a step."""
     columns: tables.Columns[Results] = {
-        **profile_steps.COLUMNS,
+        **profile_static.COLUMNS,
         "bytes": lambda row: str(row["bytes"]),
         "us": lambda row: f"{row['us']:.1f}",
         "GB/s": lambda row: tables.number(row["gbs"], ",.0f"),

@@ -16,7 +16,7 @@ from ..env import machine
 from ..measure.method import SUBJECTS
 from ..models import architectures
 from ..report import tables
-from . import profile_steps
+from . import profile_static
 from .gpus import GPUS
 from .profile_steps import OPTIONS, ProfileCase, everything
 from .static_costs import bound, occupancy
@@ -58,9 +58,9 @@ def kept_row(kernel: Results) -> Row:
     return {key: kernel[key] for key in KEPT}
 
 
-def profile(cases: Sequence[ProfileCase] = CASES, workers: int = profile_steps.WORKERS) -> Results:
+def profile(cases: Sequence[ProfileCase] = CASES, workers: int = profile_static.WORKERS) -> Results:
     """The kept part of a profile made now."""
-    return kept_of(profile_steps.profile(cases, architectures.get(MODEL), GPU, workers))
+    return kept_of(profile_static.profile(cases, architectures.get(MODEL), GPU, workers))
 
 
 def read(path: Path = PATH) -> Results:

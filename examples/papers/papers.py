@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import hilbert
 import torch
 from judge import Comparison, Expected, Retrace, better, learns, same, worse
+from models import mlp, perceptron, small_cnn, with_norm
 from torch import Tensor, nn
 
 import fusedcalib
@@ -77,18 +77,6 @@ def error_of(
 def errors_of(make: Maker, seeds: int, *setting: Any) -> tuple[float, ...]:
     """Of each seed; `setting` as `error_of` takes it."""
     return tuple(error_of(make, FIRST_SEED + i, *setting) for i in range(seeds))
-
-
-def with_norm(network: nn.Sequential) -> nn.Sequential:
-    """The same with a batch norm behind each convolution and each linear layer but the last."""
-    layers: list[nn.Module] = []
-    for layer in network:
-        layers.append(layer)
-        if isinstance(layer, nn.Conv2d):
-            layers.append(nn.BatchNorm2d(layer.out_channels))
-        elif isinstance(layer, nn.Linear) and layer is not network[-1]:
-            layers.append(nn.BatchNorm1d(layer.out_features))
-    return nn.Sequential(*layers)
 
 
 def centring(
@@ -158,19 +146,6 @@ def retraces() -> Found:
         yield Retrace(f"{name} on the Hilbert matrix", tuple(published), tuple(found.tolist()))
 
 
-def small_cnn(width: int = 8) -> nn.Module:
-    """Four convolutions with batch norm; channels 1, 1, 2, 2 times the width."""
-
-    def layer(inp: int, out: int) -> tuple[nn.Module, ...]:
-        return nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
-
-    return nn.Sequential(
-        *(*layer(1, width), nn.MaxPool2d(2), *layer(width, width)),
-        *(*layer(width, 2 * width), nn.MaxPool2d(2), *layer(2 * width, 2 * width)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)),
-    )
-
-
 def calibrated(branches: int, mode: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A calibrated network and its optimizer."""
     model = small_cnn()
@@ -188,22 +163,6 @@ def csgd(seeds: int = 12) -> Found:
     for mode in ("grouped", "mixed"):
         four = errors_of(partial(calibrated, 4, mode), seeds, data, 25)
         yield Comparison(f"CSGD, one branch and four, {mode}", one, four, better(0.2))
-
-
-def perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers and ReLU, no norm, ten classes."""
-    layers = [part for inp, out in pairwise(widths) for part in (nn.Linear(inp, out), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
-
-
-def mlp() -> nn.Sequential:
-    """Five linear layers, no norm, He's first weights."""
-    model = perceptron(64, 256, 128, 64, 32)
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    return model
 
 
 def virtual(
