@@ -39,7 +39,7 @@ def count(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
-    """Several of them between commas."""
+    """Whole numbers above 0, between commas."""
     return [count(one) for one in text.split(",")]
 
 
@@ -87,7 +87,7 @@ def _model(parser: Parser, default: str) -> None:
 
 def _bench(parser: Parser) -> None:
     from .measure import choose, tool
-    from .measure.case import DTYPES
+    from .models.traffic import DTYPES
 
     parser.epilog = "docs/benchmarks.md says how to read the numbers."
     each, add = {**EACH, "metavar": "NAME"}, parser.add_argument
@@ -120,8 +120,8 @@ def _compare(parser: Parser) -> None:
 
 
 def _plan(parser: Parser) -> None:
-    from .measure.case import DTYPES
     from .measure.method import SUBJECTS
+    from .models.traffic import DTYPES
     from .predict.gpus import GPUS
 
     _model(parser, "llama3-8b")
@@ -139,7 +139,7 @@ def _plan(parser: Parser) -> None:
 
 
 def _profile(parser: Parser) -> None:
-    from .measure.case import DTYPES
+    from .models.traffic import DTYPES
     from .predict.compiled import TARGETS
     from .predict.gpus import GPUS
     from .predict.profile import DEFAULT

@@ -10,7 +10,7 @@ from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
 import fusedcalib
 from fusedcalib.bench.measure import baselines, case, gate, load, method, spare, timing
-from fusedcalib.bench.models import shapes
+from fusedcalib.bench.models import shapes, traffic
 from fusedcalib.bench.repository import suite
 
 # -- parameter lists --------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_every_case_of_the_suite_names_what_exists():
         assert shapes.get(one.list).tensors
         assert one.subject in method.SUBJECTS
         assert set(one.methods) <= set(baselines.METHODS)
-        assert one.dtypes in case.DTYPES
+        assert one.dtypes in traffic.DTYPES
         assert one.extras in ("", *method.EXTRAS)
 
 
@@ -140,7 +140,7 @@ def test_own_work_is_no_load_of_others(monkeypatch):
 
 def judge(make, gc, dtype=torch.float32):
     params = shapes.build(LITTLE, CPU, dtype)
-    return gate.check(LITTLE, {"it": gate.Entry(gc, params, make(params))}, method.ADAMW)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gate.Kind(gc), params, make(params))}, method.ADAMW)["it"]
 
 
 def torch_adamw(**changed):
@@ -188,7 +188,7 @@ def judged(name, gc, **changed):
     params = shapes.build(LITTLE, CPU)
     options = {**subject.options, "backend": "eager", **changed}
     optimizer = getattr(fusedcalib, subject.cls)(params, **options, centralize=gc)
-    return gate.check(LITTLE, {"it": gate.Entry(gc, params, optimizer.step)}, subject)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gate.Kind(gc), params, optimizer.step)}, subject)["it"]
 
 
 @pytest.mark.parametrize("gc", [False, True], ids=["plain", "gc"])
@@ -318,5 +318,5 @@ def test_noise_that_repeats_or_is_not_centred_is_seen(monkeypatch):
 
 
 def test_extras_move_more_bytes():
-    widths = {key: 28 + extras.width(torch.float32) for key, extras in method.EXTRAS.items()}
+    widths = {key: extras.width(traffic.DTYPES["fp32"], 2) for key, extras in method.EXTRAS.items()}
     assert widths == {"noise": 28, "clip": 32, "ema": 36, "chain": 40}

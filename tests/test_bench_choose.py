@@ -84,7 +84,7 @@ def adamw_in_fp32(params, lr=1e-3):
 )
 def test_numbers_in_fp32_are_allowed_to_those_that_have_them(narrow, lr, passes):
     params = shapes.build(LITTLE, CPU)
-    entry = gate.Entry(False, params, adamw_in_fp32(params, lr), narrow=narrow)
+    entry = gate.Entry(gate.Kind(False, narrow=narrow), params, adamw_in_fp32(params, lr))
     assert gate.check(LITTLE, {"it": entry}, method.ADAMW)["it"].passed is passes
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
-from ..models.traffic import step_bytes
+from ..models.traffic import DTYPES
 from ..report.results import Measured, Row
 from . import clocks, gate, spare
 from .baselines import METHODS
@@ -24,12 +24,6 @@ from .rivals import sentence
 # Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
 ANCHORS = ("torch_fused", "torch_foreach", "own_plain")
 SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short list, some of a long one
-
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16+fp32-state": (torch.bfloat16, torch.float32),
-}
 
 
 @dataclass(frozen=True)
@@ -70,17 +64,15 @@ class Prepared:
         self.spec = shapes.get(case.list) if isinstance(case.list, str) else case.list
         self.subject = SUBJECTS[case.subject] if isinstance(case.subject, str) else case.subject
         self.rows = case.rows()
-        self.dtype, state_dtype = DTYPES[case.dtypes]
-        self.state_dtype = state_dtype if state_dtype != self.dtype else None
+        self.storage = DTYPES[case.dtypes]
+        self.dtype = self.storage.param
         self.device, self.tell = device, tell
         self.reasons: dict[str, str] = {}
         self.states = self.subject.states()
-        size = self.dtype.itemsize
-        self.plain = step_bytes(size, size, self.states * [state_dtype.itemsize])
 
     def width(self, *methods: Method) -> int:
         """Bytes that a step of one of these moves for each parameter, the most."""
-        return self.plain + max((method.extras.width(self.dtype) for method in methods), default=0)
+        return max((m.extras.width(self.storage, self.states) for m in methods), default=0)
 
     def build(self) -> dict[str, tuple[list[Tensor], Built]]:
         """Each method that can be had, on its own copy of the list."""
@@ -100,11 +92,10 @@ class Prepared:
         return built
 
     def _subject_of(self, method: Method) -> Subject:
-        if self.state_dtype is None:
-            return self.subject
-        if not method.own:
+        options = self.storage.options
+        if options and not method.own:
             raise NotAvailableError("takes no state of another type than the parameter's")
-        return replace(self.subject, own={**self.subject.own, "state_dtype": self.state_dtype})
+        return replace(self.subject, own=self.subject.own | options)
 
     def judge(self, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, gate.Verdict]:
         """Hold all against the reference; what does not pass is taken out of `built`."""
@@ -188,7 +179,7 @@ def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda wh
 
 
 def _let_go(gpu: bool) -> None:
-    """Of the memory of a case."""
+    """Frees the memory of a case."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -202,7 +193,8 @@ def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
     torch_norm = built.spoils and extras.clip is not None
-    return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages, method.narrow)
+    kind = gate.Kind(method.gc, extras, torch_norm, method.narrow)
+    return gate.Entry(kind, params, built.step, built.averages)
 
 
 @torch.no_grad()

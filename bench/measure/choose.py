@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from ..models import architectures, shapes
 from ..models.shapes import ParamList
+from ..models.traffic import DTYPES
 from .baselines import METHODS, RIVALS, composed, own
-from .case import ANCHORS, DTYPES, Case
+from .case import ANCHORS, Case
 from .method import EXTRAS, NONE, SUBJECTS, Extras, Method, Subject, reference_options
 
 AGAINST = {  # what a user calls the methods that ours is compared with
@@ -46,13 +47,13 @@ class Features(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """By name, in the order of the step."""
+        """The features by name, in the order of the step."""
         kept = {"clip": self.extras.clip, "noise": self.extras.noise, "centralize": self.gc or None}
         return {name: value for name, value in {**kept, "ema": self.extras.ema}.items() if value is not None}
 
     @property
     def key(self) -> str:
-        """As `clip+centralize`, with the value where it is not the usual."""
+        """A name as `clip+centralize`, with the value where it is not the usual."""
         return "+".join(
             name if value == DEFAULTS[FEATURES[name]] else f"{name}={value:g}"
             for name, value in self.values.items()
@@ -225,6 +226,7 @@ def needed_bytes(case: Case) -> int:
     """Memory that the methods of a case hold at one time: each has its own parameters, gradients, states."""
     assert not isinstance(case.list, str)
     assert not isinstance(case.subject, str)
-    param, state = (dtype.itemsize for dtype in DTYPES[case.dtypes])
-    width = 2 * param + case.subject.states() * state
-    return case.list.params * sum(width + 4 * (m.extras.ema is not None) for m in case.rows().values())
+    storage, states = DTYPES[case.dtypes], case.subject.states()
+    return case.list.params * sum(
+        storage.kept(states, m.extras.ema is not None) for m in case.rows().values()
+    )

@@ -137,7 +137,7 @@ def _probes(steps: dict[str, Step], device: torch.device, warmup: int, tell: Tel
 
 
 def stream_name(reads: int) -> str:
-    """As `stream_4r3w`: arrays read and written."""
+    """A stream's name, as `stream_4r3w`: arrays read and written."""
     return f"stream_{reads}r{reads - 1}w"
 
 

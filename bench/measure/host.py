@@ -54,22 +54,22 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
             if name.startswith("own") and not machine.on_gpu(device):
                 samplers[f"{name} work"] = _without_loops(turn, built.step)
         timed = interleave(samplers, rounds=rounds, seconds=seconds)
-        out.append(
-            {
-                "list": spec.name,
-                "variant": variant,
-                "methods": [
-                    {
-                        "name": name,
-                        "host_us": _microseconds(timed.time(name)),
-                        "ratio_to": _ratio(timed.ratio(name, COMPARED[0]), name),
-                        **_work(timed, f"{name} work"),
-                    }
-                    for name in COMPARED
-                ],
-            }
-        )
+        rows = [_row(timed, name) for name in COMPARED]
+        out.append({"list": spec.name, "variant": variant, "methods": rows})
     return out
+
+
+def _row(timed: Rounds, name: str) -> dict[str, Any]:
+    """Microseconds of a step and of its host work alone, and their ratios to torch's whole step."""
+
+    def microseconds(name: str) -> float | None:
+        spread = timed.time(name)
+        return 1e6 * spread.median if spread else None
+
+    ratio, work = (timed.ratio(one, COMPARED[0]) for one in (name, f"{name} work"))
+    ratios = {COMPARED[0]: vars(ratio)} if ratio and name != COMPARED[0] else {}
+    row = {"name": name, "host_us": microseconds(name), "ratio_to": ratios}
+    return row | ({"work_us": microseconds(f"{name} work"), "work_to": vars(work)} if work else {})
 
 
 def turns(params: list[Tensor], moving: bool) -> Step:
@@ -109,10 +109,6 @@ def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
     return sample
 
 
-def _microseconds(spread: Spread | None) -> float | None:
-    return 1e6 * spread.median if spread else None
-
-
 def _without_loops(turn: Step, step: Step) -> Sampler:
     """Time `step` after an untimed `turn`, less what its compiled loops take."""
 
@@ -138,16 +134,6 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
             cpu.on_threads = on_threads
 
     return sample
-
-
-def _work(timed: Rounds, name: str) -> dict[str, Any]:
-    """Microseconds of host work, and its ratios to torch's whole step."""
-    ratio = timed.ratio(name, COMPARED[0])
-    return {"work_us": _microseconds(timed.time(name)), "work_to": vars(ratio)} if ratio else {}
-
-
-def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
-    return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}
 
 
 def each_tensor(rounds: int = 40, backend: Any = "auto") -> dict[str, float]:

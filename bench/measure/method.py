@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.shapes import ParamList
+from ..models.traffic import Storage
 from .timing import Step
 
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -100,9 +101,9 @@ class Extras:
     def any(self) -> bool:
         return self != NONE
 
-    def width(self, dtype: torch.dtype) -> int:
-        """Bytes that a parameter moves for them: the gradient once more, an fp32 average both ways."""
-        return dtype.itemsize * (self.clip is not None) + 8 * (self.ema is not None)
+    def width(self, storage: Storage, states: int) -> int:
+        """Bytes that a step with them must move for each parameter."""
+        return storage.moved(states, self.clip is not None, self.ema is not None)
 
 
 NONE = Extras()

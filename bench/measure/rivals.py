@@ -14,7 +14,7 @@ from .method import NotAvailableError, Subject
 
 
 class Rival(NamedTuple):
-    """A library.
+    """Another library.
 
     Attributes:
         classes: its classes, by the names of ours.

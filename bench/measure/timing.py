@@ -52,7 +52,7 @@ class Rounds:
         self.samples.setdefault(name, []).append(sample)
 
     def without(self, names: Container[str]) -> Rounds:
-        """The same, some methods left out."""
+        """These rounds, some methods left out."""
         kept = {name: samples for name, samples in self.samples.items() if name not in names}
         return Rounds(kept, self.interrupted)
 
@@ -73,7 +73,7 @@ class Rounds:
 
 
 def _spread(values: list[tuple[float, bool]]) -> Spread | None:
-    """Of the quiet values; of all, and marked so, where the machine was hardly ever quiet."""
+    """The spread of the quiet values; of all, and marked so, where the machine was hardly ever quiet."""
     quiet = [value for value, kept in values if kept]
     if len(quiet) >= min(ENOUGH, len(values)):
         return Spread.of(quiet)
@@ -137,7 +137,7 @@ def _bracketed(out: Rounds, samplers: dict[str, Sampler], order: list[str], anch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For work of many small operations, which threads that wait for each other only slow down."""
+    """One thread, for work of many small operations: threads that wait for each other slow it down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -54,7 +54,7 @@ def kernels_table(found: Results) -> tables.Table:
 
 
 def totals_table(results: Results) -> tables.Table:
-    """Each step."""
+    """The totals of each step."""
     columns: tables.Columns[Results] = {
         "step": profile_steps.case_title,
         "launches": lambda found: str(found["launches"]),

@@ -17,10 +17,10 @@ import fusedcalib
 
 from ..env import machine
 from ..measure import ceilings, timing
-from ..measure.case import DTYPES
 from ..measure.method import SUBJECTS
 from ..models.architectures import Model
 from ..models.shardings import kind_of
+from ..models.traffic import DTYPES
 from ..report import tables
 from . import profile_static, profile_steps
 from .plan_steps import KINDS
@@ -112,14 +112,12 @@ def _case(case: ProfileCase, model: Model, device: torch.device, copy: float) ->
 
 def made(case: ProfileCase, model: Model, device: torch.device, backend: str = "triton") -> Any:
     """The optimizer of a case on parameters of the model, gradients there."""
-    dtype, state_dtype = DTYPES[case.dtypes]
-    options = case.chosen()
-    if state_dtype != dtype:
-        options["state_dtype"] = state_dtype
+    storage = DTYPES[case.dtypes]
+    options = case.chosen() | storage.options
     groups = []
     for kind, own in KINDS.items():
         params = [
-            torch.nn.Parameter(torch.randn(param.shape, dtype=dtype, device=device))
+            torch.nn.Parameter(torch.randn(param.shape, dtype=storage.param, device=device))
             for param in model.params
             if kind_of(param) == kind
         ]

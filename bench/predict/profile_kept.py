@@ -64,7 +64,7 @@ def profile(cases: Sequence[ProfileCase] = CASES, workers: int = profile_static.
 
 
 def read(path: Path = PATH) -> Results:
-    """The file.
+    """What the file has.
 
     Raises:
         ValueError: it is not there, or of another schema.
@@ -93,7 +93,7 @@ def incomparable(before: Results, now: str) -> str | None:
 
 
 def heavier(before: Results, now: Results) -> list[str]:
-    """In what the kernels of `now` take more than they did; kernels that were not there are named too."""
+    """What the kernels of `now` take more of than they did; kernels that were not there are named too."""
     return [
         f"{name}: {said}"
         for name, row in now["kernels"].items()

@@ -18,11 +18,10 @@ from fusedcalib.layout.buckets import Bucket
 from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
 from fusedcalib.layout.tables import build_buckets
 
-from ..measure.case import DTYPES
 from ..measure.method import SUBJECTS
 from ..models import shardings
 from ..models.architectures import Model
-from ..models.traffic import Traffic, traffic
+from ..models.traffic import DTYPES, Traffic, traffic
 from .plan_steps import parts_of
 
 Results = dict[str, Any]
@@ -44,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def everything(dtypes: str) -> tuple[str, ...]:
-    """Of OPTIONS, all that can be on together and do something to parameters in this storage."""
+    """All of OPTIONS that can be on together and do something to parameters in this storage."""
     never = ("centralize_update", "capturable", *["stochastic_rounding"] * (dtypes == "fp32"))
     return tuple(name for name in OPTIONS if name not in never)
 

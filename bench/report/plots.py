@@ -123,7 +123,7 @@ def chain(results: Results, path: Path) -> Path:
 
 
 def _chain_title(cases: list[Measured]) -> str:
-    """Of the step with most around it."""
+    """The finding of the step with most around it."""
     usual = [case for case in cases if (case.subject, case.dtypes) == ("AdamW", "fp32")]
     spread = tables.chain_ratio(usual[-1], "own", "eager") if usual else None
     if spread is None:
@@ -225,7 +225,7 @@ def _panel(axes: Axes, lines: list[Line], title: str) -> None:
 
 
 def _compared_title(shown: list[Shown]) -> str:
-    """Of the first panel."""
+    """The finding of the first panel."""
     for case, base, _ in shown:
         for name, title, spread in _lines(case, base):
             if name.startswith("own"):

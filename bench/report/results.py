@@ -147,7 +147,7 @@ class Measured:
         return next((row for row in self.passed if row.name == name), None)
 
     def ratio(self, name: str, to: str) -> Spread | None:
-        """Of the times of two methods, if it was measured."""
+        """The ratio of the times of two methods, if it was measured."""
         row = self.row(name)
         return row.ratio_to.get(to) if row else None
 
@@ -159,7 +159,7 @@ class Measured:
 
 @dataclass
 class Results(Head):
-    """A run.
+    """All that a run has found.
 
     Attributes:
         ceil: the machine's own limits.

@@ -17,7 +17,7 @@ BUSY = f"{DISTURBED} other programs were running: do not rely on such a number"
 
 
 def table_of(things: Iterable[T], columns: Columns[T]) -> Table:
-    """A row for each thing."""
+    """A table with a row for each thing."""
     return [*columns], [[cell(thing) for cell in columns.values()] for thing in things]
 
 
@@ -33,7 +33,7 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def bytes_text(count: int | None) -> str:
-    """`12 B`, `32 kB`, `103 MB`."""
+    """A size as `12 B`, `32 kB`, `103 MB`."""
     if count is None:
         return "-"
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -49,7 +49,7 @@ def share_text(row: Row) -> str:
 
 
 def chain_ratio(case: Measured, method: str, to: str) -> Spread | None:
-    """Of two methods of a case with extras: "own" and "eager" are those that have them."""
+    """The ratio of two methods of a case with extras: "own" and "eager" are those that have them."""
     full = {key: f"{key}_{case.extras}" for key in ("own", "eager")}
     return case.ratio(full.get(method, method), full.get(to, to))
 
@@ -159,7 +159,7 @@ def markdown(table: Table) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """In three digits."""
+    """Seconds as milliseconds of three digits."""
     return f"{1e3 * seconds:.3g}" if seconds < 0.9995 else f"{1e3 * seconds:.0f}"
 
 

@@ -38,7 +38,7 @@ MARKS = re.compile(r"^from kernel_cases import .*\b(TRITON|FUSED|BACKENDS|matrix
 
 
 def shares(table: str) -> dict[str, int]:
-    """Files of such a table by name."""
+    """How many processes each file of a table has."""
     return {f"test_{name}": int(count) for name, count in map(str.split, table.split(","))}
 
 

@@ -26,7 +26,7 @@ TENSORS = shapes.ParamList("1000x1", ((1,),) * 1000)
 
 
 def waiting(step: Step) -> Step:
-    """With the device's work, where it has some of its own."""
+    """A step that also waits for the device's work."""
 
     def work() -> None:
         step()

@@ -96,7 +96,7 @@ class Training:
         return float(losses) / n, 100 * float(wrong) / n
 
     def test_error(self) -> float:
-        """In %."""
+        """The error on the test images, in %."""
         self.model.eval()
         wrong = 0
         with torch.no_grad():
@@ -143,7 +143,7 @@ class Training:
 
 
 def network(options: argparse.Namespace) -> nn.Module:
-    """With random weights, calibrated where there are branches."""
+    """A network with random weights, calibrated where there are branches."""
     depth, widths, branches = NETWORKS[options.model]
     branches = options.branches or branches
     model = WideResNet(depth, widths, FORMATS[options.dataset].classes)

@@ -38,7 +38,7 @@ def same(within: float = 1.0) -> Expected:
 
 
 def worse() -> Expected:
-    """More error, on average."""
+    """The other side has more error, on average."""
     return Expected("worse", "worse", lambda of: mean(of.differences) < 0)
 
 

@@ -84,7 +84,7 @@ def ccnns(name: str, **options: Any) -> WideResNet:
 
 
 def with_norm(network: nn.Sequential) -> nn.Sequential:
-    """The same with a batch norm behind each convolution and each linear layer but the last."""
+    """A network with a batch norm behind each convolution and each linear layer but the last."""
     layers: list[nn.Module] = []
     for layer in network:
         layers.append(layer)

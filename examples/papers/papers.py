@@ -27,7 +27,9 @@ from models import mlp, perceptron, small_cnn, with_norm
 from torch import Tensor, nn
 
 import fusedcalib
+from fusedcalib.bench.env import machine
 from fusedcalib.bench.measure.timing import one_thread
+from fusedcalib.bench.report import tables
 from fusedcalib.bench.repository import digits
 
 Data = tuple[Tensor, Tensor]
@@ -40,12 +42,12 @@ Found = Iterator[Comparison | Retrace]
 
 
 def constant(part: float) -> float:
-    """The learning rate all the way."""
+    """A schedule that keeps the learning rate."""
     return 1.0
 
 
 def falling(part: float) -> float:
-    """Halved and divided by ten where the SVGD paper does, at 27 and 60 % of a training."""
+    """A schedule that halves and divides by ten where the SVGD paper does, at 27 and 60 % of a training."""
     return 1.0 if part < 0.27 else 0.5 if part < 0.6 else 0.1
 
 
@@ -75,7 +77,7 @@ def error_of(
 
 
 def errors_of(make: Maker, seeds: int, *setting: Any) -> tuple[float, ...]:
-    """Of each seed; `setting` as `error_of` takes it."""
+    """The test error of each seed; `setting` as `error_of` takes it."""
     return tuple(error_of(make, FIRST_SEED + i, *setting) for i in range(seeds))
 
 
@@ -231,8 +233,6 @@ def main(arguments: list[str] | None = None) -> int:
     import papers_page
     from rich.console import Console
 
-    from fusedcalib.bench.env import machine
-
     console = Console(width=None if sys.stdout.isatty() else 140)
     start = time.monotonic()
     head = asdict(machine.describe(torch.device("cpu")))
@@ -244,13 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         for record in found:
             console.print(papers_page.line(record), highlight=False, soft_wrap=True)
     results = {**head, "seconds": round(time.monotonic() - start, 1), "comparisons": records}
-    header, rows = papers_page.table(results)
-    from rich.table import Table
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    tables.show(papers_page.table(results))
     for file in papers_page.save(results, options.out):
         console.print(f"wrote {file}", highlight=False)
     failed = [record["title"] for record in records if not record["holds"]]
