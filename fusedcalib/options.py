@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ STATE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
     **{str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES},
 }
 CENTRALIZE = (False, True, "gradient", "update")
-BACKENDS = ("auto", "triton", "numba", "eager")  # executors/ has the last three, here by preference
+Backend = Literal["auto", "triton", "numba", "eager"]  # executors/ has the last three, here by preference
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ FLAGS = (
         False,
         bool,
         "count steps and compute the numbers of a step on the GPU, so that it can be captured in a CUDA "
-        "graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on the GPU "
-        "anew.",
+        "graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor anew.",
     ),
     Option("differentiable", False, bool, "must be False."),
 )
@@ -150,7 +150,7 @@ OURS = (
         GradientNoise | WeightNoise | LangevinNoise | dict[str, Any] | None,
         "`fusedcalib.GradientNoise`, `WeightNoise` or `LangevinNoise`, Gaussian noise on the gradient "
         "before centring or on the parameter after the step; as a dict in param groups.",
-        lambda value: parsed(value) is not None,  # which says itself what is wrong
+        lambda value: bool(parsed(value)),  # which says itself what is wrong
         stored=as_dict,
     ),
     Option(
@@ -222,7 +222,7 @@ OURS = (
 BACKEND = Option(
     "backend",
     "auto",
-    Literal["auto", "triton", "numba", "eager"],
+    Backend,
     '"auto", "triton", "numba" or "eager"; for the whole optimizer.',
     lambda value: value in BACKENDS,
     f"one of {', '.join(BACKENDS)}",

@@ -5,58 +5,79 @@ before it writes any. Row of the table (int64): the addresses of R and its gradi
 column of `numbers` and `sources` that has its learning rate.
 """
 
-from .control import leaf
-from .direct import Launch
+from typing import Any, NamedTuple
+
+from .decide import leaf
 from .language import jit, tl
 from .ops import divide
-from .table import pointer_of
 
-POSITIONS = 128  # of a block
 FIELDS = 5
 _FIELDS = tl.constexpr(FIELDS)
+
+
+class BranchSpec(NamedTuple):
+    """One specialisation of branch_kernel."""
+
+    DTYPES: tuple[Any, ...]  # Triton's, of R and its gradient
+    COMPUTE: Any  # dtype of the arithmetic
+    CHECK: bool  # branch weights stay whose own step is not finite
+    P: int = 128  # positions of a block
+
+
+class Told(NamedTuple):
+    """What a step is told; None where it is not."""
+
+    grad_scale: Any  # fp32 [1]: gradients are this much too large
+    found_inf: Any  # fp32 [1]: where not 0, everything stays
+    norm: Any  # fp32 or fp64 [1]: where not finite, everything stays
+
+
+class Branches(NamedTuple):
+    """One branch weight, and what its gradient is multiplied by."""
+
+    row: Any  # of the table: the addresses of R and its gradient come first
+    K: Any
+    positions: Any
+    rate: Any
+    scale: Any  # by which its gradient is divided; None where it is not
 
 
 @jit
 def branch_kernel(
     table,  # int64 [branch weights, FIELDS]
     numbers,  # fp64 [2, groups]: the learning rate, or 0; the sign of its step
-    sources,  # int64 [groups]: where the learning rate lies, as in kernels/control.py; 0: it is the number
+    sources,  # int64 [groups]: where the learning rate lies, as in kernels/decide.py; 0: it is the number
     groups,
-    grad_scale,  # fp32 [1] or None: gradients are this much too large
-    found_inf,  # fp32 [1] or None: where not 0, everything stays
-    norm,  # fp32 or fp64 [1] or None: where not finite, everything stays
-    DTYPES: tl.constexpr,  # of R and its gradient
-    COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr,  # branch weights stay whose own step is not finite
-    P: tl.constexpr,
+    told,  # Told
+    SPEC: tl.constexpr,  # BranchSpec
 ):
     """R_k <- |R_k + sign lr dR_k|, divided by its sum over the branches; 1/K where that is 0."""
+    P: tl.constexpr = SPEC.P
     row = table + tl.program_id(0) * _FIELDS
     K, positions, group = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     lr = leaf(numbers + group, sources + group, group >= 0)
-    rate = (lr * tl.load(numbers + groups + group)).to(COMPUTE)
+    rate = (lr * tl.load(numbers + groups + group)).to(SPEC.COMPUTE)
     stays = lr == 0
-    if found_inf is not None:
-        stays = stays | (tl.load(found_inf) != 0)
-    if norm is not None:
-        stays = stays | _lost(tl.load(norm))
-    if CHECK:
+    if told.found_inf is not None:
+        stays = stays | (tl.load(told.found_inf) != 0)
+    if told.norm is not None:
+        stays = stays | _lost(tl.load(told.norm))
+    branches = Branches(row, K, positions, rate, told.grad_scale)
+    if SPEC.CHECK:
         lost = tl.zeros([P], tl.int32)
         for start in range(0, positions, P):
-            place = start + tl.arange(0, P)
-            lost += _lost(total_of(row, place, K, positions, rate, grad_scale, DTYPES, COMPUTE)).to(tl.int32)
+            lost += _lost(total_of(branches, start + tl.arange(0, P), SPEC)).to(tl.int32)
         stays = stays | (tl.sum(lost, axis=0) != 0)
     if stays:
         return
     for start in range(0, positions, P):
         place = start + tl.arange(0, P)
-        total = total_of(row, place, K, positions, rate, grad_scale, DTYPES, COMPUTE)
-        even = divide(tl.full([P], 1, COMPUTE), (K + tl.zeros([P], tl.int64)).to(COMPUTE))
+        total = total_of(branches, place, SPEC)
+        even = divide(tl.full([P], 1, SPEC.COMPUTE), (K + tl.zeros([P], tl.int64)).to(SPEC.COMPUTE))
         for k in range(K):
-            moved = moved_of(row, place, k, positions, rate, grad_scale, DTYPES, COMPUTE)
-            new = tl.where(total == 0, even, divide(moved, total))
-            target = pointer_of(tl.load(row), DTYPES[0], 1) + k * positions + place
-            tl.store(target, new.to(DTYPES[0]), place < positions)
+            new = tl.where(total == 0, even, divide(moved_of(branches, place, k, SPEC), total))
+            target = tensor_of(row, 0, SPEC) + k * positions + place
+            tl.store(target, new.to(SPEC.DTYPES[0]), place < positions)
 
 
 @jit
@@ -66,31 +87,26 @@ def _lost(x):
 
 
 @jit
-def moved_of(row, place, k, positions, rate, grad_scale, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
-    """|R_k + rate dR_k| at some positions of branch k, 0 outside."""
-    at, inside = k * positions + place, place < positions
-    R = tl.load(pointer_of(tl.load(row), DTYPES[0], 1) + at, inside, other=0).to(COMPUTE)
-    g = tl.load(pointer_of(tl.load(row + 1), DTYPES[1], 1) + at, inside, other=0).to(COMPUTE)
-    if grad_scale is not None:
-        g = divide(g, tl.load(grad_scale).to(COMPUTE) + tl.zeros_like(g))
-    return tl.where(inside, tl.abs(R + rate * g), 0)
+def tensor_of(row, i: tl.constexpr, SPEC: tl.constexpr):
+    """Where R lies (tensor 0), or its gradient (1)."""
+    return tl.load(row + i).to(tl.pointer_type(SPEC.DTYPES[i]))
 
 
 @jit
-def total_of(row, place, K, positions, rate, grad_scale, DTYPES: tl.constexpr, COMPUTE: tl.constexpr):
-    """The sum of all branches at some positions."""
-    total = tl.zeros(place.shape, COMPUTE)
-    for k in range(K):
-        total += moved_of(row, place, k, positions, rate, grad_scale, DTYPES, COMPUTE)
+def moved_of(branches, place, k, SPEC: tl.constexpr):
+    """|R_k + rate dR_k| at some positions [P] of branch k, 0 outside."""
+    at, inside = k * branches.positions + place, place < branches.positions
+    R = tl.load(tensor_of(branches.row, 0, SPEC) + at, inside, other=0).to(SPEC.COMPUTE)
+    g = tl.load(tensor_of(branches.row, 1, SPEC) + at, inside, other=0).to(SPEC.COMPUTE)
+    if branches.scale is not None:
+        g = divide(g, tl.load(branches.scale).to(SPEC.COMPUTE) + tl.zeros_like(g))
+    return tl.where(inside, tl.abs(R + branches.rate * g), 0)
+
+
+@jit
+def total_of(branches, place, SPEC: tl.constexpr):
+    """The sum of all branches at some positions [P]."""
+    total = tl.zeros(place.shape, SPEC.COMPUTE)
+    for k in range(branches.K):
+        total += moved_of(branches, place, k, SPEC)
     return total
-
-
-def branch_launch(
-    table, numbers, sources, grad_scale, found_inf, norm, dtypes, compute, check: bool
-) -> Launch:
-    """The step of every branch weight of the table; arguments as the kernel's."""
-    tables = (table, numbers, sources, numbers.shape[1], grad_scale, found_inf, norm)
-    constants = {"DTYPES": dtypes, "COMPUTE": compute, "CHECK": check, "P": POSITIONS}
-    return Launch(
-        branch_kernel, table.shape[0], tables, {**constants, "num_warps": 4, "enable_fp_fusion": False}
-    )

@@ -1,94 +1,19 @@
-"""The only launches, and the shapes they have."""
+"""The only launches. What they compile is a Spec each (spec.py), for which Triton keeps compiled kernels."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from .control import BYTES, GRID, control_kernel, norm_kernel, tiles_at_once
+from .branch import BranchSpec, Told, branch_kernel
+from .decide import GRID, Control, Sums, control_kernel, norm_kernel
 from .direct import Launch
-from .language import AVAILABLE, tl
+from .language import AVAILABLE, cdiv, tl
 from .rows import project_kernel, row_sums_kernel
+from .spec import LOOPS, DeciderSpec, NormSpec, Spec, Tile, norm_spec, tile_for
 from .stages import Flags
 from .step import step_kernel
-
-# (longest row, rows of a tile, columns of a tile, warps, how its rows are added up): sixteen elements a
-# thread. Few classes keep launches and compiled variants few. Up to 8192 columns a row stays in registers
-# without spilling; up to 32768 the gradients of all rows in flight stay in an L2 cache of 50 MB.
-ROW_CLASSES = (
-    (64, 64, 64, 8, "tile"),
-    (256, 16, 256, 8, "tile"),
-    (1024, 4, 1024, 8, "tile"),
-    (4096, 1, 4096, 8, "tile"),
-    (8192, 1, 8192, 16, "tile"),
-    (32768, 1, 4096, 8, "loop"),
-)
-FLAT = (1, 4096, 8)
-HELD = 5 * 8192  # elements, of all tensors of a slot, that a program can hold in registers
-# From so many tensors on, sixteen elements a thread leave a processor registers for one program, eight for
-# two or three: while one waits for the memory or for the sum of its row, another works.
-MANY = 6
-# Unaligned, an element has an address of its own: fewer elements a thread, and longer rows by a loop.
-UNALIGNED_WARPS = 16
-UNALIGNED_LOOP = (1, 1024, 4)
-# (longest row, columns of a tile, warps): of rows that lie on several ranks, a program walks what is here.
-RANKED = ((1024, 1024, 4), (1 << 62, 4096, 8))
-LOOPS = ("loop", "ranks")
-
-
-class Tile(NamedTuple):
-    """Shape of a program's tile [rows, columns], the warps that work on it, how rows are added up."""
-
-    rows: int
-    columns: int
-    warps: int
-    reduction: str  # "none" | "tile" | "loop" | "pieces" | "ranks"
-
-
-class Spec(NamedTuple):
-    """What is compiled: one specialisation of the kernel each. No hyperparameter is in it."""
-
-    rule: object  # device function
-    flags: Flags
-    dtypes: tuple[Any, ...]  # triton dtypes of parameter, gradient, state...
-    compute: object
-    fields: int
-    scalars: int  # in a row; 0 where the one row is an argument of its own
-    inner: int
-    quads: bool
-    vector: int
-    tile: Tile
-    factored: bool = False  # rows of the gradient have factors
-
-    @property
-    def built(self) -> Tile:
-        """The tile as it is compiled; the list of tiles is the same, for a loop also has one a row."""
-        if self.vector > 1:
-            return self.tile
-        if self.tile.reduction in LOOPS or self.tile.columns > 4096:
-            return Tile(*UNALIGNED_LOOP, "ranks" if self.tile.reduction == "ranks" else "loop")
-        return self.tile if self.inner else self.tile._replace(warps=UNALIGNED_WARPS)
-
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments of the kernels, by name."""
-        return {
-            "RULE": self.rule,
-            "FLAGS": self.flags,
-            "DTYPES": self.dtypes,
-            "COMPUTE": self.compute,
-            "FIELDS": self.fields,
-            "COUNT": self.scalars,
-            "D": self.inner,
-            "QUADS": self.quads,
-            "VECTOR": self.vector,
-            "FACTORED": self.factored,
-            "R": self.built.rows,
-            "C": self.built.columns,
-            "REDUCTION": self.built.reduction,
-        }
-
+from .virtual import VirtualNumbers, VirtualSpec, virtual_kernel
 
 # Without contraction to fused multiply-add every executor rounds alike; the kernel is bound by memory.
 OPTIONS = {"enable_fp_fusion": False}
-# Programs of few warps: all of them are at work at once, and so the last tiles are the last to be read.
-NORM_WARPS = 4
 # norm_kernel reads, and wants many programs at once: 64 registers are enough for that. `decide`, which takes
 # four times as many, spills then; it is done once, by one program. AMD's compiler knows no such limit.
 NORM_OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,31 +22,10 @@ NORM_OPTIONS: dict[str, dict[str, Any]] = {
     "interpreter": OPTIONS,
 }
 
-
-def tile_for(rows: int, columns: int, by_rows: bool, tensors: int, split: bool = False) -> Tile:
-    """The tile for a slot of so many tensors.
-
-    A plain function, never a search: an autotuned in-place step would be taken several times. Rows matter
-    where they are added up (by_rows), and where strides keep them apart (rows > 1). `split` where several
-    ranks share each.
-    """
-    if split:
-        wide, warps = next((wide, warps) for longest, wide, warps in RANKED if columns <= longest)
-        return Tile(1, wide, warps, "ranks")
-    for longest, tall, wide, warps, reduction in ROW_CLASSES:
-        fits = columns <= longest and (reduction != "tile" or tall * wide * tensors <= HELD)
-        if fits and (by_rows or (rows > 1 and reduction == "tile")):
-            return _lighter(Tile(tall, wide, warps, reduction if by_rows else "none"), tensors)
-    return _lighter(Tile(*FLAT, "pieces" if by_rows else "none"), tensors)
-
-
-def _lighter(tile: Tile, tensors: int) -> Tile:
-    """Half of the tile where there are many tensors; a whole row cannot be halved."""
-    if tensors < MANY or (tile.rows == 1 and tile.reduction == "tile"):
-        return tile
-    if tile.rows > 1:
-        return tile._replace(rows=tile.rows // 2)
-    return tile._replace(columns=tile.columns // 2)
+KERNELS = {"sums": row_sums_kernel, "step": step_kernel, "finish": project_kernel}
+WARPS = 4  # of the programs that have no tile
+# Places of arguments that may be others at the next step.
+GRADS, SCALARS, NORM_CONTROL, CONTROL, TOLD = 1, 3, 4, 1, 4
 
 
 def dtype_of(name: str):
@@ -135,9 +39,6 @@ def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
     return tuple(part for part in KERNELS if part == "step" or (not whole and flags.needs(part)))
 
 
-KERNELS = {"sums": row_sums_kernel, "step": step_kernel, "finish": project_kernel}
-
-
 def step_launches(table, grads, tiles, scalars, sums, spec: Spec) -> dict[str, Launch]:
     """The launches that step every tile of a list, by their parts and in their order.
 
@@ -145,13 +46,14 @@ def step_launches(table, grads, tiles, scalars, sums, spec: Spec) -> dict[str, L
         table: int64 [slots, fields] on the device.
         grads: int64 [slots] on the device, the addresses of the gradients.
         tiles: int32 [programs, 3] on the device.
-        scalars: compute dtype [rows, count] on the device, as kernels/stages.py reads them; or the numbers of
-            the one row, where `spec.scalars` is 0.
+        scalars: compute dtype [rows, count] on the device, `Numbers` of kernels/stages.py; or those of the
+            one row, where `spec.COUNT` is 0.
         sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
     """
-    constants = {**spec.constants(), "num_warps": spec.built.warps, **OPTIONS}
+    constants = {"SPEC": spec, "num_warps": spec.WARPS, **OPTIONS}
     args = (table, grads, tiles, scalars, sums)
-    parts = parts_of(spec.tile, spec.flags)
+    assert spec.FLAGS is not None
+    parts = parts_of(spec.tile, spec.FLAGS)
     return {part: Launch(KERNELS[part], tiles.shape[0], args, constants) for part in parts}
 
 
@@ -160,84 +62,70 @@ def programs_for(tiles: int) -> int:
     return min(tiles, GRID)
 
 
-class Decision(NamedTuple):
-    """What is compiled of kernels/control.py: a tape (scalars.py), and whether the norm is looked at."""
-
-    code: tuple[int, ...]
-    outputs: tuple[int, ...]
-    leaves: int
-    check: bool
-
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments of the kernels, by name."""
-        return {"CODE": self.code, "OUTPUTS": self.outputs, "LEAVES": self.leaves, "CHECK": self.check}
-
-
-_NORM_ARGUMENTS = ("DTYPES", "COMPUTE", "FIELDS", "D", "VECTOR", "FACTORED")
-
-
-def norm_constants(spec: Spec) -> dict[str, Any]:
-    """Compile-time arguments and warps of norm_kernel: the step's, longest rows walked piece by piece."""
-    built = spec.built
-    if built.columns > 4096:
-        built = Tile(1, 4096, 8, "loop")
-    if spec.vector > 1:
-        built = built._replace(warps=NORM_WARPS)
-    reduction = "loop" if built.reduction in LOOPS else built.reduction
-    own = {"R": built.rows, "C": built.columns, "REDUCTION": reduction, "num_warps": built.warps}
-    constants = spec.constants()
-    return {**{name: constants[name] for name in _NORM_ARGUMENTS}, **own}
-
-
-def norm_tiles_at_once(spec: Spec) -> int:
-    """Tiles that a program of norm_kernel reads before it adds any of them up."""
-    constants = norm_constants(spec)
-    elements = constants["R"] * constants["C"]
-    found: int = tiles_at_once(BYTES, elements, spec.dtypes[1].primitive_bitwidth, spec.vector)
-    return found
-
-
-def norm_launch(
-    table,
-    grads,
-    tiles,
-    share,
-    partials,
-    done,
-    control,
-    spec: Spec,
-    decision: Decision,
-    decide: bool,
-    backend: str,
-) -> Launch:
-    """Measures the gradients of a list; of all such launches the last program decides: see control.py.
+def norm_launch(table, grads, tiles, sums: Sums, control: Control, spec: NormSpec, backend: str) -> Launch:
+    """Measures the gradients of a list; of all such launches the last program decides: see decide.py.
 
     `backend` is that of NORM_OPTIONS.
     """
-    constants = {**norm_constants(spec), **decision.constants(), "DECIDE": decide, **NORM_OPTIONS[backend]}
-    args = (table, grads, tiles, share, partials, done, control)
-    return Launch(norm_kernel, programs_for(tiles.shape[0]), args, constants)
+    constants = {"SPEC": spec, "num_warps": spec.SLOTS.WARPS, **NORM_OPTIONS[backend]}
+    return Launch(norm_kernel, programs_for(tiles.shape[0]), (table, grads, tiles, sums, control), constants)
 
 
-def control_launch(squares, control, decision: Decision) -> Launch:
+def control_launch(squares, control: Control, spec: DeciderSpec) -> Launch:
     """Decides, by squares that were added up elsewhere or without a norm: one program."""
-    constants = {**decision.constants(), "num_warps": 4, **OPTIONS}
+    constants = {"SPEC": spec, "num_warps": WARPS, **OPTIONS}
     return Launch(control_kernel, 1, (squares, control), constants)
+
+
+def branch_launch(table, numbers, sources, told: Told, spec: BranchSpec) -> Launch:
+    """The step of every branch weight of the table; arguments as the kernel's."""
+    args = (table, numbers, sources, numbers.shape[1], told)
+    return Launch(branch_kernel, table.shape[0], args, {"SPEC": spec, "num_warps": WARPS, **OPTIONS})
+
+
+def launch_virtual(grad, scaled, r, gain, scale: float, rho: float, eps: float, update: bool) -> None:
+    """Accumulates virtual gradients and scales by them, on the current stream.
+
+    Args:
+        grad: fp32, bf16 or fp16 [examples, ...] on the device, contiguous.
+        scaled: like grad, is written.
+        r: fp32 [...], contiguous, is written where `update`.
+        gain: fp32, one number on the device, by which the gradients are multiplied before they are squared.
+        scale, rho, eps: as in the formula.
+        update: whether to accumulate.
+    """
+    spec, shape = VirtualSpec(update), (grad.shape[0], r.numel())
+    numbers = VirtualNumbers(*shape, float(scale), float(rho), 1.0 - rho, float(eps))
+    grid = (cdiv(r.numel(), spec.P),)
+    virtual_kernel[grid](grad, scaled, r, gain, numbers, SPEC=spec, num_warps=WARPS, **OPTIONS)
 
 
 __all__ = [
     "AVAILABLE",
+    "CONTROL",
+    "GRADS",
     "KERNELS",
+    "LOOPS",
+    "NORM_CONTROL",
     "NORM_OPTIONS",
     "OPTIONS",
-    "Decision",
+    "SCALARS",
+    "TOLD",
+    "BranchSpec",
+    "Control",
+    "DeciderSpec",
     "Launch",
+    "NormSpec",
     "Spec",
+    "Sums",
     "Tile",
+    "Told",
+    "branch_launch",
     "control_launch",
     "dtype_of",
+    "launch_virtual",
     "norm_launch",
-    "norm_tiles_at_once",
+    "norm_spec",
     "parts_of",
     "programs_for",
     "step_launches",

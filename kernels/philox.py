@@ -8,6 +8,8 @@ GPU's square root, which is approximate: 2 units in the last place. They reach t
 A counter is (index // 4 in two words, stream, step and purpose); its four words are those of four elements.
 """
 
+from typing import Any, NamedTuple
+
 from .language import jit, tl
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -76,20 +78,29 @@ def normals(a, b, sigma):
     return sine, (cosine.to(tl.uint32, bitcast=True) ^ (b & word(0x80000000))).to(tl.float32, bitcast=True)
 
 
+class Words(NamedTuple):
+    """What numbers depend on besides the index of their element: uint32 each."""
+
+    stream: Any
+    step: Any  # and purpose
+    key0: Any
+    key1: Any
+
+
 @jit
-def words_at(index, c2, c3, k0, k1):
+def words_at(index, words):
     """Four words [...] of the counters `index` (int64 [...]), which are element indices // 4."""
-    return philox(index.to(tl.uint32), (index >> 32).to(tl.uint32), c2, c3, k0, k1)
+    return philox(index.to(tl.uint32), (index >> 32).to(tl.uint32), *words)
 
 
 @jit
-def normal_tile(first, sigma, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
+def normal_tile(first, sigma, words, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
     """Normals [R, C] of C elements each from the indices `first` [R, 1] on.
 
     QUADS: four neighbours in a row share a counter; 33 instructions an element. Else (rows of odd lengths)
     a row begins within a counter, so four elements choose from the words of two: 60 to 70 instructions.
     """
-    a0, a1, b0, b1, d0, d1 = words_from(first, c2, c3, k0, k1, C, QUADS)
+    a0, a1, b0, b1, d0, d1 = words_from(first, words, C, QUADS)
     x0, x1 = normals(a0, a1, sigma)
     x2, x3 = normals(b0, b1, sigma)
     if not QUADS:
@@ -101,9 +112,9 @@ def normal_tile(first, sigma, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, 
 
 
 @jit
-def bit_tile(first, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
+def bit_tile(first, words, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
     """The lower 16 bits [R, C] of each element's word. Arguments as of normal_tile."""
-    a0, a1, b0, b1, d0, _ = words_from(first, c2, c3, k0, k1, C, QUADS)
+    a0, a1, b0, b1, d0, _ = words_from(first, words, C, QUADS)
     if not QUADS:
         odd = (first & 1) != 0
         a0, a1 = tl.where(odd, a1, a0), tl.where(odd, b0, a1)
@@ -112,16 +123,16 @@ def bit_tile(first, c2, c3, k0, k1, R: tl.constexpr, C: tl.constexpr, QUADS: tl.
 
 
 @jit
-def words_from(first, c2, c3, k0, k1, C: tl.constexpr, QUADS: tl.constexpr):
+def words_from(first, words, C: tl.constexpr, QUADS: tl.constexpr):
     """Words [R, C // 4] from element `first` [R, 1] on, or from that before it where it is odd.
 
     Four of each four elements, and two more where rows begin within a counter (not QUADS).
     """
     index = (first >> 2) + tl.arange(0, C // 4)[None, :]
-    a0, a1, b0, b1 = words_at(index, c2, c3, k0, k1)
+    a0, a1, b0, b1 = words_at(index, words)
     d0, d1 = a0, a1
     if not QUADS:
-        d0, d1, e0, e1 = words_at(index + 1, c2, c3, k0, k1)
+        d0, d1, e0, e1 = words_at(index + 1, words)
         late = (first & 2) != 0
         a0, a1 = tl.where(late, b0, a0), tl.where(late, b1, a1)
         b0, b1 = tl.where(late, d0, b0), tl.where(late, d1, b1)

@@ -1,28 +1,15 @@
 """The stages around an update rule, in their one order. Pure functions of loaded values.
 
-`p, g` and the items of `state` are blocks of one shape (or single elements, on the CPU); `h` is the tuple
-of scalars of the parameter's group:
-
-    h[0]   weight decay (coupled), or what it leaves of a parameter in a step
-    h[1]   step size
-    h[2]   L1 penalty
-    h[3]   largest norm of a row
-    h[4]   standard deviation of the noise
-    h[5]   number of the step, from 1
-    h[6]   factor of the gradient: unscales and clips it
-    h[7]   weight of the new parameter in its average
-    h[8]   not 0 if the step is left out (read where the host cannot know: kernels/step.py)
-    h[9:]  the rule's own
-
-`z` is the noise of the block, where there is noise. Where an average of the parameter is kept it is the first
-item of `state`.
+`values` are the blocks of a slot's tensors: parameter p, gradient g, state..., all of one shape (or single
+elements, on the CPU); `h` are the `Numbers` of the parameter's group. `z` is the noise of the block, where
+there is noise. Where an average of the parameter is kept it is the first item of the state.
 
 A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of a row is that of what
 `stepped` returns. How they are taken is the kernel's business: in registers, by a loop, over launches.
 `rounded(...)` and `averaged(...)` come last: the average is of parameters as they are stored.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .language import jit, tl
 from .ops import divide, negative, sign, sqrt, stochastic, stored, where
@@ -58,55 +45,88 @@ class Flags(NamedTuple):
         return {"sums": self.centralize != "none", "finish": self.project}.get(part, True)
 
 
+class Numbers(NamedTuple):
+    """The numbers of a step by name, in the order in which a row of the table of scalars has them.
+
+    Triton, numba and plain torch read them so, layout/scalars.py writes them.
+    """
+
+    decay: Any  # weight decay (coupled), or what it leaves of a parameter in a step
+    step_size: Any
+    l1: Any  # penalty
+    longest: Any  # norm of a row, at most
+    sigma: Any  # standard deviation of the noise
+    step: Any  # its number, from 1
+    factor: Any  # of the gradient: unscales and clips it
+    share: Any  # weight of the new parameter in its average
+    skip: Any  # not 0 if the step is left out (read where the host cannot know: kernels/step.py)
+    own: Any  # a tuple: the rule's own
+
+    @classmethod
+    def of_row(cls, row: Any) -> "Numbers":
+        """A row of the table by name."""
+        return cls(*row[:SHARED], tuple(row[SHARED:]))
+
+
+SHARED = len(Numbers._fields) - 1  # numbers that every rule has
+
+
 @jit
-def prepared(p, g, h, z, FLAGS: tl.constexpr):
-    """The gradient before centring: sign, penalties, noise, hence P(g + lam p) (Yong et al. 2020, 3.4)."""
+def prepared(p, g, h, z, SPEC: tl.constexpr):
+    """The gradient [R, C] before centring: sign, penalties, noise: P(g + lam p) (Yong et al. 2020, 3.4)."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
     if FLAGS.scaled:
-        g = h[6] * g
+        g = h.factor * g
     if FLAGS.maximize:
         g = negative(g)
     if FLAGS.decay == "coupled":
         # Not g + 0 * p: a group without decay beside one with it must not turn inf into NaN.
-        g = where(h[0] != 0, g + h[0] * p, g)
+        g = where(h.decay != 0, g + h.decay * p, g)
     if FLAGS.l1:
-        g = where(h[2] != 0, g + h[2] * sign(p), g)
+        g = where(h.l1 != 0, g + h.l1 * sign(p), g)
     if FLAGS.noise == "gradient":
         g = g + z
     return g
 
 
 @jit
-def measured(p, g, state, h, z, RULE: tl.constexpr, FLAGS: tl.constexpr):
-    """What the row mean is taken of: the prepared gradient, or the update direction."""
-    VARIANT: tl.constexpr = FLAGS.variant  # as an argument Triton 3.6 takes no field of a tuple
-    g = prepared(p, g, h, z, FLAGS)
+def measured(values, h, z, SPEC: tl.constexpr):
+    """What the row mean is taken of [R, C]: the prepared gradient, or the update direction."""
+    RULE: tl.constexpr = SPEC.RULE
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    VARIANT: tl.constexpr = FLAGS.variant  # a field of a tuple cannot be passed on as it is
+    p, state = values[0], values[2:]
+    g = prepared(p, values[1], h, z, SPEC)
     if FLAGS.centralize == "update":
         if FLAGS.ema:
-            g, _ = RULE(p, g, state[1:], h[9:], VARIANT)
+            g, _ = RULE(p, g, state[1:], h.own, VARIANT)
         else:
-            g, _ = RULE(p, g, state, h[9:], VARIANT)
+            g, _ = RULE(p, g, state, h.own, VARIANT)
     return g
 
 
 @jit
-def stepped(p, g, state, h, z, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
-    """The step of one block: the new parameter, yet to be projected, and state. `mean` is its row's."""
+def stepped(values, h, z, mean, SPEC: tl.constexpr):
+    """The new parameter [R, C], yet to be projected, and the new state. `mean` is that of its rows."""
+    RULE: tl.constexpr = SPEC.RULE
+    FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant
-    g = prepared(p, g, h, z, FLAGS)
+    p, state = values[0], values[2:]
+    g = prepared(p, values[1], h, z, SPEC)
     if FLAGS.centralize == "gradient":
         g = g - mean
     if FLAGS.ema:
-        direction, own = RULE(p, g, state[1:], h[9:], VARIANT)
+        direction, own = RULE(p, g, state[1:], h.own, VARIANT)
         state = state[:1] + own
     else:
-        direction, state = RULE(p, g, state, h[9:], VARIANT)
+        direction, state = RULE(p, g, state, h.own, VARIANT)
     if FLAGS.centralize == "update":
         direction = direction - mean
     if FLAGS.decay == "decoupled":
-        p = h[0] * p
-    p = p - h[1] * direction
+        p = h.decay * p
+    p = p - h.step_size * direction
     if FLAGS.decay == "proximal":
-        p = h[0] * p
+        p = h.decay * p
     if FLAGS.noise == "weights":
         p = p + z
     return p, state
@@ -114,23 +134,27 @@ def stepped(p, g, state, h, z, mean, RULE: tl.constexpr, FLAGS: tl.constexpr):
 
 @jit
 def projected(p, squares, h):
-    """p, scaled down where its row's sum of squares says that the row is longer than allowed."""
+    """p [R, C], scaled down where its row's sum of squares says that the row is longer than allowed."""
     norm = sqrt(squares)
-    return where(norm > h[3], p * divide(h[3], norm), p)
+    return where(norm > h.longest, p * divide(h.longest, norm), p)
 
 
 @jit
-def rounded(p, bits, FLAGS: tl.constexpr, DTYPE: tl.constexpr):
-    """p as a number of DTYPE where that is chosen at random; else the store rounds, to nearest."""
+def rounded(p, bits, SPEC: tl.constexpr):
+    """p [R, C] as its dtype has it where that is chosen at random; else the store rounds, to nearest."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    DTYPE: tl.constexpr = SPEC.DTYPES[0]
     if FLAGS.rounding == "stochastic":
         p = stochastic(p, bits, DTYPE)
     return p
 
 
 @jit
-def averaged(p, state, h, FLAGS: tl.constexpr, DTYPE: tl.constexpr):
-    """The state with the average of the parameter brought up to date: of what DTYPE holds of it."""
+def averaged(p, state, h, SPEC: tl.constexpr):
+    """The state with the average of the parameter brought up to date: of what its dtype holds of it."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    DTYPE: tl.constexpr = SPEC.DTYPES[0]
     if FLAGS.ema:
         average = state[0]
-        state = (average + h[7] * (stored(p, DTYPE) - average),) + state[1:]
+        state = (average + h.share * (stored(p, DTYPE) - average),) + state[1:]
     return state

@@ -15,14 +15,48 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
 
 A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
 row * columns + column in each. Otherwise a column is an index over the inner dimensions.
-A tile is int32 (slot, row block, column block).
+A tile is int32 (slot, row block, column block). SPEC is a `Spec` of spec.py throughout.
 """
 
+from typing import Any, NamedTuple
+
 from .language import jit, tl
-from .philox import ON_ROUNDING, ON_WEIGHTS, bit_tile, normal_tile, word
+from .philox import ON_ROUNDING, ON_WEIGHTS, Words, bit_tile, normal_tile, word
+from .stages import SHARED, Numbers
 
 GEOMETRY = 12
 _GEOMETRY = tl.constexpr(GEOMETRY)
+_SHARED = tl.constexpr(SHARED)
+
+
+class Row(NamedTuple):
+    """What a program works on: some rows of a slot."""
+
+    base: Any  # the slot's row of the table
+    grad: Any  # address of its gradient
+    r: Any  # rows [R]
+    lane: Any  # 0 ... C - 1
+    piece: Any  # column block of the tile
+    columns: Any  # of the slot
+    h: Any  # Numbers
+
+
+class Cells(NamedTuple):
+    """Where in its rows a program reads and writes."""
+
+    c: Any  # columns [C]
+    mask: Any  # [R, C], which of them there are
+
+
+@jit
+def row_of(table, grads, tiles, scalars, SPEC: tl.constexpr):
+    """The rows of this program's tile. Arguments as step_kernel's."""
+    slot, row_block, piece = tile_of(tiles, tl.program_id(0))
+    base, grad = table + slot * SPEC.FIELDS, tl.load(grads + slot)
+    columns = columns_of(base, SPEC)
+    h = numbers_of(base, scalars, SPEC)
+    r = row_block * SPEC.R + tl.arange(0, SPEC.R)
+    return Row(base, grad, r, tl.arange(0, SPEC.C), piece, columns, h)
 
 
 @jit
@@ -34,107 +68,83 @@ def tile_of(tiles, index):
 
 
 @jit
-def columns_of(row, K: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns of the slot."""
-    columns = tl.load(row + K + 1)
+def columns_of(base, SPEC: tl.constexpr):
+    """Columns of a slot."""
+    VECTOR: tl.constexpr = SPEC.VECTOR
+    columns = tl.load(base + len(SPEC.DTYPES) + 1)
     if VECTOR > 1:
         columns = tl.multiple_of(columns, VECTOR)
     return columns
 
 
 @jit
-def scalars_of(row, scalars, K: tl.constexpr, COUNT: tl.constexpr):
-    """The slot's scalars, a tuple of COUNT values; with COUNT 0 `scalars` is that tuple, in fp32."""
+def numbers_of(base, scalars, SPEC: tl.constexpr):
+    """The Numbers of a slot: COUNT of the table; with COUNT 0 `scalars` is their tuple, in fp32."""
+    COUNT: tl.constexpr = SPEC.COUNT
     values = ()
     if COUNT == 0:
         for i in tl.static_range(len(scalars)):
             values = values + (tl.full([], scalars[i], tl.float32),)  # the interpreter's are Python's
     else:
-        base = scalars + tl.load(row + K + 2) * COUNT
+        first = scalars + tl.load(base + len(SPEC.DTYPES) + 2) * COUNT
         for i in tl.static_range(COUNT):
-            values = values + (tl.load(base + i),)
-    return values
+            values = values + (tl.load(first + i),)
+    return Numbers(*values[:_SHARED], values[_SHARED:])
 
 
 @jit
-def offsets_of(row, i: tl.constexpr, r, c, columns, K: tl.constexpr, D: tl.constexpr):
-    """Element offsets [R, C] of rows r [R] and columns c [C] in tensor i of the slot."""
+def offsets_of(row, c, i: tl.constexpr, SPEC: tl.constexpr):
+    """Element offsets [R, C] of a row's columns c [C] in tensor i of the slot."""
+    K: tl.constexpr = len(SPEC.DTYPES)
+    D: tl.constexpr = SPEC.D
     if D == 0:
-        return r[:, None] * columns + c[None, :]
+        return row.r[:, None] * row.columns + c[None, :]
     else:
-        strides = row + K + _GEOMETRY + D
+        strides = row.base + K + _GEOMETRY + D
         inner = c * 0
         rest = c
         for d in tl.static_range(D - 1, -1, -1):
-            size = tl.load(row + K + _GEOMETRY + d)
+            size = tl.load(row.base + K + _GEOMETRY + d)
             inner = inner + (rest % size) * tl.load(strides + (d + 1) * K + i)
             rest = rest // size
-        return r[:, None] * tl.load(strides + i) + inner[None, :]
+        return row.r[:, None] * tl.load(strides + i) + inner[None, :]
 
 
 @jit
-def pointer_of(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """An address as a pointer. Alignment is said here: unknown of a loaded one, loads would stay scalar."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if VECTOR > 1:
+def pointer_of(address, i: tl.constexpr, SPEC: tl.constexpr):
+    """The address of tensor i as a pointer. Alignment is said here: unknown, loads would stay scalar."""
+    pointer = address.to(tl.pointer_type(SPEC.DTYPES[i]))
+    if SPEC.VECTOR > 1:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @jit
-def load_tile(
-    row,
-    grad,
-    r,
-    c,
-    columns,
-    DTYPES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    D: tl.constexpr,
-    VECTOR: tl.constexpr,
-    FACTORED: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Mask [R, C] of rows r and columns c, and the slot's K tensors there: blocks [R, C], 0 outside.
+def load_tile(row, start, SPEC: tl.constexpr, EVICT: tl.constexpr):
+    """Cells from column `start` on, and the slot's K tensors there: blocks [R, C], 0 outside.
 
-    `grad` is the address of the gradient (tensor 1), whose rows come multiplied by their factors, where they
-    have such. EVICT: when caches let go of what is read, as of tl.load.
+    Rows of the gradient (tensor 1) come multiplied by their factors, where they have such. EVICT: when
+    caches let go of what is read, as of tl.load.
     """
-    inside = r < tl.load(row + len(DTYPES))
-    mask = inside[:, None] & (c < columns)[None, :]
+    K: tl.constexpr = len(SPEC.DTYPES)
+    c = start + row.lane
+    inside = row.r < tl.load(row.base + K)
+    mask = inside[:, None] & (c < row.columns)[None, :]
     values = ()
-    for i in tl.static_range(len(DTYPES)):
-        offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
-        address = grad if i == 1 else tl.load(row + i)
-        pointer = pointer_of(address, DTYPES[i], VECTOR)
-        value = tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT).to(COMPUTE)
-        if FACTORED and i == 1:
-            factors = tl.load(row + len(DTYPES) + 11).to(tl.pointer_type(COMPUTE))
-            value = value * tl.load(factors + r, inside, other=0)[:, None]
+    for i in tl.static_range(K):
+        offsets = offsets_of(row, c, i, SPEC)
+        address = row.grad if i == 1 else tl.load(row.base + i)
+        pointer = pointer_of(address, i, SPEC)
+        value = tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT).to(SPEC.COMPUTE)
+        if SPEC.FACTORED and i == 1:
+            factors = tl.load(row.base + K + 11).to(tl.pointer_type(SPEC.COMPUTE))
+            value = value * tl.load(factors + row.r, inside, other=0)[:, None]
         values = values + (value,)
-    return mask, values
+    return Cells(c, mask), values
 
 
 @jit
-def totals_of(row, r, K: tl.constexpr):
-    """Addresses [R] of the sums over ranks, fp64, of rows r [R]."""
-    return tl.load(row + K + 10).to(tl.pointer_type(tl.float64)) + r
-
-
-@jit
-def store_tile(
-    row,
-    r,
-    c,
-    mask,
-    columns,
-    p,
-    state,
-    DTYPES: tl.constexpr,
-    D: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EVICT: tl.constexpr,
-):
+def store_tile(row, cells, p, state, SPEC: tl.constexpr, EVICT: tl.constexpr):
     """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never.
 
     With no state only the parameter is written.
@@ -142,67 +152,56 @@ def store_tile(
     values = (p, p) + state
     for i in tl.static_range(len(values)):
         if i != 1:
-            offsets = offsets_of(row, i, r, c, columns, len(DTYPES), D)
-            pointer = pointer_of(tl.load(row + i), DTYPES[i], VECTOR)
-            tl.store(pointer + offsets, values[i].to(DTYPES[i]), mask, eviction_policy=EVICT)
+            offsets = offsets_of(row, cells.c, i, SPEC)
+            pointer = pointer_of(tl.load(row.base + i), i, SPEC)
+            tl.store(pointer + offsets, values[i].to(SPEC.DTYPES[i]), cells.mask, eviction_policy=EVICT)
 
 
 @jit
-def noise_tile(
-    row,
-    r,
-    start,
-    h,
-    FLAGS: tl.constexpr,
-    DTYPES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    C: tl.constexpr,
-    QUADS: tl.constexpr,
-):
-    """Noise [R, C] for rows r [R] and C columns from `start`, 0 where there is no noise."""
-    if FLAGS.noise == "none":
+def totals_of(row, SPEC: tl.constexpr):
+    """Addresses [R] of the sums over ranks, fp64, of the rows."""
+    return tl.load(row.base + len(SPEC.DTYPES) + 10).to(tl.pointer_type(tl.float64)) + row.r
+
+
+@jit
+def noise_tile(row, start, SPEC: tl.constexpr):
+    """Noise [R, C] for C columns from `start` on, 0 where there is no noise."""
+    C: tl.constexpr = SPEC.C
+    QUADS: tl.constexpr = SPEC.QUADS
+    if SPEC.FLAGS.noise == "none":
         return 0.0
     else:
-        stream, key0, key1, step = words_of(row, h, len(DTYPES))
-        if FLAGS.noise == "weights":
-            step = step | word(ON_WEIGHTS)
-        sigma = h[4].to(tl.float32)
-        first = indices_of(row, r, start, len(DTYPES))
-        z = normal_tile(first, sigma, stream, step, key0, key1, r.shape[0], C, QUADS)
-        return z.to(COMPUTE)
+        purpose = word(0)
+        if SPEC.FLAGS.noise == "weights":
+            purpose = word(ON_WEIGHTS)
+        words = words_of(row, purpose, SPEC)
+        sigma = row.h.sigma.to(tl.float32)
+        z = normal_tile(indices_of(row, start, SPEC), sigma, words, row.r.shape[0], C, QUADS)
+        return z.to(SPEC.COMPUTE)
 
 
 @jit
-def rounding_tile(
-    row,
-    r,
-    start,
-    h,
-    FLAGS: tl.constexpr,
-    DTYPES: tl.constexpr,
-    C: tl.constexpr,
-    QUADS: tl.constexpr,
-):
-    """Sixteen random bits [R, C] for rows r [R] and C columns from `start`; 0 for rounding to nearest."""
-    if FLAGS.rounding == "stochastic":
-        stream, key0, key1, step = words_of(row, h, len(DTYPES))
-        step = step | word(ON_ROUNDING)
-        first = indices_of(row, r, start, len(DTYPES))
-        return bit_tile(first, stream, step, key0, key1, r.shape[0], C, QUADS)
+def rounding_tile(row, start, SPEC: tl.constexpr):
+    """Sixteen random bits [R, C] for C columns from `start` on; 0 for rounding to nearest."""
+    C: tl.constexpr = SPEC.C
+    QUADS: tl.constexpr = SPEC.QUADS
+    if SPEC.FLAGS.rounding == "stochastic":
+        words = words_of(row, word(ON_ROUNDING), SPEC)
+        return bit_tile(indices_of(row, start, SPEC), words, row.r.shape[0], C, QUADS)
     else:
         return 0
 
 
 @jit
-def indices_of(row, r, start, K: tl.constexpr):
-    """Index [R, 1] in the whole parameter of column `start` of rows r [R]."""
-    place = row + K + 8
-    return tl.load(place) + r[:, None] * tl.load(place + 1) + start
+def indices_of(row, start, SPEC: tl.constexpr):
+    """Index [R, 1] in the whole parameter of column `start` of the rows."""
+    place = row.base + len(SPEC.DTYPES) + 8
+    return tl.load(place) + row.r[:, None] * tl.load(place + 1) + start
 
 
 @jit
-def words_of(row, h, K: tl.constexpr):
-    """The slot's stream, key (two words) and step."""
-    words = row + K + 5
-    stream, step = tl.load(words).to(tl.uint32), h[5].to(tl.int32).to(tl.uint32)
-    return stream, tl.load(words + 1).to(tl.uint32), tl.load(words + 2).to(tl.uint32), step
+def words_of(row, purpose, SPEC: tl.constexpr):
+    """The slot's Words, of the step for a purpose."""
+    place = row.base + len(SPEC.DTYPES) + 5
+    stream, step = tl.load(place).to(tl.uint32), row.h.step.to(tl.int32).to(tl.uint32) | purpose
+    return Words(stream, step, tl.load(place + 1).to(tl.uint32), tl.load(place + 2).to(tl.uint32))

@@ -4,66 +4,67 @@ A program has some places of the output, all examples of them: it reads them twi
 from the L2 cache, and writes them once. No atomics; a place is added up in a fixed order.
 """
 
-from .language import cdiv, jit, tl
+from typing import Any, NamedTuple
+
+from .language import jit, tl
 from .ops import divide, sqrt
 
-EXAMPLES, PLACES = 8, 128  # of a tile
+
+class VirtualSpec(NamedTuple):
+    """One specialisation of virtual_kernel."""
+
+    UPDATE: bool  # whether squares are accumulated
+    M: int = 8  # examples of a tile
+    P: int = 128  # places of a tile
+
+
+class VirtualNumbers(NamedTuple):
+    """The numbers of the formula, and the shape of the gradient [examples, places]."""
+
+    examples: Any
+    places: Any
+    scale: Any
+    rho: Any
+    fresh: Any
+    eps: Any
 
 
 @jit
 def virtual_kernel(
-    grad,
-    scaled,
-    r,
-    gain,
-    examples,
-    places,
-    scale,
-    rho,
-    fresh,
-    eps,
-    UPDATE: tl.constexpr,
-    M: tl.constexpr,
-    P: tl.constexpr,
+    grad,  # fp32, bf16 or fp16 [examples, places]
+    scaled,  # like grad
+    r,  # fp32 [places]
+    gain,  # fp32 [1], by which the gradients are multiplied before they are squared
+    n,  # VirtualNumbers
+    SPEC: tl.constexpr,  # VirtualSpec
 ):
     """r <- rho r + fresh mean((gain grad)^2) where that is finite; scaled = grad scale / sqrt(r + eps)."""
+    M: tl.constexpr = SPEC.M
+    P: tl.constexpr = SPEC.P
     place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-    inside = place < places
+    inside = place < n.places
     squares = tl.load(r + place, mask=inside, other=0)
-    if UPDATE:
+    if SPEC.UPDATE:
         by = tl.load(gain)
         total = tl.zeros([M, P], tl.float32)
-        for start in range(0, examples, M):
-            example = (start + tl.arange(0, M)).to(tl.int64)[:, None]
-            mask = (example < examples) & inside[None, :]
-            q = tl.load(grad + example * places + place[None, :], mask=mask, other=0).to(tl.float32) * by
+        for start in range(0, n.examples, M):
+            at, mask = elements_of(start, place, n, SPEC)
+            q = tl.load(grad + at, mask=mask, other=0).to(tl.float32) * by
             total += q * q
-        mean = divide(tl.sum(total, axis=0), (examples + tl.zeros([P], tl.int32)).to(tl.float32))
-        new = rho * squares + fresh * mean
+        mean = divide(tl.sum(total, axis=0), (n.examples + tl.zeros([P], tl.int32)).to(tl.float32))
+        new = n.rho * squares + n.fresh * mean
         squares = tl.where(tl.abs(new) < float("inf"), new, squares)
         tl.store(r + place, squares, mask=inside)
-    under = squares + eps
-    factor = tl.where(under > 0, divide(scale + tl.zeros([P], tl.float32), sqrt(under)), 0)
-    for start in range(0, examples, M):
-        example = (start + tl.arange(0, M)).to(tl.int64)[:, None]
-        mask = (example < examples) & inside[None, :]
-        at = example * places + place[None, :]
+    under = squares + n.eps
+    factor = tl.where(under > 0, divide(n.scale + tl.zeros([P], tl.float32), sqrt(under)), 0)
+    for start in range(0, n.examples, M):
+        at, mask = elements_of(start, place, n, SPEC)
         g = tl.load(grad + at, mask=mask, other=0)
         tl.store(scaled + at, (g.to(tl.float32) * factor[None, :]).to(g.dtype), mask=mask)
 
 
-def launch_virtual(grad, scaled, r, gain, scale: float, rho: float, eps: float, update: bool) -> None:
-    """Accumulates and scales, on the current stream.
-
-    Args:
-        grad: fp32, bf16 or fp16 [examples, ...] on the device, contiguous.
-        scaled: like grad, is written.
-        r: fp32 [...], contiguous, is written where `update`.
-        gain: fp32, one number on the device, by which the gradients are multiplied before they are squared.
-        scale, rho, eps: as in the formula.
-        update: whether to accumulate.
-    """
-    grid = (cdiv(r.numel(), PLACES),)
-    numbers = (grad.shape[0], r.numel(), float(scale), float(rho), 1.0 - rho, float(eps))
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    virtual_kernel[grid](grad, scaled, r, gain, *numbers, UPDATE=update, M=EXAMPLES, P=PLACES, **options)
+@jit
+def elements_of(start, place, n, SPEC: tl.constexpr):
+    """Where M examples from `start` on lie at some places [P]: offsets [M, P], and which there are."""
+    example = (start + tl.arange(0, SPEC.M)).to(tl.int64)[:, None]
+    return example * n.places + place[None, :], (example < n.examples) & (place < n.places)[None, :]

@@ -11,6 +11,7 @@ from fusedcalib.bench.models.traffic import traffic as moved_by
 from fusedcalib.bench.predict import compiled as on_paper
 from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, sass, spilled, spilled_in_loops
 from fusedcalib.executors.triton import run as gpu
+from fusedcalib.executors.triton.executor import EXECUTOR
 from fusedcalib.kernels import launch
 from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import needs_of, recipe_of
@@ -50,7 +51,7 @@ def spec_of(config: Config) -> launch.Spec:
     scalars.set([scalars_of(recipe, group, 1.0)])
     place = Place(0, 8 * p.shape[-1], mesh="eight", across=(0,)) if config.slicing == "ranks" else None
     factors = torch.ones(p.shape[0]) if config.slicing == "factors" else None
-    slot = Slot(param, states, 0, recipe, gpu.EXECUTOR, place=place, factors=factors)
+    slot = Slot(param, states, 0, recipe, EXECUTOR, place=place, factors=factors)
     (bucket,) = build_buckets([slot], scalars, totals=RowTotals([slot]).parts)
     return gpu.spec_of(bucket)
 
@@ -58,26 +59,26 @@ def spec_of(config: Config) -> launch.Spec:
 def traffic(config: Config) -> tuple[int, int]:
     """Bytes for each element that the step kernel has to read and to write, also those of a second walk."""
     spec = spec_of(config)
-    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.dtypes]
-    return moved_by("step", spec.flags, sizes, spec.built.reduction == "loop").accessed
+    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.DTYPES]
+    return moved_by("step", spec.FLAGS, sizes, spec.REDUCTION == "loop").accessed
 
 
 def compiled(config: Config, target: str = "sm_90", kernel: str = "step") -> Compiled:
     return compiled_for(spec_of(config), target, kernel)
 
 
-def decision_of(rule: str, check: bool = True) -> launch.Decision:
+def decider_of(rule: str, check: bool = True) -> launch.DeciderSpec:
     """What is compiled of a rule's scalars."""
     optimizer = getattr(fusedcalib, rule)([torch.nn.Parameter(torch.zeros(1))])
     tape = tape_of(optimizer.rule, shape_of(optimizer.param_groups[0]))
-    return launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
+    return launch.DeciderSpec(tape.code, tape.outputs, len(tape.leaves), check)
 
 
 def compiled_control(rule: str, target: str = "sm_90", config: Config | None = None) -> Compiled:
     """norm_kernel for a parameter, control_kernel where there is none; with the scalars of a rule."""
     if config is None:
-        return on_paper.compiled_control(decision_of(rule), target)
-    return on_paper.compiled_norm(spec_of(config), decision_of(rule), target)
+        return on_paper.compiled_control(decider_of(rule), target)
+    return on_paper.compiled_norm(spec_of(config), decider_of(rule), target)
 
 
 __all__ = [
@@ -87,7 +88,7 @@ __all__ = [
     "compiled",
     "compiled_control",
     "compiled_for",
-    "decision_of",
+    "decider_of",
     "sass",
     "spec_of",
     "spilled",

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fusedcalib
-from fusedcalib.kernels import launch
+from fusedcalib.kernels import spec
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -72,7 +72,7 @@ CLASSES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 def config(kind: str, row_class: str = "flat", **options: Any) -> Config:
     k = KINDS[kind]
     shape, stages = CLASSES[row_class]
-    if row_class.startswith("longest") and k.tensors * shape[-1] > launch.HELD:
+    if row_class.startswith("longest") and k.tensors * shape[-1] > spec.HELD:
         shape = (8, 4096)
     chosen = CHOSEN.get(f"{k.rule} {k.variant}", CHOSEN.get(k.variant, {}))
     return Config(k.rule, shape, k.dtypes, (*({**stages, **chosen, **options}).items(),))

@@ -10,6 +10,7 @@ from kernel_kinds import BF16, CLASSES, KINDS, config
 from fusedcalib.bench.predict.compiled import usage
 from fusedcalib.bench.predict.static_costs import occupancy
 from fusedcalib.kernels import launch
+from fusedcalib.kernels.spec import MANY
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
@@ -51,12 +52,12 @@ def test_bytes_moved(kind: str, row_class: str):
     """All of them by 128-bit accesses; centring adds none, but where a row is walked again."""
     asked = config(kind, row_class)
     built = compiled(asked)
-    assert len(built.spec.dtypes) == KINDS[kind].tensors
+    assert len(built.spec.DTYPES) == KINDS[kind].tensors
     assert (built.bytes_moved("ld"), built.bytes_moved("st")) == traffic(asked)
     assert built.narrow("st") == 0
     # Read otherwise: the tile [3], scalars, the slot's row of the table and the sums of pieces; the
     # compiler repeats some of them rather than keep a register. Once a program, not once an element.
-    assert built.narrow("ld") <= 3 + built.spec.scalars + 2 * built.spec.fields
+    assert built.narrow("ld") <= 3 + built.spec.COUNT + 2 * built.spec.FIELDS
 
 
 @steps
@@ -86,23 +87,23 @@ def test_other_gpus(kind: str, row_class: str, target: str):
 
 @pytest.mark.parametrize(("kind", "longest"), [("Adan plain", 4096), ("Adam amsgrad", 8192)])
 def test_rows_are_held_in_registers_as_long_as_they_fit(kind: str, longest: int):
-    """Six tensors of 8192 columns would be spilled, see HELD in kernels/launch.py; five are not."""
+    """Six tensors of 8192 columns would be spilled, see HELD in kernels/spec.py; five are not."""
     tensors = KINDS[kind].tensors
     tiles = {n: launch.tile_for(8, n, True, tensors) for n in (longest, longest + 1)}
     assert [tile.reduction for tile in tiles.values()] == ["tile", "loop"]
     spec = spec_of(config(kind, "longest rows, all stages"))
     assert spec.tile == tiles[longest]
-    wide = compiled_for(spec._replace(tile=launch.tile_for(8, 8192, True, 0)))
+    wide = compiled_for(spec.tiled(launch.tile_for(8, 8192, True, 0)))
     assert (spilled(wide) > 0) == (longest < 8192)
 
 
 @pytest.mark.parametrize("row_class", ["flat", "rows of 64", "rows of 1024", "loop", "pieces"])
 def test_many_tensors_leave_room_for_two_programs(row_class: str):
-    """Sixteen elements a thread of six tensors leave room for one, see MANY in kernels/launch.py."""
+    """Sixteen elements a thread of six tensors leave room for one, see MANY in kernels/spec.py."""
     spec = spec_of(config("Adan plain", row_class))
-    whole = launch.tile_for(*spec_rows(row_class), row_class != "flat", launch.MANY - 1)
+    whole = launch.tile_for(*spec_rows(row_class), row_class != "flat", MANY - 1)
     for tile, programs in ((spec.tile, (2, 3)), (whole, (1,))):
-        built = compiled_for(spec._replace(tile=tile))
+        built = compiled_for(spec.tiled(tile))
         room = occupancy("sm_90", usage(built).registers, tile.warps, built.shared)
         assert room.warps // tile.warps in programs
     assert 2 * spec.tile.rows * spec.tile.columns == whole.rows * whole.columns

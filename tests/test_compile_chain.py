@@ -10,7 +10,6 @@ from kernel_kinds import CLASSES, KINDS, config
 import fusedcalib
 from fusedcalib import GradientNoise
 from fusedcalib.bench.predict.compiled import compiled_norm, spilled_in_loops, usage
-from fusedcalib.bench.predict.profile_steps import NOTHING
 from fusedcalib.kernels.stages import Flags
 
 pytest.importorskip("triton")
@@ -48,7 +47,7 @@ def test_the_chain_spills_no_register(kind: str, row_class: str, target: str):
         assert spilled(built) == 0
     if target == "sm_90":
         assert (built.bytes_moved("ld"), built.bytes_moved("st")) == traffic(asked)
-        if built.spec.built.reduction != "loop":  # there the noise is made twice
+        if built.spec.REDUCTION != "loop":  # there the noise is made twice
             assert len(sass(built)) / built.elements < ISSUES_PER_BYTE * sum(traffic(asked))
 
 
@@ -77,7 +76,7 @@ def test_the_norm_asks_for_many_bytes_before_it_waits(kind: str, row_class: str,
 
     For sm_80 the compiler saves registers: two to seven of the eight come before the first conversion.
     """
-    built = compiled_norm(spec_of(config(kind, row_class)), NOTHING, target, decide=False)
+    built = compiled_norm(spec_of(config(kind, row_class)), None, target)
     size = KINDS[kind].dtypes[1].itemsize
     assert built.accesses("ld")[16] == 8
     assert built.elements * size == 128
@@ -114,10 +113,10 @@ def test_what_is_off_leaves_no_instruction(flag: str, kind: str):
     """Off is the very kernel that knows nothing of it; on is another one."""
     spec, on = spec_of(config(kind)), spec_of(config(kind, **OPTIONS[flag]))
     default = Flags._field_defaults[flag]
-    assert getattr(spec.flags, flag) == default
-    assert getattr(on.flags, flag) != default
+    assert getattr(spec.FLAGS, flag) == default
+    assert getattr(on.FLAGS, flag) != default
     if kind == "AdamW plain" and flag == "rounding":  # fp32 is not rounded
-        assert sass(compiled_for(on._replace(quads=False))) == sass(compiled_for(spec))
+        assert sass(compiled_for(on._replace(QUADS=False))) == sass(compiled_for(spec))
         return
     assert sass(compiled_for(on)) != sass(compiled_for(spec))
 

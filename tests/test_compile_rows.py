@@ -86,7 +86,7 @@ def test_shared_rows_cost_one_more_reading_of_the_gradient(columns: int):
 @pytest.mark.parametrize("options", [CENTRED, CHAIN], ids=["centred", "chain"])
 def test_shared_rows_spill_no_register(options: dict[str, Any], target: str):
     asked = rows("ranks", 3584, options)
-    for part in launch.parts_of(spec_of(asked).tile, spec_of(asked).flags):
+    for part in launch.parts_of(spec_of(asked).tile, spec_of(asked).FLAGS):
         assert spilled(compiled(asked, target, part)) == 0, part
 
 
@@ -94,8 +94,8 @@ def test_shared_rows_spill_no_register(options: dict[str, Any], target: str):
 def test_factors_of_rows_cost_nothing(target: str):
     """Bytes of an element are those without; so is the norm's launch, which they go into too."""
     asked, without = (rows(slicing, 1024, {**CENTRED, "max_grad_norm": 1.0}) for slicing in ("factors", ""))
-    assert spec_of(asked).factored
-    assert not spec_of(without).factored
+    assert spec_of(asked).FACTORED
+    assert not spec_of(without).FACTORED
     built, plain = compiled(asked, target), compiled(without, target)
     assert spilled(built) == 0
     if "ptx" in built.asm:

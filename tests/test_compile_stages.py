@@ -2,6 +2,8 @@
 
 import inspect
 import re
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,16 @@ from kernel_kinds import ALL_STAGES, KINDS, Config, config
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise
 from fusedcalib.kernels import launch
+from fusedcalib.kernels.branch import branch_kernel
+from fusedcalib.kernels.decide import control_kernel, norm_kernel
+from fusedcalib.kernels.virtual import virtual_kernel
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
 
+ALL_KERNELS = (*launch.KERNELS.values(), norm_kernel, control_kernel, branch_kernel, virtual_kernel)
+KERNELS = Path(launch.__file__).parent
+RULES = Path(fusedcalib.__file__).parent / "rules"
 OFF = {"weight_decay": 0.0, "l1": 0.0, "centralize": False, "max_row_norm": None}
 ARITHMETIC = r"f32|shfl|bar|shared"
 
@@ -110,7 +118,7 @@ def test_projection_of_pieces_touches_only_the_parameter(kind: str, target: str)
     assert (project.bytes_moved("ld"), project.bytes_moved("st"), project.narrow("st")) == (size, size, 0)
     assert step.narrow("st") == 1
     for built in (project, step):
-        assert built.narrow("ld") <= 3 + built.spec.scalars + 2 * built.spec.fields
+        assert built.narrow("ld") <= 3 + built.spec.COUNT + 2 * built.spec.FIELDS
         assert not built.inexact
 
 
@@ -130,7 +138,8 @@ def test_hostile_memory_compiles_without_spilling(
 ):
     hostile = config(kind, "rows of 1024", **ALL_STAGES)._replace(shape=shape, slicing=slicing)
     built = compiled(hostile, target)
-    assert (built.spec.inner, built.spec.vector) == (inner, 1)
+    dimensions, vector = built.spec.D, built.spec.VECTOR
+    assert (dimensions, vector) == (inner, 1)
     assert spilled(built) == 0
 
 
@@ -142,7 +151,7 @@ NOISE = {"centralize": "update", "noise": GradientNoise(0.1)}
 def test_noise_costs_few_instructions(kind: str, row_class: str, noise: Any):
     """A counter serves four elements: ten rounds of four multiplications; two of them share a root."""
     without, built = compiled(config(kind, row_class)), compiled(config(kind, row_class, noise=noise))
-    assert built.spec.quads
+    assert built.spec.QUADS
     assert without.elements == built.elements
     assert len(sass(built)) - len(sass(without)) <= 35 * built.elements
     assert spilled(built) == 0
@@ -155,7 +164,7 @@ def test_noise_that_is_off_leaves_no_instruction(kind: str, row_class: str):
     spec = spec_of(config(kind, row_class, noise=None))
     assert spec == spec_of(config(kind, row_class))
     without, on = compiled_for(spec), compiled(config(kind, row_class, noise=GradientNoise(0.1)))
-    assert sass(compiled_for(spec._replace(quads=True))) == sass(without)
+    assert sass(compiled_for(spec._replace(QUADS=True))) == sass(without)
     assert on.narrow("ld") - without.narrow("ld") == 7  # three words, a deviation, a step, where it begins
     assert not any(re.match(r"mul\.hi|xor|fma", name) for name in without.ptx)
     # To make a number takes one addition and three multiplications; to use it, one addition.
@@ -179,10 +188,10 @@ def test_noise_on_hostile_rows_spills_no_register(
     """Centred updates hold most. Where rows begin within a counter noise costs at most 75 instructions."""
     asked = config(kind, **NOISE)._replace(shape=shape, slicing=slicing)
     built = compiled(asked, target)
-    assert built.spec.vector == 1
-    kernels = ["step", "sums"] if built.spec.built.reduction == "pieces" else ["step"]
+    assert built.spec.VECTOR == 1
+    kernels = ["step", "sums"] if built.spec.REDUCTION == "pieces" else ["step"]
     assert [spilled(compiled(asked, target, kernel)) for kernel in kernels] == [0] * len(kernels)
-    if target == "sm_90" and built.spec.built.reduction == "tile":
+    if target == "sm_90" and built.spec.REDUCTION == "tile":
         without = compiled(config(kind, centralize="update")._replace(shape=shape, slicing=slicing), target)
         assert len(sass(built)) - len(sass(without)) <= 75 * built.elements
 
@@ -205,10 +214,46 @@ def test_no_hyperparameter_is_compiled_in(rule: str):
     assert specs[0] == specs[1]
 
 
-@pytest.mark.parametrize("name", launch.KERNELS)
-def test_compile_time_arguments_are_those_of_the_spec(name: str):
-    """None may be missing, and none may sneak in beside them."""
+@pytest.mark.parametrize("kernel", ALL_KERNELS, ids=lambda kernel: kernel.__name__)
+def test_a_kernel_has_one_compile_time_argument(kernel: Any):
+    """What is compiled is one value; more than six arguments would be a table that no one reads."""
+    arguments = inspect.signature(kernel.fn).parameters.values()
+    assert [a.name for a in arguments if "constexpr" in str(a.annotation)] == ["SPEC"]
+    assert len(arguments) <= 6
+
+
+def device_functions() -> dict[str, Any]:
+    """Every function of kernels/ and of the rules that Triton compiles."""
+    modules = [import_module(f"fusedcalib.kernels.{path.stem}") for path in KERNELS.glob("*.py")]
+    modules += [import_module(f"fusedcalib.rules.{path.stem}") for path in RULES.glob("*.py")]
+    return {
+        f"{module.__name__.partition('.')[2]}.{name}": found
+        for module in modules
+        for name, found in vars(module).items()
+        if hasattr(found, "fn") and found.__module__ == module.__name__
+    }
+
+
+def test_device_functions_have_few_arguments():
+    found = device_functions()
+    assert len(found) > 50
+    counts = {name: len(inspect.signature(function.fn).parameters) for name, function in found.items()}
+    assert max(counts.values()) <= 6, {name for name, count in counts.items() if count > 6}
+
+
+def test_a_rule_of_another_source_is_another_kernel_on_disk(monkeypatch: pytest.MonkeyPatch):
+    """Triton asks what constants print; a function prints its name, whatever is in it."""
+    from triton.compiler import ASTSource
+
+    def hash_of(spec: launch.Spec) -> str:
+        signature = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "scalars": "*fp32", "sums": "*fp32"}
+        constants = {"SPEC": spec}
+        return ASTSource(launch.KERNELS["step"], {**signature, "SPEC": "constexpr"}, constants).hash()
+
     spec = spec_of(config("AdamW plain"))
-    arguments = inspect.signature(launch.KERNELS[name].fn).parameters.values()
-    constants = {a.name for a in arguments if "constexpr" in str(a.annotation)}
-    assert constants == spec.constants().keys()
+    rule = spec.RULE
+    other = type(rule)(rule.fn)
+    other._unsafe_update_src(rule.src.replace("sqrt", "divide"))
+    assert str(other) == str(rule)
+    assert hash_of(spec.of_rule(rule, spec.FLAGS)) == hash_of(spec)
+    assert hash_of(spec.of_rule(other, spec.FLAGS)) != hash_of(spec)

@@ -1,4 +1,4 @@
-"""Steps decided on the device: by the kernels of kernels/control.py, as the host decides them."""
+"""Steps decided on the device: by the kernels of kernels/decide.py, as the host decides them."""
 
 import math
 

@@ -11,6 +11,7 @@ import torch
 from cases import FUSED
 
 import fusedcalib
+from fusedcalib import options
 from fusedcalib.executors import choose as executors
 from fusedcalib.executors.eager import EagerExecutor
 
@@ -72,8 +73,7 @@ def toy(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(executors, "NAMES", ("toy", *executors.NAMES))
-    monkeypatch.setattr(executors, "BACKENDS", ("toy", *executors.BACKENDS))
-    monkeypatch.setattr("fusedcalib.optimizer.BACKENDS", executors.BACKENDS)
+    monkeypatch.setattr(options, "BACKENDS", (*options.BACKENDS, "toy"))
     executors.choose.cache_clear()
     yield executor
     executors.choose.cache_clear()

@@ -11,7 +11,7 @@ from kernel_trial import placed
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise, noise
 from fusedcalib.kernels.language import jit, tl
-from fusedcalib.kernels.philox import normal_tile, words_at
+from fusedcalib.kernels.philox import Words, normal_tile, words_at
 
 WORDS = (7, 11, 13)
 EPS = torch.finfo(torch.float32).eps
@@ -25,7 +25,7 @@ def words_kernel(first, out, C: tl.constexpr):
     index = tl.load(first) + tl.arange(0, C)
     step = tl.full([], 5, tl.uint32)
     keys = tl.full([], 7, tl.uint32), tl.full([], 11, tl.uint32), tl.full([], 13, tl.uint32)
-    a, b, c, d = words_at(index, keys[0], step, keys[1], keys[2])
+    a, b, c, d = words_at(index, Words(keys[0], step, keys[1], keys[2]))
     lane = tl.arange(0, C)
     tl.store(out + lane, a.to(tl.int32, bitcast=True))
     tl.store(out + C + lane, b.to(tl.int32, bitcast=True))
@@ -40,9 +40,8 @@ def normals_kernel(first, out, R: tl.constexpr, C: tl.constexpr, QUADS: tl.const
     keys = tl.full([], 7, tl.uint32), tl.full([], 11, tl.uint32), tl.full([], 13, tl.uint32)
     step, sigma = tl.full([], 5, tl.uint32), tl.full([], 1, tl.float32)
     row, start, columns = tl.load(first), tl.load(first + 1), tl.load(first + 2)
-    z = normal_tile(
-        ((row + r) * columns + start)[:, None], sigma, keys[0], step, keys[1], keys[2], R, C, QUADS
-    )
+    words = Words(keys[0], step, keys[1], keys[2])
+    z = normal_tile(((row + r) * columns + start)[:, None], sigma, words, R, C, QUADS)
     tl.store(out + r[:, None] * C + c[None, :], z)
 
 

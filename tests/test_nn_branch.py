@@ -10,7 +10,7 @@ from kernel_compiled import TARGETS, Compiled, spilled
 from torch import nn
 
 from fusedcalib import reference
-from fusedcalib.kernels import branch as kernels
+from fusedcalib.kernels import launch
 from fusedcalib.kernels.launch import OPTIONS, dtype_of
 from fusedcalib.layout import branches as branch_tables
 from fusedcalib.nn import CSGD, branch, branch_step
@@ -238,12 +238,12 @@ def test_a_learning_rate_on_the_device(backend, dtype):
     table = torch.tensor(rows, dtype=torch.int64, device=device)
     numbers = torch.tensor([[0.0, 0.5], [-1.0, 1.0]], dtype=F64, device=device)
     sources = torch.tensor([lr.data_ptr() + (dtype == F64), 0], device=device)
-    kinds = (dtype_of("float32"),) * 2, dtype_of("float32")
+    spec = launch.BranchSpec((dtype_of("float32"),) * 2, dtype_of("float32"), CHECK=False)
     for value in (0.25, 0.0):
         lr.fill_(value)
         expected = [expected_of(R, 0.5, "literal") for R in found]
         expected[::2] = [expected_of(R, value) if value else R.detach().clone() for R in found[::2]]
-        kernels.branch_launch(table, numbers, sources, None, None, None, *kinds, False)()
+        launch.branch_launch(table, numbers, sources, launch.Told(None, None, None), spec)()
         near(found, expected)
 
 
@@ -257,12 +257,10 @@ def test_compiles(target, param, grad):
     """For GPUs that need not be there, with everything there can be; every operation correctly rounded."""
     triton = pytest.importorskip("triton")
     compute = "float64" if param == "float64" else "float32"
-    pointers = {"table": "*i64", "numbers": "*fp64", "sources": "*i64", "groups": "i32"}
-    pointers |= {"grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp64"}
-    constants = {"DTYPES": (dtype_of(param), dtype_of(grad or param)), "COMPUTE": dtype_of(compute)}
-    constants |= {"CHECK": True, "P": kernels.POSITIONS}
-    signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-    source = triton.compiler.ASTSource(kernels.branch_kernel, signature, constexprs=constants)
+    signature = {"table": "*i64", "numbers": "*fp64", "sources": "*i64", "groups": "i32"}
+    signature |= {"told": launch.Told("*fp32", "*fp32", "*fp64"), "SPEC": "constexpr"}
+    spec = launch.BranchSpec((dtype_of(param), dtype_of(grad or param)), dtype_of(compute), CHECK=True)
+    source = triton.compiler.ASTSource(launch.branch_kernel, signature, constexprs={"SPEC": spec})
     gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
     options = {"num_warps": 4, **OPTIONS}
     built = Compiled(None, target, dict(triton.compile(source, target=gpu, options=options).asm))

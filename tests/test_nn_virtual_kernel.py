@@ -10,7 +10,8 @@ from kernel_compiled import TARGETS
 from virtual_cases import backward, made, target_for
 
 from fusedcalib import reference
-from fusedcalib.kernels import virtual as kernels
+from fusedcalib.kernels import launch as kernels
+from fusedcalib.kernels.virtual import VirtualNumbers, VirtualSpec
 from fusedcalib.nn import set_loss_scale
 from fusedcalib.nn import virtual as module
 
@@ -43,9 +44,9 @@ def test_kernel_compiles(target, dtype):
     """For GPUs that need not be there."""
     triton = pytest.importorskip("triton")
     pointers = {"grad": f"*{dtype}", "scaled": f"*{dtype}", "r": "*fp32", "gain": "*fp32"}
-    numbers = {"examples": "i32", "places": "i32", **dict.fromkeys(("scale", "rho", "fresh", "eps"), "fp32")}
-    constants = {"UPDATE": True, "M": kernels.EXAMPLES, "P": kernels.PLACES}
-    signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
+    numbers = VirtualNumbers("i32", "i32", *["fp32"] * 4)
+    signature = {**pointers, "n": numbers, "SPEC": "constexpr"}
+    constants = {"SPEC": VirtualSpec(UPDATE=True)}
     source = triton.compiler.ASTSource(kernels.virtual_kernel, signature, constexprs=constants)
     gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
     triton.compile(source, target=gpu, options={"num_warps": 4, "enable_fp_fusion": False})

@@ -105,7 +105,7 @@ def test_streams_follow_names_and_seeds():
 
 
 def deviation(kind, lr, step):
-    """What a step takes: h[4] of kernels/stages.py."""
+    """What a step takes: `sigma` of kernels/stages.py."""
     opt = fusedcalib.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, noise=kind)
     return scalars_of(recipe_of(opt.rule, opt.param_groups[0]), opt.param_groups[0], step)[4]
 

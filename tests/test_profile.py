@@ -39,13 +39,14 @@ CHOICES = ((), ("centralize", "max_grad_norm"), ("capturable",), ALL)
 
 def constants_of(variant):
     """As kernels/launch.py hands them over."""
-    decision = {**variant.decision.constants(), **launch.OPTIONS}
-    if variant.kernel == "control":
-        return {**decision, "num_warps": 4}
+    spec, warps = variant.decider, launch.WARPS
     if variant.kernel == "norm":
-        return {**launch.norm_constants(variant.spec), **decision, "DECIDE": True}
-    spec = variant.spec._replace(scalars=0) if variant.as_arguments else variant.spec
-    return {**spec.constants(), "num_warps": spec.built.warps, **launch.OPTIONS}
+        spec = launch.norm_spec(variant.spec, variant.decider)
+        warps = spec.SLOTS.WARPS
+    elif variant.kernel != "control":
+        spec = variant.spec._replace(COUNT=0) if variant.as_arguments else variant.spec
+        warps = spec.WARPS
+    return {"SPEC": spec, "num_warps": warps, **launch.OPTIONS}
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32-state"])
@@ -158,7 +159,7 @@ def test_traffic_of_a_second_walk_is_no_traffic_of_the_memory():
     )
     moves = profile_steps.traffic_of(variant)
     assert (moves.memory, moves.accessed) == (28, (20, 12))
-    flags = variant.spec.flags
+    flags = variant.spec.FLAGS
     assert traffic("step", flags, [4, 4, 4, 4]).accessed == (16, 12)
 
 

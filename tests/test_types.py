@@ -129,13 +129,14 @@ def test_the_constructor_has_the_signature_of_the_class(cls):
     assert self.name == "self"
     assert taken == list(signature.parameters.values())
     assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in taken)
+    assert cls.__init__.__doc__.startswith("Args:\n")
     types = typing.get_type_hints(cls.__init__)
     assert types.pop("return") is type(None)
     assert types == {p.name: p.annotation for p in taken}
     assert not any(isinstance(type_, str) for type_ in types.values())
     for option in SHARED:
         if option.name in types:
-            assert option.name in cls.__init__.__doc__
+            assert f"    {option.name}: {option.doc[:20]}" in cls.__init__.__doc__
             assert option.name in inspect.getdoc(fusedcalib.FusedOptimizer)
 
 

@@ -91,8 +91,7 @@ def test_every_variant_differs_in_one_constant(name, engine):
     within = type(present).__name__ == "constexpr"
     assert (present.value if within else present) != value
     if not within:
-        rows = {"control": 5000}.get(module, 2)  # more tiles than programs
-        shapes = ((rows, 4096),) if module == "control" else small(variant).shapes
+        shapes = ((5000, 4096),) if module == "decide" else small(variant).shapes  # more tiles than programs
         fewer = variant._replace(shapes=shapes)
         assert launches(fewer, variant.changes) != launches(fewer, {})
 
@@ -129,7 +128,7 @@ def test_a_constant_that_is_not_there_is_refused():
 
 
 def test_the_present_kernels_stay_as_they_are():
-    copy = launch_with({"launch": {"FLAT": (1, 2048, 8)}, "control": {"GRID": 7}})
+    copy = launch_with({"spec": {"FLAT": (1, 2048, 8)}, "decide": {"GRID": 7}})
     assert copy.tile_for(1, 5000, False, 4).columns == 2048
     assert copy.programs_for(100) == 7
     assert launch.tile_for(1, 5000, False, 4).columns == 4096

@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import asdict
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -28,6 +28,9 @@ from ..report.results import Spread
 from . import timing
 from .baselines import METHODS
 from .timing import Rounds, Sampler, Step, host_seconds, interleave, wall_sampler
+
+if TYPE_CHECKING:
+    from fusedcalib.options import Backend
 
 TENSORS = 1000
 COMPARED = ("torch_fused", "own_plain", "own_gc")
@@ -136,7 +139,7 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
     return sample
 
 
-def each_tensor(rounds: int = 40, backend: Any = "auto") -> dict[str, float]:
+def each_tensor(rounds: int = 40, backend: Backend = "auto") -> dict[str, float]:
     """Median seconds of the host for each tensor, of one element, gradients new at each step; in turns.
 
     own: our step up to its launches. torch: its fused AdamW with its kernel taken out.

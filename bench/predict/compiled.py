@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...kernels import launch
-from ...kernels.control import control_kernel, norm_kernel
-from ...kernels.launch import Decision, Spec, Tile
+from ...kernels.decide import control_kernel, norm_kernel
+from ...kernels.launch import Control, DeciderSpec, Spec, Sums, Tile
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -20,11 +20,23 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-# What `decide` of kernels/control.py takes, with everything there can be.
-CONTROL = (
-    *("*i32", "*fp64", "*i64", "*i32", "*i32", "*i64", "*fp32"),
-    *("*i64", "*fp32", "*fp32", "*fp64", "*fp32", "*fp64"),
+# What `decide` of kernels/decide.py takes, with everything there can be.
+CONTROL = Control(
+    sizes="*i32",
+    numbers="*fp64",
+    sources="*i64",
+    example="*i32",
+    used="*i32",
+    steps="*i64",
+    most="*fp32",
+    products="*i64",
+    grad_scale="*fp32",
+    found_inf="*fp32",
+    report="*fp64",
+    singles="*fp32",
+    doubles="*fp64",
 )
+SUMS = Sums(share="*i32", partials="*fp64", done="*i32")
 # Bytes of an access, by the end of its name in amdgcn.
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
@@ -92,7 +104,7 @@ class Compiled(NamedTuple):
             kind == "ld"
             and "ptx" in self.asm
             and self.spec is not None
-            and "64" not in str(self.spec.compute)
+            and "64" not in str(self.spec.COMPUTE)
         ):
             found[8] -= sum(
                 n for name, n in self.ptx.items() if re.search(r"^ld\.global(?!.*\.v\d).*64$", name)
@@ -116,7 +128,7 @@ class Compiled(NamedTuple):
 def _compiled(
     kernel: Any,
     tables: dict[str, Any],
-    constants: dict[str, Any],
+    spec: Any,
     warps: int,
     target: str,
     options: dict[str, Any] = launch.OPTIONS,
@@ -126,8 +138,7 @@ def _compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {**tables, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    source = ASTSource(fn=kernel, signature={**tables, "SPEC": "constexpr"}, constexprs={"SPEC": spec})
     built = compile_for(source, GPUTarget(*TARGETS[target]), {"num_warps": warps, **options})
     return dict(built.asm), built.metadata.shared
 
@@ -137,32 +148,28 @@ def compiled_for(
     spec: Spec, target: str = "sm_90", kernel: str = "step", as_arguments: bool = False
 ) -> Compiled:
     """One of launch.KERNELS; its scalars in a table, or its one row of them as arguments."""
-    scalar = "*fp64" if spec.compute == launch.dtype_of("float64") else "*fp32"
-    scalars: Any = ("fp32",) * spec.scalars if as_arguments else scalar
+    scalar = "*fp64" if "64" in str(spec.COMPUTE) else "*fp32"
+    scalars: Any = ("fp32",) * spec.COUNT if as_arguments else scalar
     tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "scalars": scalars, "sums": scalar}
-    spec = spec._replace(scalars=0) if as_arguments else spec
-    asm, shared = _compiled(launch.KERNELS[kernel], tables, spec.constants(), spec.built.warps, target)
-    return Compiled(spec, target, asm, spec.built, shared)
+    spec = spec._replace(COUNT=0) if as_arguments else spec
+    asm, shared = _compiled(launch.KERNELS[kernel], tables, spec, spec.WARPS, target)
+    return Compiled(spec, target, asm, spec.tile, shared)
 
 
 @functools.cache
-def compiled_norm(spec: Spec, decision: Decision, target: str = "sm_90", decide: bool = True) -> Compiled:
-    """norm_kernel; without `decide` only what it does of each element."""
-    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "share": "*i32", "partials": "*fp64"}
-    tables["done"] = "*i32"
-    constants = {**launch.norm_constants(spec), **decision.constants(), "DECIDE": decide}
-    warps: int = constants.pop("num_warps")
-    tile = Tile(constants["R"], constants["C"], warps, constants["REDUCTION"])
-    options = launch.NORM_OPTIONS[TARGETS[target][0]]
-    asm, shared = _compiled(norm_kernel, {**tables, "control": CONTROL}, constants, warps, target, options)
-    return Compiled(spec, target, asm, tile, shared, launch.norm_tiles_at_once(spec))
+def compiled_norm(spec: Spec, decider: DeciderSpec | None, target: str = "sm_90") -> Compiled:
+    """norm_kernel; without a decider only what it does of each element."""
+    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "sums": SUMS, "control": CONTROL}
+    norm, options = launch.norm_spec(spec, decider), launch.NORM_OPTIONS[TARGETS[target][0]]
+    asm, shared = _compiled(norm_kernel, tables, norm, norm.SLOTS.WARPS, target, options)
+    return Compiled(spec, target, asm, norm.SLOTS.tile, shared, norm.AT_ONCE)
 
 
 @functools.cache
-def compiled_control(decision: Decision, target: str = "sm_90") -> Compiled:
+def compiled_control(decider: DeciderSpec, target: str = "sm_90") -> Compiled:
     """control_kernel, which is one program and has no tile."""
     tables = {"squares": "*fp64", "control": CONTROL}
-    asm, shared = _compiled(control_kernel, tables, decision.constants(), 4, target)
+    asm, shared = _compiled(control_kernel, tables, decider, launch.WARPS, target)
     return Compiled(None, target, asm, None, shared)
 
 

@@ -17,7 +17,7 @@ import torch
 
 import fusedcalib
 from fusedcalib.engine.state import make_state, states_of
-from fusedcalib.executors.triton import run as gpu
+from fusedcalib.executors.triton.executor import EXECUTOR
 from fusedcalib.kernels import launch
 from fusedcalib.layout.buckets import Slot
 from fusedcalib.layout.recipe import merged, needs_of, recipe_of
@@ -160,7 +160,7 @@ def parts_of(
             make_state(optimizer.state, optimizer._engine.versions, param, recipe, group)
             states = states_of(optimizer.state, param, recipe)
             place = _place(shard, sharding.mesh)
-            slot = Slot(param, states, index, recipe, gpu.EXECUTOR, (0, 0, 0), place)
+            slot = Slot(param, states, index, recipe, EXECUTOR, (0, 0, 0), place)
             parts.append(Part(slot, found[shard]))
     decides = needs.remote or needs.measure or needs.scaled or needs.tentative
     return Laid(parts, optimizer.param_groups, needs.measure, decides)

@@ -14,7 +14,7 @@ from ..models.traffic import Traffic
 from ..report.tables import Columns
 from . import compiled, static_costs
 from .gpus import GPUS, Gpu
-from .profile_steps import NOTHING, ProfileCase, Variant, tile_text, traffic_of, variants
+from .profile_steps import ProfileCase, Variant, tile_text, traffic_of, variants
 
 Results = dict[str, Any]
 WORKERS = 2
@@ -77,7 +77,7 @@ def measured(variant: Variant, device: Gpu) -> Results:
     if spec is not None:
         counted = built
         if variant.kernel == "norm":  # the last program alone decides
-            counted = compiled.compiled_norm(spec, NOTHING, device.target, decide=False)
+            counted = compiled.compiled_norm(spec, None, device.target)
         per_element = len(compiled.instructions(counted)) / counted.elements
         warps = built.built.warps
     room = static_costs.occupancy(device.target, used.registers, warps, built.shared)
@@ -116,9 +116,9 @@ def _in_flight(built: compiled.Compiled, moves: Traffic, warps: int) -> int:
 def built_for(variant: Variant, target: str) -> compiled.Compiled:
     """One kernel for a target."""
     if variant.spec is None:
-        return compiled.compiled_control(variant.decision, target)
+        return compiled.compiled_control(variant.decider, target)
     if variant.kernel == "norm":
-        return compiled.compiled_norm(variant.spec, variant.decision, target)
+        return compiled.compiled_norm(variant.spec, variant.decider, target)
     return compiled.compiled_for(variant.spec, target, variant.kernel, variant.as_arguments)
 
 

@@ -69,7 +69,7 @@ class ProfileCase:
         return found
 
 
-NOTHING = launch.Decision((), (), 0, False)
+NOTHING = launch.DeciderSpec()
 
 
 class Variant(NamedTuple):
@@ -85,7 +85,7 @@ class Variant(NamedTuple):
 
     kernel: str
     spec: launch.Spec | None
-    decision: launch.Decision
+    decider: launch.DeciderSpec
     tensors: int = 0
     elements: int = 0
     lanes: int = 0
@@ -106,12 +106,12 @@ def variants(case: ProfileCase, model: Model) -> list[Variant]:
     scalars.set([scalars_of(recipes[index], group, 1.0) for index, group in enumerate(laid.groups)])
     tape = tape_of(slots[0].recipe.rule, shape_of(laid.groups[0]))
     check = any(group["skip_nonfinite"] for group in laid.groups)
-    decision = launch.Decision(tape.code, tape.outputs, len(tape.leaves), check)
+    decider = launch.DeciderSpec(tape.code, tape.outputs, len(tape.leaves), check)
     alike = [part.alike for part in laid.parts]
     buckets = build_buckets(slots, scalars)
     for bucket in buckets:
         bucket.set_rows(np.array([slot.group for slot in slots]))
-    return launches(buckets, alike, laid.measures, laid.decides, decision)
+    return launches(buckets, alike, laid.measures, laid.decides, decider)
 
 
 def launches(
@@ -119,7 +119,7 @@ def launches(
     alike: Sequence[int],
     measures: bool,
     decides: bool,
-    decision: launch.Decision = NOTHING,
+    decider: launch.DeciderSpec = NOTHING,
 ) -> list[Variant]:
     """The kernels that step these buckets, in order; `alike`: how many there are of each slot of the plan."""
     before: list[Variant] = []
@@ -130,21 +130,15 @@ def launches(
         sizes = np.array([slot.tensors()[0].numel() for slot in bucket.slots])
         served = int(counts.sum()), int(counts @ sizes)
         if measures:
-            tile = _norm_tile(spec)
-            lanes = int(counts @ _lanes(bucket, tile))
-            before.insert(0, Variant("norm", spec, decision, *served, lanes))  # the last bucket comes first
+            lanes = int(counts @ _lanes(bucket, spec.measured().tile))
+            before.insert(0, Variant("norm", spec, decider, *served, lanes))  # the last bucket comes first
         as_arguments = not decides and gpu.arguments_of(bucket) is not None
-        for kernel in launch.parts_of(spec.tile, spec.flags):
-            lanes = int(counts @ _lanes(bucket, spec.built))
-            steps.append(Variant(kernel, spec, decision, *served, lanes, as_arguments))
+        for kernel in launch.parts_of(spec.tile, bucket.key.recipe.flags):
+            lanes = int(counts @ _lanes(bucket, spec.tile))
+            steps.append(Variant(kernel, spec, decider, *served, lanes, as_arguments))
     if decides and not measures:
-        before.append(Variant("control", None, decision))
+        before.append(Variant("control", None, decider))
     return [*before, *steps]
-
-
-def _norm_tile(spec: launch.Spec) -> launch.Tile:
-    constants = launch.norm_constants(spec)
-    return launch.Tile(*(constants[name] for name in ("R", "C", "num_warps", "REDUCTION")))
 
 
 def _lanes(bucket: Bucket, tile: launch.Tile) -> Any:
@@ -157,10 +151,10 @@ def _lanes(bucket: Bucket, tile: launch.Tile) -> Any:
 def traffic_of(variant: Variant) -> Traffic:
     """What a kernel moves of each element."""
     spec = variant.spec
-    if spec is None:
+    if spec is None or spec.FLAGS is None:
         return Traffic(0, 0)
-    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.dtypes]
-    return traffic(variant.kernel, spec.flags, sizes, spec.built.reduction == "loop")
+    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.DTYPES]
+    return traffic(variant.kernel, spec.FLAGS, sizes, spec.REDUCTION == "loop")
 
 
 def tile_text(variant: Variant) -> str:
@@ -168,12 +162,12 @@ def tile_text(variant: Variant) -> str:
     spec = variant.spec
     if spec is None:
         return "one program"
-    tile = _norm_tile(spec) if variant.kernel == "norm" else spec.built
+    tile = (spec.measured() if variant.kernel == "norm" else spec).tile
     words = [f"{tile.rows}x{tile.columns} {tile.warps}w"]
     if tile.reduction != "none":
         words.append(tile.reduction)
-    if spec.vector == 1:
-        words.append("strided" if spec.inner else "unaligned")
+    if spec.VECTOR == 1:
+        words.append("strided" if spec.D else "unaligned")
     return " ".join(words)
 
 

@@ -37,10 +37,10 @@ def rows_of(columns: int) -> tuple[Shape, ...]:
 
 def class_of(longest: int, *tile: Any, without: Sequence[int] = ()) -> Changes:
     """The row classes with one of them exchanged or more, and some left out."""
-    from fusedcalib.kernels.launch import ROW_CLASSES
+    from fusedcalib.kernels.spec import ROW_CLASSES
 
     kept = [row for row in ROW_CLASSES if row[0] not in (longest, *without)]
-    return {"launch": {"ROW_CLASSES": tuple(sorted([*kept, (longest, *tile)]))}}
+    return {"spec": {"ROW_CLASSES": tuple(sorted([*kept, (longest, *tile)]))}}
 
 
 def norm_options(**options: Any) -> Changes:
@@ -92,14 +92,14 @@ def _flat() -> list[Variant]:
     """Steps without rows, of which every result is the same to the bit; tiles of many tensors."""
     found = []
     for wide, warps in ((4096, 16), (2048, 8), (2048, 4), (1024, 4)):
-        changes: Changes = {"launch": {"FLAT": (1, wide, warps)}}
+        changes: Changes = {"spec": {"FLAT": (1, wide, warps)}}
         for dtypes in ("fp32", "bf16"):
             name = f"flat tiles of {wide}, {warps} warps, {dtypes}"
             found.append(Variant(name, changes, LARGE, dtypes=dtypes, exact=True))
     for limit in (96, 80):
         capped = {"launch": {"OPTIONS": {"enable_fp_fusion": False, "maxnreg": limit}}}
         found.append(Variant(f"at most {limit} registers, flat", capped, LARGE, exact=True))
-    sixteen: Changes = {"launch": {"MANY": 9}}
+    sixteen: Changes = {"spec": {"MANY": 9}}
     found.append(Variant("Adan: sixteen elements a thread, flat", sixteen, LARGE, "Adan", exact=True))
     found += [
         Variant(f"Adan: sixteen elements a thread, rows of {n}", sixteen, rows_of(n), "Adan", GC)
@@ -111,8 +111,8 @@ def _flat() -> list[Variant]:
 def _norm() -> list[Variant]:
     """The launch that measures; the last rows time it together with a step over few parameters."""
     changes: dict[str, Changes] = {
-        **{f"{n} warps": {"launch": {"NORM_WARPS": n}} for n in (2, 8)},
-        **{f"{n} programs": {"control": {"GRID": n}} for n in (512, 2048)},
+        **{f"{n} warps": {"spec": {"NORM_WARPS": n}} for n in (2, 8)},
+        **{f"{n} programs": {"decide": {"GRID": n}} for n in (512, 2048)},
         **{f"at most {n} registers": norm_options(maxnreg=n) for n in (48, 96)},
     }
     found = [
@@ -121,15 +121,15 @@ def _norm() -> list[Variant]:
         for dtypes in ("fp32", "bf16")
     ]
     single: dict[str, Changes] = {  # of fp32 they are one tile already; blocks of 512 are 128 bits a thread
-        "bf16": {"control": {"BYTES": 8192}},
-        "fp32": {"control": {"BLOCK": 512}},
+        "bf16": {"spec": {"NORM_BYTES": 8192}},
+        "fp32": {"spec": {"NORM_BLOCK": 512}},
     }
     for dtypes, change in single.items():
         name = "a tile at once" if dtypes == "bf16" else "blocks of 512"
         found.append(
             Variant(f"norm: {name}, {dtypes}", change, LARGE, options=CLIP, dtypes=dtypes, norm=True)
         )
-    forwards: Changes = {"control": {"BACKWARDS": False}}
+    forwards: Changes = {"decide": {"BACKWARDS": False}}
     found += [
         Variant(f"norm and step: forwards, {size}", forwards, tensors, options=CLIP)
         for size, tensors in (("4M parameters", SMALL), ("17M parameters", ((4096, 4096),)))

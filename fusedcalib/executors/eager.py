@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import stages
+from ..kernels.spec import Spec
 from ..layout.buckets import Bucket, Slot, TileShape
 from ..layout.geometry import Geometry
 from ..layout.recipe import Recipe
@@ -66,16 +67,16 @@ NAMES = {
 
 
 @cache
-def _pipeline(recipe: Recipe) -> tuple[Function, ...]:
+def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> tuple[Function, ...]:
     """`measured`, `stepped`, `projected`, `rounded` and `averaged` of kernels/stages.py for a recipe."""
-    flags = {"RULE": rebound(recipe.rule.update, NAMES), "FLAGS": recipe.flags}
+    spec = Spec((dtype,), compute).of_rule(rebound(recipe.rule.update, NAMES), recipe.flags)
     names = {**NAMES, "prepared": rebound(stages.prepared, NAMES)}
     return (
-        partial(rebound(stages.measured, names), **flags),
-        partial(rebound(stages.stepped, names), **flags),
+        partial(rebound(stages.measured, names), SPEC=spec),
+        partial(rebound(stages.stepped, names), SPEC=spec),
         rebound(stages.projected, names),
-        partial(rebound(stages.rounded, names), FLAGS=recipe.flags),
-        partial(rebound(stages.averaged, names), FLAGS=recipe.flags),
+        partial(rebound(stages.rounded, names), SPEC=spec),
+        partial(rebound(stages.averaged, names), SPEC=spec),
     )
 
 
@@ -108,16 +109,16 @@ class EagerExecutor:
             return 0
         scalars = bucket.scalars.tolist()
         for slot, row, totals in zip(bucket.slots, bucket.scalar_rows, bucket.totals, strict=True):
-            h = tuple(scalars[row])
+            h = stages.Numbers.of_row(scalars[row])
             tensors = slot.tensors()
             param = tensors[0]
             noise = bits = param  # of no use
             runs = _runs(slot, param)
             if flags.noise != "none":
-                drawn = [normals(*run, int(h[5]), slot.words, h[4], flags.noise) for run in runs]
+                drawn = [normals(*run, int(h.step), slot.words, h.sigma, flags.noise) for run in runs]
                 noise = _laid_out(bucket, param, np.concatenate(drawn))
             if flags.rounding == "stochastic":
-                drawn = [rounding_bits(*run, int(h[5]), slot.words) for run in runs]
+                drawn = [rounding_bits(*run, int(h.step), slot.words) for run in runs]
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.int32))
             of_rows = (param if t is None else t for t in (totals, slot.factors))
             pitch = slot.place.pitch if slot.place else 0
@@ -165,35 +166,37 @@ class _Rows(NamedTuple):
 
 
 def _step(
-    bucket: Bucket, tensors: tuple[Tensor, ...], h: tuple[float, ...], z: Tensor, bits: Tensor, rows: _Rows
+    bucket: Bucket, tensors: tuple[Tensor, ...], h: stages.Numbers, z: Tensor, bits: Tensor, rows: _Rows
 ) -> None:
-    measured, stepped, projected, rounded, averaged = _pipeline(bucket.key.recipe)
-    flags, split = bucket.key.recipe.flags, bucket.key.split
+    recipe, split = bucket.key.recipe, bucket.key.split
+    measured, stepped, projected, rounded, averaged = _pipeline(recipe, tensors[0].dtype, bucket.compute)
+    flags = recipe.flags
     p, g, *state = (t.to(bucket.compute) for t in tensors)
     z = z.to(bucket.compute)
     if bucket.key.factored:
         g = _along_rows(rows.factors, g) * g
+    values = (p, g, *state)
     inner = tuple(range(1, p.ndim))
     mean: Any = 0.0
     new = tuple(state)
     if rows.part == "sums":
-        rows.totals.copy_(measured(p, g, new, h, z).sum(dim=inner))
+        rows.totals.copy_(measured(values, h, z).sum(dim=inner))
         return
     if rows.part == "step":
         if split and flags.centralize != "none":
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
         elif flags.centralize != "none":
-            mean = measured(p, g, new, h, z).mean(dim=inner, keepdim=True)
-        p, new = stepped(p, g, new, h, z, mean)
+            mean = measured(values, h, z).mean(dim=inner, keepdim=True)
+        p, new = stepped(values, h, z, mean)
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)
         if split and rows.part == "step":
             rows.totals.copy_(squares.view(-1))
         else:
             p = projected(p, _along_rows(rows.totals, p).to(p.dtype) if split else squares, h)
-    p = rounded(p, bits, DTYPE=tensors[0].dtype)
+    p = rounded(p, bits)
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
-        new = averaged(p, new, h, DTYPE=tensors[0].dtype)
+        new = averaged(p, new, h)
     for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
         target.copy_(value)
 

@@ -1,7 +1,7 @@
 """The scalars of a step, in double: written once over numbers (hostmath.py), also recorded for a device.
 
 A rule's `scalars` and `row_of` here are plain Python. Of numbers they make the row of scalars of a param
-group. Of recorded ones they make a `Tape`: the same operations, which the last program of kernels/control.py
+group. Of recorded ones they make a `Tape`: the same operations, which the last program of kernels/decide.py
 takes on the device, where step, gradient norm and loss scale are known without waiting.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..hostmath import Group, Number, Recorded, fp32, is_remote, number_of, where
+from ..kernels.stages import Numbers
 from ..kernels.tape import CODES
 from ..noise import parsed
 from ..options import NONE_IS
@@ -56,8 +57,19 @@ def row_of(rule: Rule, numbers: Group, now: StepFacts) -> tuple[tuple[Number, ..
     limit = numbers["max_grad_norm"]
     clip = limit / (now.norm + 1e-6)
     factor = where(limit > 0, where(clip > 1, 1.0, clip), 1.0) / now.scale
-    common = (kept, step_size, numbers["l1"], longest, sigma, now.step, factor, 1 - numbers["ema_decay"])
-    return (*common, now.skip, *own), product
+    *shared, own = Numbers(
+        decay=kept,
+        step_size=step_size,
+        l1=numbers["l1"],
+        longest=longest,
+        sigma=sigma,
+        step=now.step,
+        factor=factor,
+        share=1 - numbers["ema_decay"],
+        skip=now.skip,
+        own=tuple(own),
+    )
+    return (*shared, *own), product
 
 
 def entries_of(recipe: Recipe, group: Group) -> dict[str, Any]:

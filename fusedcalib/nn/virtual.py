@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, imported when it is first needed
 
 from ..executors.choose import choose
-from ..kernels.virtual import launch_virtual
+from ..kernels.launch import launch_virtual
 from ..layout.row_scales import row_factors_of
 
 SHAPES = ("auto", "position", "channel")

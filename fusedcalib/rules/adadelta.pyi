@@ -46,8 +46,8 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
             weight_decay: L2 penalty, added to the gradient. Default 0.
             foreach: accepted for compatibility. Default None.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
-                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-                the GPU anew. Default False.
+                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
+                anew. Default False.
             maximize: ascend, not descend: the gradient changes sign, penalties do not. Default False.
             differentiable: must be False. Default False.
             centralize: remove the mean of each row from the gradient (True or "gradient") or from the update

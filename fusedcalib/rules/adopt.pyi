@@ -52,8 +52,8 @@ class ADOPT(FusedOptimizer, Options):
             foreach: accepted for compatibility. Default None.
             maximize: ascend, not descend: the gradient changes sign, penalties do not. Default False.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
-                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-                the GPU anew. Default False.
+                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
+                anew. Default False.
             differentiable: must be False. Default False.
             fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where
                 a gradient is not finite, without rewriting gradients or waiting for the device. Default None.

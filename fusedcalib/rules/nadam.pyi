@@ -50,8 +50,8 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
             foreach: accepted for compatibility. Default None.
             maximize: ascend, not descend: the gradient changes sign, penalties do not. Default False.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
-                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-                the GPU anew. Default False.
+                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
+                anew. Default False.
             differentiable: must be False. Default False.
             centralize: remove the mean of each row from the gradient (True or "gradient") or from the update
                 ("update"); tensors of one dimension and rows of one element stay as they are. Default False.

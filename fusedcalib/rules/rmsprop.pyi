@@ -49,8 +49,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             momentum: `\mu`. Default 0; then no buffer is kept.
             centered: divide by the standard deviation. Not `centralize`. Default False.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
-                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-                the GPU anew. Default False.
+                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
+                anew. Default False.
             foreach: accepted for compatibility. Default None.
             maximize: ascend, not descend: the gradient changes sign, penalties do not. Default False.
             differentiable: must be False. Default False.

@@ -75,8 +75,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             state_dtype: of the states that are like the parameter: torch.float32, bfloat16, float16 or
                 float64; kept by load_state_dict. Default None: the parameter's, as torch.optim.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
-                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-                the GPU anew. Default False.
+                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
+                anew. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
         """
 
@@ -147,7 +147,7 @@ class SGDW(SGD):
             state_dtype: of the states that are like the parameter: torch.float32, bfloat16, float16 or
                 float64; kept by load_state_dict. Default None: the parameter's, as torch.optim.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
-                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a tensor on
-                the GPU anew. Default False.
+                in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
+                anew. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
         """

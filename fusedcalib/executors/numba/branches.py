@@ -13,7 +13,7 @@ from numba import njit
 
 from ...kernels.branch import FIELDS
 from ...layout.branches import Bucket, Given, Groups
-from .memory import INNER, Memory, words_at
+from .memory import INNER, Memory, double_at, words_at
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:
@@ -43,7 +43,6 @@ def loop_for(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
     """`void work(void *job)`: addresses and sizes of the tables, where the scale is, whether to check."""
     memory = Memory(dtypes, compute, 1, 0)
     load, store, spread, integers = memory.load, memory.store, memory.spread, memory.integers
-    doubles = Memory((torch.float64, torch.float64), torch.float64, 1, 0).scalars_at
     real: Any = memory.real
 
     @njit(**INNER)
@@ -74,13 +73,13 @@ def loop_for(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
     @numba.cfunc(numba.void(numba.int64))
     def work(job):
         table, count, numbers, groups, scales, check, _, _ = words_at(job)
-        scale = real(doubles(scales, 0)[0])
+        scale = real(double_at(scales)[0])
         for i in range(count):
             row = table + 8 * FIELDS * i
             addresses, (K, positions), (_, group) = integers(row), integers(row + 16), integers(row + 24)
-            lr = doubles(numbers, group)[0]
+            lr = double_at(numbers + 8 * group)[0]
             if lr != 0:
-                rate = real(lr * doubles(numbers, groups + group)[0])
+                rate = real(lr * double_at(numbers + 8 * (groups + group))[0])
                 step(addresses, K, positions, rate, scale, check)
 
     return work

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ...kernels.stages import SHARED, Numbers
 from ...layout.buckets import GEOMETRY
 
 # Of functions that only compiled loops call: division follows IEEE instead of raising.
@@ -113,8 +114,13 @@ def geometry_at(typing, address):
     return _reader(types.int64, GEOMETRY, _I64)
 
 
-def _reader(real: Any, count: int, stored: Any, decode: Any = None, indexed: bool = False) -> Any:
-    """An intrinsic's signature and code: `count` neighbours from an address, or entry i of a list of such."""
+def _reader(
+    real: Any, count: int, stored: Any, decode: Any = None, indexed: bool = False, named: Any = None
+) -> Any:
+    """An intrinsic's signature and code: `count` neighbours from an address, or entry i of a list of such.
+
+    `named`: a tuple's type instead, whose last field takes what is more than its fields.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _wide(builder)
@@ -123,10 +129,12 @@ def _reader(real: Any, count: int, stored: Any, decode: Any = None, indexed: boo
         for k in range(count):
             value = builder.load(_element(builder, stored, args[0], builder.add(first, _I64(k))))
             values.append(decode(builder, value) if decode else value)
+        if named:
+            values[SHARED:] = [context.make_tuple(builder, named.types[SHARED], values[SHARED:])]
         return context.make_tuple(builder, signature.return_type, values)
 
     arguments = (types.int64, types.int64) if indexed else (types.int64,)
-    return types.UniTuple(real, count)(*arguments), codegen
+    return (named or types.UniTuple(real, count))(*arguments), codegen
 
 
 class Memory:
@@ -228,8 +236,10 @@ class Memory:
 
         @intrinsic
         def scalars_at(typing, scalars, row):
-            """The scalars of a slot."""
-            return _reader(real, count, llvm_real, indexed=True)
+            """The Numbers of a slot."""
+            own = types.BaseTuple.from_types((real,) * (count - SHARED))
+            numbers = types.NamedTuple((real,) * SHARED + (own,), Numbers)
+            return _reader(real, count, llvm_real, indexed=True, named=numbers)
 
         self.load, self.store, self.shift = load, store, shift
         self.as_stored, self.stochastic = as_stored, stochastic

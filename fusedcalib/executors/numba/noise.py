@@ -164,7 +164,7 @@ def bits_maker(stage: str) -> tuple[Any, Any, Any]:
 
     @njit(**_INNER)
     def filled(place, at, count, h, words):
-        return place + 4 * fill_bits(place, at, count, np.uint64(h[5]) | purpose, *words)
+        return place + 4 * fill_bits(place, at, count, np.uint64(h.step) | purpose, *words)
 
     @njit(**_INLINE)
     def bits(place, i):
@@ -192,7 +192,7 @@ def noise_maker(stage: str, real: Any) -> tuple[Any, Any, Any]:
 
     @njit(**_INNER)
     def filled(place, at, count, h, words):
-        return place + 4 * fill(place, at, count, np.float32(h[4]), np.uint64(h[5]) | purpose, *words)
+        return place + 4 * fill(place, at, count, np.float32(h.sigma), np.uint64(h.step) | purpose, *words)
 
     @njit(**_INLINE)
     def noise(place, i):

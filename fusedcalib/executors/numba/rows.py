@@ -84,11 +84,11 @@ NAMES = {
 
 def _stages(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
     """`measured`, `stepped`, `projected`, `rounded`, `averaged` of kernels/stages.py for single elements."""
-    flags = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
+    constants = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
 
     def compiled(function: Any, **names: Any) -> Function:
         own = {"stored": memory.as_stored, "stochastic": memory.stochastic}
-        function = njit(folded(function, {**NAMES, **own, **names}, flags), **INNER)
+        function = njit(folded(function, {**NAMES, **own, **names}, constants), **INNER)
         return cast(Function, function)
 
     rule = compiled(recipe.rule.update)
@@ -111,7 +111,7 @@ class _Passes(NamedTuple):
     project: Function
 
 
-def _passes(recipe: Recipe, memory: Memory, gradient: Function) -> _Passes:
+def _passes(recipe: Recipe, memory: Memory, scaled: Function) -> _Passes:
     """Those of a recipe.
 
     A run is walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
@@ -136,8 +136,7 @@ def _passes(recipe: Recipe, memory: Memory, gradient: Function) -> _Passes:
                 place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i)
-                g = gradient(values, factor)
-                part += measured(values[0], g, values[2:], h, sum_noise(place, i - first))
+                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
             total += part
         return total
 
@@ -163,8 +162,7 @@ def _passes(recipe: Recipe, memory: Memory, gradient: Function) -> _Passes:
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i)
-                g = gradient(values, factor)
-                p, state = stepped(values[0], g, values[2:], h, noise(place, i - first), mean)
+                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean)
                 p = rounded(p, bits(bit_place, i - first))
                 if not project:
                     state = averaged(p, state, h)
@@ -184,12 +182,12 @@ def _passes(recipe: Recipe, memory: Memory, gradient: Function) -> _Passes:
     return _Passes(run_sum, run_squares, run_step, run_project)
 
 
-def row_loop(recipe: Recipe, memory: Memory, gradient: Function, part: str) -> Function:
+def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Function:
     """A row's part of a step: "sums" returns its sum, "finish" shortens it if it must be.
 
     "step" does all of it; "partial" takes its mean from the row's total and leaves its squares there.
     """
-    total, squares, step, project = _passes(recipe, memory, gradient)
+    total, squares, step, project = _passes(recipe, memory, scaled)
     real, flags, split = memory.real, recipe.flags, part == "partial"
     centred, projects, ema = flags.centralize != "none", flags.project, flags.ema
     room, filled, _ = noise_maker(flags.noise, real)
@@ -206,7 +204,7 @@ def row_loop(recipe: Recipe, memory: Memory, gradient: Function, part: str) -> F
 
     @njit(**INNER)
     def finish_row(row, addresses, strides, runs, length, h, at, words, found):
-        if ema or np.sqrt(real(found)) > h[3]:
+        if ema or np.sqrt(real(found)) > h.longest:
             for run in range(runs):
                 start = start_of_run(row, addresses, run)
                 project(start, strides, length, real(found), h, at + run * length, words)
@@ -265,7 +263,7 @@ def _run_starter(memory: Memory) -> Function:
     return cast(Function, start_of_run)
 
 
-def row_squares(memory: Memory, gradient: Function) -> Function:
+def row_squares(memory: Memory, scaled: Function) -> Function:
     """Sum of the squares of a row's gradients, in double. Arguments as those of the other loops."""
     load, start_of_run = memory.load, _run_starter(memory)
 
@@ -273,7 +271,7 @@ def row_squares(memory: Memory, gradient: Function) -> Function:
     def run_squares(addresses, strides, length, factor):
         total = 0.0
         for i in range(length):
-            g = np.float64(gradient(load(addresses, strides, i), factor))
+            g = np.float64(scaled(load(addresses, strides, i), factor)[1])
             total += g * g
         return total
 
@@ -288,7 +286,7 @@ def row_squares(memory: Memory, gradient: Function) -> Function:
 
 
 def gradients(memory: Memory, factored: bool) -> tuple[Function, Function]:
-    """`factor_of(factors, row)`, and the gradient among loaded values, times its row's factor."""
+    """`factor_of(factors, row)`, and loaded values with the gradient times its row's factor."""
     factor_at, one = memory.factor_at, memory.real(1.0)
 
     @njit(**INNER)
@@ -296,7 +294,11 @@ def gradients(memory: Memory, factored: bool) -> tuple[Function, Function]:
         return factor_at(factors, row)[0] if factored else one
 
     @njit(**INNER)
-    def gradient(values, factor):
-        return factor * values[1] if factored else values[1]
+    def scaled(values, factor):
+        return (values[0], factor * values[1], *values[2:])
 
-    return cast(Function, factor_of), cast(Function, gradient)
+    @njit(**INNER)
+    def unscaled(values, factor):
+        return values
+
+    return cast(Function, factor_of), cast(Function, scaled if factored else unscaled)

@@ -20,6 +20,7 @@ from ...layout.geometry import Geometry
 from ...layout.recipe import Recipe
 from ...layout.shards import local_of
 from ..source import Function
+from . import branches
 from .memory import INNER, Memory, fetch_add, geometry_at, set_double, tile_at, words_at
 from .rows import gradients, row_loop, row_squares
 
@@ -52,8 +53,8 @@ def kernel_for(
     each tile: the squares of its gradients, where there is no recipe.
     """
     memory = Memory(dtypes, compute, count, inner)
-    factor_of, gradient = gradients(memory, factored)
-    on_row = row_loop(recipe, memory, gradient, part) if recipe else row_squares(memory, gradient)
+    factor_of, scaled = gradients(memory, factored)
+    on_row = row_loop(recipe, memory, scaled, part) if recipe else row_squares(memory, scaled)
     keeps = part in ("sums", "partial")  # what a row comes to, in its place
     shift, spread = memory.shift, memory.spread
     integers, scalars_at = memory.integers, memory.scalars_at
@@ -106,12 +107,7 @@ class NumbaExecutor:
     decider = None
     launches = False
 
-    @property
-    def branches(self) -> Any:
-        """Steps branch weights."""
-        from . import branches
-
-        return branches
+    branches = branches
 
     def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
         """Tiles of about TILE elements: whole rows where rows matter, stretches elsewhere."""

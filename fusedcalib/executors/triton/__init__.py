@@ -26,6 +26,6 @@ def _interpreted() -> bool:
 
 def load() -> Any:
     """What runs a bucket."""
-    from .run import EXECUTOR
+    from .executor import EXECUTOR
 
     return EXECUTOR

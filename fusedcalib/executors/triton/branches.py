@@ -6,17 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...hostmath import is_remote, number_of
-from ...kernels.branch import branch_launch
-from ...kernels.launch import dtype_of
+from ...kernels import launch
 from ...layout.branches import Bucket, Given, Groups
 from .decide import source_of
 from .resident import Array, DeviceArray, Streams, capturing
 from .run import guarded
-
-GIVEN = 4  # the place of the first of the kernel's arguments that a step is given
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:
@@ -48,9 +44,9 @@ def prepare(bucket: Bucket, given: Given) -> None:
     asked = (tuple(t is None for t in given[:3]), check)
     with guarded(bucket.key.device):
         if cache.get("asked") != asked:
-            args: list[Any] = [*cache["tensors"], *_singles(given)]
-            kinds: list[Any] = [tuple(map(_named, bucket.key.dtypes)), _named(bucket.compute), check]
-            cache["launch"] = branch_launch(*args, *kinds)
+            spec = launch.BranchSpec(tuple(map(_named, bucket.key.dtypes)), _named(bucket.compute), check)
+            table, numbers, sources = cache["tensors"]
+            cache["launch"] = launch.branch_launch(table, numbers, sources, _told(given), spec)
             cache["asked"] = asked
         for place, tensor in enumerate(cache["tensors"]):
             cache["launch"].set(place, tensor)
@@ -59,18 +55,17 @@ def prepare(bucket: Bucket, given: Given) -> None:
 
 def step(bucket: Bucket, groups: Groups, given: Given) -> None:
     """One launch on the current stream of the device."""
-    launch = bucket.cache["launch"]
-    for place, tensor in enumerate(_singles(given), GIVEN):
-        launch.set(place, tensor)
+    step = bucket.cache["launch"]
+    step.set(launch.TOLD, _told(given))
     with guarded(bucket.key.device):
-        launch()
+        step()
 
 
-def _singles(given: Given) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _told(given: Given) -> launch.Told:
     """What is given, as the kernel reads it."""
     scale, found_inf = (None if t is None else t.to(torch.float32) for t in given[:2])
-    return scale, found_inf, given.norm
+    return launch.Told(scale, found_inf, given.norm)
 
 
 def _named(dtype: torch.dtype) -> Any:
-    return dtype_of(str(dtype).removeprefix("torch."))
+    return launch.dtype_of(str(dtype).removeprefix("torch."))

@@ -28,7 +28,7 @@ from .run import backend, guarded, resident_of
 class DeviceDecider:
     """Counts and scalars on the device that steps; nothing is waited for, so all of it can be captured.
 
-    The launches are those of kernels/control.py. The host only hands over the options of the groups, where
+    The launches are those of kernels/decide.py. The host only hands over the options of the groups, where
     they changed. Slots that had taken as many steps when the plan was made, and take all later ones together,
     share a row from then on.
     """
@@ -87,7 +87,7 @@ class DeviceDecider:
         rows_of = scalars.resident.get
         self._report_on = partial(work.report.on, device, norm_dtype(buckets) if needs.measure else None)
         self._after = (self._report_on(), rows_of(torch.float32), rows_of(torch.float64))
-        self._decision = launch.Decision(self._tape.code, self._tape.outputs, leaves, needs.check)
+        self._spec = launch.DeciderSpec(self._tape.code, self._tape.outputs, leaves, needs.check)
         self._launches: list[launch.Launch] = []
         self._read: tuple[Any, ...] = ()  # what launches read that may be another at the next step
         self._streams = Streams(device)
@@ -156,43 +156,36 @@ class DeviceDecider:
             elif any(x is not y for x, y in zip(read, self._read, strict=True)):
                 control = self._control(read)
                 for each, gradient in zip(self._launches, gradients, strict=False):
-                    each.set(1, gradient)
-                    each.set(6, control)
+                    each.set(launch.GRADS, gradient)
+                    each.set(launch.NORM_CONTROL, control)
                 if not self._needs.measure or self._meshes:
-                    self._launches[-1].set(1, control)
+                    self._launches[-1].set(launch.CONTROL, control)
             self._read = read
             for each in self._launches:
                 each.prepare()
         self._streams.note(self._tensors)
         return True
 
-    def _control(self, read: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        """What `decide` of kernels/control.py reads and writes."""
+    def _control(self, read: tuple[Any, ...]) -> launch.Control:
+        """What `decide` of kernels/decide.py reads and writes."""
         options, grad_scale, found_inf = read[:3]
         numbers = options.view(torch.float64)[: self._split]
-        return (
-            self._sizes,
-            numbers,
-            options[self._split :],
-            *self._of_slots,
-            grad_scale,
-            found_inf,
-            *self._after,
-        )
+        tables: list[Any] = [self._sizes, numbers, options[self._split :], *self._of_slots]
+        tables += [grad_scale, found_inf, *self._after]
+        return launch.Control(*tables)
 
     def _made(self, read: tuple[Any, ...]) -> list[launch.Launch]:
         """The launches of a step that come before it."""
         control, made = self._control(read), []
         for bucket, share in zip(self._measured, self._shares, strict=True):
             resident = resident_of(bucket)
-            tables = (resident.table, resident.gradients, resident.tiles, share, self._partials, self._done)
-            decides = not self._meshes
-            made.append(
-                launch.norm_launch(*tables, control, resident.spec, self._decision, decides, backend())
-            )
+            tables = (resident.table, resident.gradients, resident.tiles)
+            sums = launch.Sums(share, self._partials, self._done)
+            spec = launch.norm_spec(resident.spec, None if self._meshes else self._spec)
+            made.append(launch.norm_launch(*tables, sums, control, spec, backend()))
         if not self._needs.measure or self._meshes:
             squares = self._total if self._needs.measure else None
-            made.append(launch.control_launch(squares, control, self._decision))
+            made.append(launch.control_launch(squares, control, self._spec))
         return made
 
     def decide(self) -> int:

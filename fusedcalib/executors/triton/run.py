@@ -1,4 +1,4 @@
-"""The Triton executor: keeps the tables on the device and calls the launches of `kernels/launch.py`."""
+"""The launches of buckets, and what of them lies on the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from torch import Tensor
 from ...kernels import launch
 from ...kernels.step import step_kernel
 from ...kernels.table import GEOMETRY
-from ...layout.buckets import Bucket, TileShape
-from ...layout.geometry import Geometry
-from ...layout.inputs import PlanInputs
-from ...layout.scalars import Scalars
-from ..eager import squares
+from ...layout.buckets import Bucket
 from .resident import DeviceArray, Streams, capturing, sent
 
 
@@ -29,60 +25,6 @@ def interpreted() -> bool:
 def backend() -> str:
     """What Triton compiles for: "cuda", "hip" or "interpreter"."""
     return "interpreter" if interpreted() else "hip" if torch.version.hip else "cuda"
-
-
-class TritonExecutor:
-    """Runs a bucket in one launch, with one more for each sum over rows that no tile can hold."""
-
-    name = "triton"
-    launches = True
-
-    @property
-    def branches(self) -> Any:
-        """Steps branch weights."""
-        from . import branches
-
-        return branches
-
-    @staticmethod
-    def decider(work: PlanInputs, scalars: Scalars, buckets: Sequence[Bucket]) -> Any:
-        """Decides steps on the device."""
-        from .decide import DeviceDecider
-
-        return DeviceDecider(work, scalars, buckets)
-
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
-        """The tile of the slot's row class."""
-        tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors, split)
-        # A looping program walks its whole row: one tile a row in the list.
-        columns = layout.columns if tile.reduction in launch.LOOPS else tile.columns
-        return TileShape(tile.rows, columns, tile)
-
-    def prepare(self, buckets: list[Bucket]) -> None:
-        """Sends what has changed, on the current streams of the devices, and compiles what is not yet."""
-        devices: dict[torch.device, list[Bucket]] = {}
-        for bucket in buckets:
-            devices.setdefault(bucket.key.device, []).append(bucket)
-        for device, members in devices.items():
-            cache = members[0].cache
-            if "together" not in cache:
-                cache["together"] = Together(members)
-            with guarded(device):
-                cache["together"].prepare()
-
-    def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
-        """Steps every slot of the bucket on the current stream of its device."""
-        launches = resident_of(bucket).launches
-        wanted = [part] if bucket.key.split else list(launches)
-        with guarded(bucket.key.device):
-            for name in wanted:
-                if name in launches:
-                    launches[name]()
-        return sum(name in launches for name in wanted)
-
-    def squares(self, bucket: Bucket) -> float:
-        """Only asked where a step is decided on the host, which waits for it."""
-        return squares(bucket)
 
 
 def guarded(device: torch.device) -> AbstractContextManager[Any]:
@@ -183,7 +125,7 @@ class Resident:
         self.spec = spec_of(bucket)
         self.tiles = sent(device, bucket.tiles)
         self._table = DeviceArray(device, bucket.table)
-        pieces = len(bucket.tiles) if self.spec.tile.reduction == "pieces" else 0
+        pieces = len(bucket.tiles) if self.spec.REDUCTION == "pieces" else 0
         self.sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
         self.launches: dict[str, launch.Launch] = {}
         self._version = bucket.table_version
@@ -201,14 +143,14 @@ class Resident:
             self._version = self.bucket.table_version
         gradients, before = self._read
         if type(scalars) is not type(before):
-            spec = self.spec._replace(scalars=0) if isinstance(scalars, tuple) else self.spec
+            spec = self.spec._replace(COUNT=0) if isinstance(scalars, tuple) else self.spec
             self.launches = launch.step_launches(
                 self.table, self.gradients, self.tiles, scalars, self.sums, spec
             )
         elif gradients is not self.gradients or scalars is not before:
             for each in self.launches.values():
-                each.set(1, self.gradients)
-                each.set(3, scalars)
+                each.set(launch.GRADS, self.gradients)
+                each.set(launch.SCALARS, scalars)
         self._read = self.gradients, scalars
         for each in self.launches.values():
             each.prepare()
@@ -228,19 +170,18 @@ def spec_of(bucket: Bucket) -> launch.Spec:
     """What is compiled for a bucket."""
     key = bucket.key
     vector = 16 // min(dtype.itemsize for dtype in key.dtypes)
-    return launch.Spec(
-        rule=key.recipe.rule.update,
-        flags=key.recipe.flags,
-        dtypes=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
-        compute=launch.dtype_of(_name(bucket.compute)),
-        fields=fields_of(len(key.dtypes), key.inner),
-        scalars=bucket.shared.count,
-        inner=key.inner,
-        quads=key.quads,
-        vector=vector if key.aligned else 1,
-        tile=cast(launch.Tile, key.row_class),
-        factored=key.factored,
+    spec = launch.Spec(
+        DTYPES=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
+        COMPUTE=launch.dtype_of(_name(bucket.compute)),
+        FIELDS=fields_of(len(key.dtypes), key.inner),
+        COUNT=bucket.shared.count,
+        D=key.inner,
+        QUADS=key.quads,
+        VECTOR=vector if key.aligned else 1,
+        FACTORED=key.factored,
     )
+    spec = spec.of_rule(key.recipe.rule.update, key.recipe.flags)
+    return spec.tiled(cast(launch.Tile, key.row_class))
 
 
 def fields_of(tensors: int, inner: int) -> int:
@@ -250,6 +191,3 @@ def fields_of(tensors: int, inner: int) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-EXECUTOR = TritonExecutor()
