@@ -31,7 +31,7 @@ class Case:
     """What to measure. Lists, methods and subjects are given by their names, or as they are.
 
     Attributes:
-        extras: what the case is about besides its rule: a name of baselines.EXTRAS, or one like it.
+        extras: what the case is about besides its rule: a name of method.EXTRAS, or one like it.
         bases: to one of these, the first that was measured, tables give the ratios of the others.
     """
 

@@ -1,4 +1,4 @@
-"""What bench/gpu.py runs on a GPU: the tests in their order, the measurements, the tools that explain.
+"""What bench/gpu.sh runs on a GPU: the tests in their order, the measurements, the tools that explain.
 
 What is likeliest to break, and says most when it does, comes first.
 """

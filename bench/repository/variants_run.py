@@ -48,7 +48,7 @@ class Variant(NamedTuple):
         name: of the row.
         changes: what is exchanged.
         shapes: of the parameters.
-        optimizer: of baselines.SUBJECTS.
+        optimizer: of method.SUBJECTS.
         options: `centralize`, `max_grad_norm`.
         dtypes: of traffic.DTYPES.
         exact: sums are made in the same order, so that results are the same to the bit.
