@@ -93,9 +93,9 @@ def launch_with(changes: Changes) -> Any:
 @contextmanager
 def engine_of(launch: Any) -> Iterator[None]:
     """The engine launches the kernels of this copy."""
-    from fusedcalib.executors.triton import decide as gpu_control
+    from fusedcalib.executors.triton import decide, executor
 
-    modules: tuple[Any, ...] = (gpu, gpu_control)
+    modules: tuple[Any, ...] = (gpu, decide, executor)
     present = [module.launch for module in modules]
     for module in modules:
         module.launch = launch
