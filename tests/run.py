@@ -13,7 +13,6 @@ the arguments can therefore not use. Paths in them start at the root of the repo
 """
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -56,8 +55,7 @@ def work(arguments: list[str]) -> int:
         print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
     color = ["--color=yes"] if sys.stdout.isatty() else []
     # A file that cannot be imported is one failure, and keeps no other from running.
-    options = ["--continue-on-collection-errors", *plugin_options(lacking)]
-    command = [python, "-m", "pytest", *color, *options, *arguments]
+    command = [python, "-m", "pytest", *color, "--continue-on-collection-errors", *arguments]
     modes = list(SELECTED)
     if sys.platform != "linux" or bootstrap.gpu():
         print("no interpreted run: on a GPU the kernels run compiled, and only Linux has Triton")
@@ -73,15 +71,6 @@ def work(arguments: list[str]) -> int:
     code, line = verdict(codes, outcomes)
     print(line, flush=True)
     return code
-
-
-def plugin_options(lacking: list[str]) -> list[str]:
-    """Without pytest-benchmark, pytest refuses its option among addopts in pyproject.toml."""
-    text = (bootstrap.ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    addopts = re.search(r'^addopts = "(.*)"$', text, re.MULTILINE)
-    if "pytest-benchmark" not in lacking or not addopts:
-        return []
-    return ["-o", "addopts=" + addopts[1].replace("--benchmark-disable", "")]
 
 
 def run(commands: dict[str, list[str]], variables: dict[str, str], folder: Path, spread: bool) -> list[int]:

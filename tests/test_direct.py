@@ -19,6 +19,7 @@ from fusedcalib.engine import engine
 from fusedcalib.executors.triton import decide as gpu_control
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import direct, launch
+from fusedcalib.kernels.stages import Numbers
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are launched in earnest"),
@@ -113,7 +114,7 @@ def test_a_step_is_called_directly(stand_in, monkeypatch):
     assert (name, programs, stream) == ("step_kernel", len(resident.bucket.tiles), 11)
     tensors = (resident.table, resident.gradients, resident.tiles)
     assert [int(x) for x in args[:3]] == [t.data_ptr() for t in tensors]
-    assert args[3][5] == 2.0  # the number of the step, among the scalars
+    assert Numbers.of_row(args[3]).step == 2.0
     assert all(type(x) is float for x in args[3])
 
 
@@ -127,7 +128,7 @@ def test_groups_of_one_launch_read_their_rows_from_the_device(stand_in):
     kept = int(scalars)
     optimizer.step()
     assert int(stand_in.calls[-1][3][3]) == kept  # at one address for good
-    assert scalars.tensor[:, 5].tolist() == [2.0, 2.0]
+    assert [Numbers.of_row(row).step for row in scalars.tensor] == [2.0, 2.0]
 
 
 def test_doubles_are_not_passed_as_arguments(stand_in):

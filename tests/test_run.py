@@ -77,9 +77,9 @@ def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, argum
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     (tmp_path / "tests" / "test_broken.py").write_text(BROKEN)
     settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["interpreted", "slow"]\n'
-    options = 'addopts = "--strict-markers --benchmark-disable -p no:cacheprovider"\n'
+    options = 'addopts = "--strict-markers -p no:cacheprovider"\n'
     (tmp_path / "pyproject.toml").write_text(settings + options)
-    # As in a Python that lacks every plugin, to which addopts has an option that it does not know.
+    # As in a Python that lacks every plugin.
     variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS"):
         variables.pop(name, None)

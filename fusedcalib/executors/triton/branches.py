@@ -55,10 +55,10 @@ def prepare(bucket: Bucket, given: Given) -> None:
 
 def step(bucket: Bucket, groups: Groups, given: Given) -> None:
     """One launch on the current stream of the device."""
-    step = bucket.cache["launch"]
-    step.set(launch.TOLD, _told(given))
+    branches = bucket.cache["launch"]
+    branches.set(launch.TOLD, _told(given))
     with guarded(bucket.key.device):
-        step()
+        branches()
 
 
 def _told(given: Given) -> launch.Told:
