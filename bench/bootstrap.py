@@ -190,7 +190,7 @@ def make(folder: Path, kind: str) -> None:
 
 
 def add_pip(folder: Path) -> None:
-    """By ensurepip, which Debian keeps in a package of its own, or else from wherever it can be."""
+    """Gives an environment pip: by ensurepip, which Debian keeps apart, or else from wherever it can be."""
     python = str(python_in(folder))
     if run(python, "-I", "-m", "ensurepip").returncode:
         say("no ensurepip, so pip from elsewhere")

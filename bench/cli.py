@@ -39,7 +39,7 @@ def count(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
-    """Several of them between commas."""
+    """Whole numbers above 0, between commas."""
     return [count(one) for one in text.split(",")]
 
 
@@ -87,9 +87,8 @@ def _model(parser: Parser, default: str) -> None:
 
 def _bench(parser: Parser) -> None:
     from .measure import choose, tool
-    from .measure.case import DTYPES
+    from .models.traffic import DTYPES
 
-    parser.epilog = "docs/benchmarks.md says how to read the numbers."
     each, add = {**EACH, "metavar": "NAME"}, parser.add_argument
     add("--optimizer", help="a rule, or several by --optimizer again (AdamW)", **each)
     pairs: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
@@ -120,8 +119,8 @@ def _compare(parser: Parser) -> None:
 
 
 def _plan(parser: Parser) -> None:
-    from .measure.case import DTYPES
     from .measure.method import SUBJECTS
+    from .models.traffic import DTYPES
     from .predict.gpus import GPUS
 
     _model(parser, "llama3-8b")
@@ -139,13 +138,12 @@ def _plan(parser: Parser) -> None:
 
 
 def _profile(parser: Parser) -> None:
-    from .measure.case import DTYPES
+    from .models.traffic import DTYPES
     from .predict.compiled import TARGETS
     from .predict.gpus import GPUS
     from .predict.profile import DEFAULT
     from .predict.profile_steps import OPTIONS
 
-    parser.epilog = "docs/profile.md says how to read it."
     _model(parser, "gpt2")
     add = parser.add_argument
     add("--arch", choices=list(TARGETS), help=f"compile for it ({DEFAULT}, if no GPU is here)")
@@ -263,14 +261,19 @@ def main(arguments: Sequence[str] | None = None, commands: Commands | None = Non
         print(f"fusedcalib: {said}; the commands are {', '.join(commands)}", file=sys.stderr)
         return 2
     name, rest = given[0], given[1:]
-    function, about, options = commands[name]
+    function, _, options = commands[name]
     if given[:2] == ["bench", "compare"]:
-        name, rest, (function, about, options) = "bench compare", given[2:], COMPARE
-    parser = argparse.ArgumentParser(prog=f"fusedcalib {name}", description=about)
-    options(parser)
-    module, _, work = function.rpartition(".")
+        name, rest, (function, _, options) = "bench compare", given[2:], COMPARE
+    path, _, work = function.rpartition(".")
     try:
-        code: int = getattr(import_module(f"{PACKAGE}.{module}"), work)(parser.parse_args(rest))
+        module = import_module(f"{PACKAGE}.{path}")
+        shown: dict[str, Any] = {
+            "description": module.__doc__,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        parser = argparse.ArgumentParser(prog=f"fusedcalib {name}", **shown)
+        options(parser)
+        code: int = getattr(module, work)(parser.parse_args(rest))
         return code
     except ImportError as error:
         package = (error.name or "").partition(".")[0].replace("sklearn", "scikit-learn")

@@ -22,8 +22,8 @@ import stubs  # noqa: E402
 import torch  # noqa: E402
 
 import fusedcalib  # noqa: E402
-from fusedcalib.bench.measure.baselines import step_bytes  # noqa: E402
 from fusedcalib.bench.models import architectures, shardings  # noqa: E402
+from fusedcalib.bench.models.traffic import DTYPES  # noqa: E402
 from fusedcalib.bench.predict import plan, profile_kept  # noqa: E402
 from fusedcalib.bench.report import tables  # noqa: E402
 from fusedcalib.bench.repository import readme  # noqa: E402
@@ -88,16 +88,15 @@ def said_of(cls: type) -> dict[str, str]:
     return found
 
 
-def bytes_moved(states: tuple[str, ...], size: int = FP32) -> int:
-    """Bytes that a step must move for each parameter, all of one size."""
-    return step_bytes(size, size, len(states) * [size])
-
-
 def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, int]]:
     """(state, bytes kept, bytes moved) of each kind of state that the options make, fewest first."""
     kinds = sorted(dict.fromkeys(cls.rule.states.values()), key=len)
     return [
-        (", ".join(f"`{name}`" for name in states) or "none", FP32 * len(states), bytes_moved(states))
+        (
+            ", ".join(f"`{name}`" for name in states) or "none",
+            FP32 * len(states),
+            DTYPES["fp32"].moved(len(states)),
+        )
         for states in kinds
     ]
 

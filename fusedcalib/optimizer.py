@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .engine.engine import Engine, Scaling
-from .engine.state import state_dtype
+from .engine.state import load_state
 from .executors.choose import choose
 from .options import BACKEND, check_group, plain
 from .rule import Rule
@@ -137,14 +137,7 @@ class FusedOptimizer(Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         params = (p for group in self.param_groups for p in group["params"])
         for key, param in zip(keys, params, strict=True):
-            for name, value in saved["state"].get(key, {}).items():
-                if name == "step" or not isinstance(value, Tensor):
-                    continue
-                loaded, dtype = self.state[param][name], state_dtype(groups[param], name, param)
-                wider = torch.promote_types(loaded.dtype, value.dtype)
-                dtype = dtype or wider
-                if dtype != loaded.dtype:
-                    self.state[param][name] = value.to(param.device, dtype)
+            load_state(self.state.get(param, {}), saved["state"].get(key, {}), param, groups[param])
 
     # -- the step -----------------------------------------------------------------------------
 

@@ -59,25 +59,6 @@ def minimum(x, y):
 
 
 @jit
-def stored(x, DTYPE: tl.constexpr):
-    """x as a tensor of DTYPE holds it, rounded to nearest."""
-    return x.to(DTYPE).to(x.dtype)
-
-
-@jit
-def stochastic(x, bits, DTYPE: tl.constexpr):
-    """fp32 x as one of the two bf16 numbers around it, up with the odds of its place between them.
-
-    bits: 16 random ones (uint32). Only of bf16; any other DTYPE leaves x. Infinity and NaN stay.
-    """
-    if tl.bfloat16 == DTYPE:
-        cut = (x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
-        return tl.where(x == x, cut.to(tl.float32, bitcast=True), x)
-    else:
-        return x
-
-
-@jit
 def where(condition, x, y):
     """x where the condition holds, else y."""
     return tl.where(condition, x, y)

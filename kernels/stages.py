@@ -12,7 +12,8 @@ A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of
 from typing import Any, NamedTuple
 
 from .language import jit, tl
-from .ops import divide, negative, sign, sqrt, stochastic, stored, where
+from .ops import divide, negative, sign, sqrt, where
+from .storage import stochastic, stored
 
 
 class Flags(NamedTuple):

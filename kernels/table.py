@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from .language import jit, tl
 from .philox import ON_ROUNDING, ON_WEIGHTS, Words, bit_tile, normal_tile, word
 from .stages import SHARED, Numbers
+from .storage import decode, encode
 
 GEOMETRY = 12
 _GEOMETRY = tl.constexpr(GEOMETRY)
@@ -140,7 +141,7 @@ def load_tile(row, start, SPEC: tl.constexpr, EVICT: tl.constexpr):
         offsets = offsets_of(row, r, c, i, SPEC)
         address = row.grad if i == 1 else tl.load(row.base + i)
         pointer = pointer_of(address, i, SPEC)
-        value = tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT).to(SPEC.COMPUTE)
+        value = decode(tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT), SPEC)
         if SPEC.FACTORED and i == 1:
             factors = tl.load(row.base + K + 11).to(tl.pointer_type(SPEC.COMPUTE))
             value = value * tl.load(factors + r, inside, other=0)[:, None]
@@ -159,7 +160,7 @@ def store_tile(row, cells, p, state, SPEC: tl.constexpr, EVICT: tl.constexpr):
         if i != 1:
             offsets = offsets_of(row, cells.r, cells.c, i, SPEC)
             pointer = pointer_of(tl.load(row.base + i), i, SPEC)
-            tl.store(pointer + offsets, values[i].to(SPEC.DTYPES[i]), cells.mask, eviction_policy=EVICT)
+            tl.store(pointer + offsets, encode(values[i], i, SPEC), cells.mask, eviction_policy=EVICT)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""Plugin of pytest for bench/gpu.py: -p outcomes_plugin --outcomes FILE [--share 2/8].
+"""Plugin of pytest for bench/gpu.sh: -p outcomes_plugin --outcomes FILE [--share 2/8].
 
 Writes a line for each test as it begins and as it ends: what a process that dies has done is known, and in
 which test it died. Begun again with the same file, it goes on behind that test.

@@ -1,4 +1,4 @@
-"""Models and layouts that plans are tested on, and how torch calls those shardings."""
+"""Models and shardings that plans are tested on, and how torch calls them."""
 
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard

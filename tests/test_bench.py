@@ -9,8 +9,8 @@ import torch
 from bench_subjects import CPU, LITTLE, quiet_machine, sampler_of
 
 import fusedcalib
-from fusedcalib.bench.measure import baselines, case, gate, load, spare, timing
-from fusedcalib.bench.models import shapes
+from fusedcalib.bench.measure import baselines, case, gate, load, method, spare, timing
+from fusedcalib.bench.models import shapes, traffic
 from fusedcalib.bench.repository import suite
 
 # -- parameter lists --------------------------------------------------------------------------
@@ -59,10 +59,10 @@ def test_build_offsets_views_and_separates_groups():
 def test_every_case_of_the_suite_names_what_exists():
     for one in (*suite.cases_of(CPU), *suite.cases_of(torch.device("cuda"))):
         assert shapes.get(one.list).tensors
-        assert one.subject in baselines.SUBJECTS
+        assert one.subject in method.SUBJECTS
         assert set(one.methods) <= set(baselines.METHODS)
-        assert one.dtypes in case.DTYPES
-        assert one.extras in ("", *baselines.EXTRAS)
+        assert one.dtypes in traffic.DTYPES
+        assert one.extras in ("", *method.EXTRAS)
 
 
 # -- statistics -------------------------------------------------------------------------------
@@ -140,11 +140,11 @@ def test_own_work_is_no_load_of_others(monkeypatch):
 
 def judge(make, gc, dtype=torch.float32):
     params = shapes.build(LITTLE, CPU, dtype)
-    return gate.check(LITTLE, {"it": gate.Entry(gc, params, make(params))}, baselines.ADAMW)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gate.Kind(gc), params, make(params))}, method.ADAMW)["it"]
 
 
 def torch_adamw(**changed):
-    return lambda params: torch.optim.AdamW(params, **{**baselines.HYPER, **changed}).step
+    return lambda params: torch.optim.AdamW(params, **{**method.HYPER, **changed}).step
 
 
 def eager_gc(params):
@@ -184,17 +184,17 @@ def test_gate_refuses_wrong_methods(make, gc):
 
 def judged(name, gc, **changed):
     """The verdict over our step of a rule, its options perhaps changed; eager, which compiles nothing."""
-    subject = baselines.SUBJECTS[name]
+    subject = method.SUBJECTS[name]
     params = shapes.build(LITTLE, CPU)
     options = {**subject.options, "backend": "eager", **changed}
     optimizer = getattr(fusedcalib, subject.cls)(params, **options, centralize=gc)
-    return gate.check(LITTLE, {"it": gate.Entry(gc, params, optimizer.step)}, subject)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(gate.Kind(gc), params, optimizer.step)}, subject)["it"]
 
 
 @pytest.mark.parametrize("gc", [False, True], ids=["plain", "gc"])
-@pytest.mark.parametrize("name", baselines.SUBJECTS)
+@pytest.mark.parametrize("name", method.SUBJECTS)
 def test_gate_knows_every_rule(name, gc):
-    lr = baselines.SUBJECTS[name].options["lr"]
+    lr = method.SUBJECTS[name].options["lr"]
     assert judged(name, gc).passed
     assert not judged(name, gc, lr=1.001 * lr).passed
     assert not judged(name, gc, weight_decay=0.0).passed
@@ -214,7 +214,7 @@ def test_gate_refuses_a_method_that_raises():
 
 def test_gate_sees_one_wrong_element():
     def make(params):
-        optimizer = torch.optim.AdamW(params, **baselines.HYPER)
+        optimizer = torch.optim.AdamW(params, **method.HYPER)
 
         def step():
             optimizer.step()
@@ -232,7 +232,7 @@ def test_what_is_compiled_is_adamw(monkeypatch, whole_list):
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(compiled, "WHOLE_LIST", 200 if whole_list else 0)
-    verdict = judge(lambda params: compiled.build(params, baselines.HYPER)[0], True)
+    verdict = judge(lambda params: compiled.build(params, method.HYPER)[0], True)
     assert verdict.passed, verdict
 
 
@@ -256,10 +256,10 @@ def made(key, side, params):
     return built, case._entry(baselines.METHODS[name], params, built)
 
 
-@pytest.mark.parametrize("key", baselines.EXTRAS)
+@pytest.mark.parametrize("key", method.EXTRAS)
 def test_composed_and_ours_agree_and_pass(key):
     entries = {side: made(key, side, shapes.build(LITTLE, CPU))[1] for side in ("eager", "own")}
-    verdicts = gate.check(LITTLE, entries, baselines.ADAMW)
+    verdicts = gate.check(LITTLE, entries, method.ADAMW)
     assert all(verdict.passed for verdict in verdicts.values()), verdicts
     for one, other in zip(entries["eager"].params, entries["own"].params, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
@@ -267,13 +267,13 @@ def test_composed_and_ours_agree_and_pass(key):
         for one, other in zip(entries["eager"].averages(), entries["own"].averages(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
     for side in entries:
-        assert spare.fault(baselines.METHODS[f"{side}_{key}"], baselines.ADAMW, CPU, torch.float32) is None
+        assert spare.fault(baselines.METHODS[f"{side}_{key}"], method.ADAMW, CPU, torch.float32) is None
 
 
 def altered(side, gc, **changed):
     """A method of the whole chain that is not quite that."""
-    extras = replace(baselines.EXTRAS["chain"], **changed)
-    make = (baselines.composed if side == "eager" else baselines.own_extras)(extras, gc)
+    extras = replace(method.EXTRAS["chain"], **changed)
+    make = (baselines.composed if side == "eager" else baselines.own)(extras, gc)
     return replace(baselines.METHODS[f"{side}_chain"], make=make)
 
 
@@ -286,7 +286,7 @@ def altered(side, gc, **changed):
 def test_gate_refuses_a_wrong_chain(monkeypatch, side, gc, changed):
     monkeypatch.setitem(baselines.METHODS, f"{side}_chain", altered(side, gc, **changed))
     _, entry = made("chain", side, shapes.build(LITTLE, CPU))
-    assert not gate.check(LITTLE, {"it": entry}, baselines.ADAMW)["it"].passed
+    assert not gate.check(LITTLE, {"it": entry}, method.ADAMW)["it"].passed
 
 
 @pytest.mark.parametrize("side", ["eager", "own"])
@@ -301,22 +301,22 @@ def test_gate_refuses_a_wrong_chain(monkeypatch, side, gc, changed):
     ],
 )
 def test_wrong_clip_and_noise_are_seen(side, changed, message):
-    found = spare.fault(altered(side, True, **changed), baselines.ADAMW, CPU, torch.float32)
+    found = spare.fault(altered(side, True, **changed), method.ADAMW, CPU, torch.float32)
     assert message in found
 
 
 def test_noise_that_repeats_or_is_not_centred_is_seen(monkeypatch):
-    judged = (baselines.ADAMW, CPU, torch.float32)
-    method = baselines.METHODS["eager_noise"]
-    assert "not centred" in spare.fault(replace(method, gc=True), *judged)
+    judged = (method.ADAMW, CPU, torch.float32)
+    noisy = baselines.METHODS["eager_noise"]
+    assert "not centred" in spare.fault(replace(noisy, gc=True), *judged)
     noise = torch.randn(spare.SPARE)
     monkeypatch.setattr(torch, "randn_like", lambda grad: noise)
-    assert "correlate by 1" in spare.fault(method, *judged)
+    assert "correlate by 1" in spare.fault(noisy, *judged)
     monkeypatch.undo()
     monkeypatch.setattr(spare, "GAMMA", 0.0)
-    assert "in step 1" in spare.fault(method, *judged)
+    assert "in step 1" in spare.fault(noisy, *judged)
 
 
 def test_extras_move_more_bytes():
-    widths = {key: 28 + extras.width(torch.float32) for key, extras in baselines.EXTRAS.items()}
+    widths = {key: extras.width(traffic.DTYPES["fp32"], 2) for key, extras in method.EXTRAS.items()}
     assert widths == {"noise": 28, "clip": 32, "ema": 36, "chain": 40}

@@ -10,7 +10,7 @@ import fusedcalib
 import fusedcalib.reference
 from fusedcalib import __main__ as command
 from fusedcalib.bench.env import machine
-from fusedcalib.bench.measure import baselines, case, choose, gate, rivals
+from fusedcalib.bench.measure import case, choose, gate, method, rivals
 from fusedcalib.bench.models import shapes
 
 
@@ -23,28 +23,28 @@ def fake(monkeypatch):
 
 
 def test_a_rival_is_told_all_of_the_rule(fake):
-    found, arguments, _ = rivals.RIVALS["optimi"].find(baselines.ADAMW, gpu=True)
+    found, arguments, _ = rivals.RIVALS["optimi"].find(method.ADAMW, gpu=True)
     assert found is fake
     assert arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "triton": True}
-    assert "triton" not in rivals.RIVALS["optimi"].find(baselines.ADAMW, gpu=False)[1]
+    assert "triton" not in rivals.RIVALS["optimi"].find(method.ADAMW, gpu=False)[1]
 
 
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
-        (baselines.SUBJECTS["AdamW amsgrad"], "AdamW has no option 'amsgrad'"),
-        (baselines.SUBJECTS["Adagrad"], "optimi has no Adagrad"),
+        (method.SUBJECTS["AdamW amsgrad"], "AdamW has no option 'amsgrad'"),
+        (method.SUBJECTS["Adagrad"], "optimi has no Adagrad"),
     ],
 )
 def test_what_a_rival_has_not_is_said(fake, subject, message):
-    with pytest.raises(baselines.NotAvailableError, match=message):
+    with pytest.raises(method.NotAvailableError, match=message):
         rivals.RIVALS["optimi"].find(subject, gpu=False)
 
 
 def test_torchs_own_class_is_no_rival(fake, monkeypatch):
     monkeypatch.setattr(sys.modules["optimi"], "AdamW", torch.optim.AdamW)
-    with pytest.raises(baselines.NotAvailableError, match=r"torch\.optim's own class"):
-        rivals.RIVALS["optimi"].find(baselines.ADAMW, gpu=False)
+    with pytest.raises(method.NotAvailableError, match=r"torch\.optim's own class"):
+        rivals.RIVALS["optimi"].find(method.ADAMW, gpu=False)
 
 
 def test_every_rival_names_rules_that_there_are():
@@ -54,7 +54,7 @@ def test_every_rival_names_rules_that_there_are():
 
 @pytest.mark.parametrize("cls", fusedcalib.optimizers())
 def test_the_reference_takes_all_that_is_called_an_option_of_the_rule(cls):
-    options = baselines.Subject(cls, {"lr": 0.5}).rule_options()
+    options = method.Subject(cls, {"lr": 0.5}).rule_options()
     assert options["lr"] == 0.5
     assert {"lr", "weight_decay", "maximize", "l1"} <= options.keys()
     assert not {"backend", "centralize", "noise", "fused"} & options.keys()
@@ -84,8 +84,8 @@ def adamw_in_fp32(params, lr=1e-3):
 )
 def test_numbers_in_fp32_are_allowed_to_those_that_have_them(narrow, lr, passes):
     params = shapes.build(LITTLE, CPU)
-    entry = gate.Entry(False, params, adamw_in_fp32(params, lr), narrow=narrow)
-    assert gate.check(LITTLE, {"it": entry}, baselines.ADAMW)["it"].passed is passes
+    entry = gate.Entry(gate.Kind(False, narrow=narrow), params, adamw_in_fp32(params, lr))
+    assert gate.check(LITTLE, {"it": entry}, method.ADAMW)["it"].passed is passes
 
 
 # -- the command

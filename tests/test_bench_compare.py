@@ -1,7 +1,7 @@
 """Two runs compared: a regression is told from noise."""
 
-import copy
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,19 +10,13 @@ from bench_subjects import CPU
 
 from fusedcalib import __main__ as command
 from fusedcalib.bench.env import machine
-from fusedcalib.bench.measure import case, compare, timing
+from fusedcalib.bench.measure import case, compare
 from fusedcalib.bench.report import results
 
 
 def spread(median, width=0.05, n=30, disturbed=False):
     """`width`: from the median to the 90th percentile, as a share."""
-    return {
-        "median": median,
-        "p10": median / (1 + width),
-        "p90": median * (1 + width),
-        "n": n,
-        "disturbed": disturbed,
-    }
+    return results.Spread(median, median / (1 + width), median * (1 + width), n, disturbed)
 
 
 HEAD = cache(lambda: machine.describe(CPU))
@@ -34,17 +28,9 @@ def run_of(own, others=None):
     methods = []
     for name, ratio in rows.items():
         ratios = {"torch_fused": ratio} if ratio else {}
-        methods.append(case.empty_row(name) | {"wall_ms": 2.0, "ratio_to": ratios, "wall_ratio_to": ratios})
-    one = {
-        "list": "x",
-        "tensors": 1,
-        "params": 8,
-        "dtypes": "fp32",
-        "subject": "AdamW",
-        "bytes_per_param": 28,
-    }
-    one |= {"flush": "none", "clock": "wall", "methods": methods, "base": "torch_fused", "extras": ""}
-    return results.assemble(HEAD(), {}, [one])
+        changed = {"wall_ms": 2.0, "ratio_to": ratios, "wall_ratio_to": ratios}
+        methods.append(replace(case.empty_row(name), **changed))
+    return results.assemble(HEAD(), {}, [results.Measured("x", 1, 8, "fp32", 28, "none", "wall", methods)])
 
 
 def verdict(before, after, **more):
@@ -73,7 +59,7 @@ def test_verdicts(before, after, expected):
 
 def drawn(draw, median, rounds=30):
     """What a run with rounds of 10 % deviation would have found."""
-    return vars(timing.Spread.of(list(median * np.exp(0.1 * draw.standard_normal(rounds)))))
+    return results.Spread.of(list(median * np.exp(0.1 * draw.standard_normal(rounds))))
 
 
 def test_noise_is_seldom_taken_for_a_change_and_a_change_seldom_for_noise():
@@ -114,13 +100,9 @@ def test_nothing_to_tell_is_no_success(tmp_path, capsys):
     assert "nothing can be told" in capsys.readouterr().err
 
 
-def changed(results, *keys, value):
-    out = copy.deepcopy(results)
-    inner = out
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    return out
+def changed(found, key, *inner, value):
+    """The same with another value of a field, or of a key of it."""
+    return replace(found, **{key: {**getattr(found, key), inner[0]: value} if inner else value})
 
 
 @pytest.mark.parametrize(

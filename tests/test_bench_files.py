@@ -3,12 +3,14 @@
 import copy
 import json
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from bench_subjects import CPU
 
 from fusedcalib.bench import cli
+from fusedcalib.bench.bootstrap import ROOT
 from fusedcalib.bench.env import machine
 from fusedcalib.bench.measure import case
 from fusedcalib.bench.report import results, tables
@@ -17,12 +19,16 @@ from fusedcalib.bench.repository import digits, goals, job, readme, report
 # -- files ------------------------------------------------------------------------------------
 
 
-SPREAD = {"median": 0.9, "p10": 0.8, "p90": 1.1, "n": 7, "disturbed": False}
+SPREAD = results.Spread(0.9, 0.8, 1.1, 7)
+
+
+def spread(median):
+    return replace(SPREAD, median=median)
 
 
 def method_row(name, ratios, **changed):
     numbers = {"wall_ms": 2.0, "kept": 7, "dropped": 1, "ratio_to": ratios, "wall_ratio_to": ratios}
-    return {**case.empty_row(name), **numbers, **changed}
+    return replace(case.empty_row(name), **{**numbers, **changed})
 
 
 @pytest.fixture
@@ -30,39 +36,36 @@ def data():
     """A run as data, as small as can be."""
     methods = [
         method_row("torch_fused", {}),
-        method_row("own_plain", {"torch_fused": {**SPREAD, "median": 1.25}}),
-        method_row("own_gc", {"torch_fused": SPREAD, "eager_gc_fused": {**SPREAD, "median": 0.5}}),
-        method_row("own_gc_eager", {"torch_fused": {**SPREAD, "median": 9.0}}),
-        case.empty_row("apex") | {"reason": "apex is not installed"},
+        method_row("own_plain", {"torch_fused": spread(1.25)}),
+        method_row("own_gc", {"torch_fused": spread(0.9), "eager_gc_fused": spread(0.5)}),
+        method_row("own_gc_eager", {"torch_fused": spread(9.0)}),
+        replace(case.empty_row("apex"), reason="apex is not installed"),
     ]
-    one = {"list": "small-1000", "tensors": 1000, "params": 10_739_200, "dtypes": "fp32"}
-    one["subject"] = "AdamW"
-    one |= {"bytes_per_param": 28, "flush": "none", "clock": "wall", "methods": methods}
+    one = results.Measured("small-1000", 1000, 10_739_200, "fp32", 28, "none", "wall", methods)
     losses = [2.3 - 0.1 * i for i in range(20)]
     runs = {
         name: [digits.Run(losses, [40.0 + i + end for i in range(20)]) for _ in range(3)]
         for name, end in (("torch", 0.0), ("plain", 0.0), ("gc", 2.5))
     }
     ceil = {"copy_gbs": 10.0, "stream_4r3w_gbs": None, "how": "by hand"}
-    head = machine.describe(CPU)
-    return results.assemble(head, ceil, [one], e1=digits.summary(runs), host=[], seconds=1.0)
+    return results.assemble(machine.describe(CPU), ceil, [one], e1=digits.summary(runs), seconds=1.0)
+
+
+def checked(data):
+    return results.read(json.loads(json.dumps(asdict(data))))
 
 
 @pytest.fixture
 def data_of_rules(data):
     """The same with a case of another rule on the same list."""
-    stream = {"stream_3r2w": {**SPREAD, "median": 1.07}}
     methods = [
         method_row("torch_fused", {}, reason="torch.optim has no Lion", wall_ms=None, wall_ratio_to={}),
-        method_row("own_plain", stream),
-        method_row("own_gc", {"stream_3r2w": {**SPREAD, "median": 1.3}}),
+        method_row("own_plain", {"stream_3r2w": spread(1.07)}),
+        method_row("own_gc", {"stream_3r2w": spread(1.3)}),
         case.empty_row("stream_3r2w"),
     ]
-    methods = [{**row, "pct_copy": None} for row in methods]
-    lion = {**copy.deepcopy(data["cases"][0]), "subject": "Lion", "bytes_per_param": 20, "methods": methods}
-    data["cases"].append(lion)
-    results.check(data)
-    return data
+    data.cases.append(replace(data.cases[0], subject="Lion", bytes_per_param=20, methods=methods))
+    return checked(data)
 
 
 def test_rules_have_a_table_and_a_figure(data_of_rules, tmp_path):
@@ -83,16 +86,14 @@ def data_of_chain(data):
     """The same with a step with extras, whose ratios are all others."""
     methods = [
         method_row("torch_fused", {}),
-        method_row("own_plain", {"torch_fused": {**SPREAD, "median": 7.0}}),
-        method_row("eager_chain", {"torch_fused": {**SPREAD, "median": 4.0}, "own_plain": SPREAD}),
-        method_row("own_chain", {"eager_chain": {**SPREAD, "median": 0.25}, "own_plain": SPREAD}),
+        method_row("own_plain", {"torch_fused": spread(7.0)}),
+        method_row("eager_chain", {"torch_fused": spread(4.0), "own_plain": SPREAD}),
+        method_row("own_chain", {"eager_chain": spread(0.25), "own_plain": SPREAD}),
     ]
-    methods = [{**row, "pct_copy": None} for row in methods]
-    one = {**data["cases"][0], "list": "gpt2-124m", "extras": "chain", "bytes_per_param": 40}
-    data["cases"].insert(0, {**copy.deepcopy(one), "methods": methods})
-    data["cases"].insert(0, {**copy.deepcopy(data["cases"][0]), "subject": "SGD", "dtypes": "bf16"})
-    results.check(data)
-    return data
+    changed = {"list": "gpt2-124m", "extras": "chain", "bytes_per_param": 40, "methods": methods}
+    one = replace(data.cases[0], **changed)
+    data.cases[:0] = [replace(copy.deepcopy(one), subject="SGD", dtypes="bf16"), one]
+    return checked(data)
 
 
 def test_a_chain_has_a_table_and_a_figure(data_of_chain, tmp_path):
@@ -116,8 +117,8 @@ def test_goals_know_a_chain_from_a_step(data_of_chain):
     assert values["C8"]["value"] == 0.25
     assert values["C8"]["met"] == "stretch"
     assert values["C6"]["met"] == "not measured"
-    assert results.find_row(data_of_chain, "gpt2-124m", "own_plain") is None
-    one = {**data_of_chain, "device": {"name": "x"}}
+    assert data_of_chain.find("gpt2-124m", "own_plain") is None
+    one = replace(data_of_chain, device={"name": "x"})
     values = {row["what"]: row["value"] for row in goals.judge(one)}
     assert values["clip, noise, GC, EMA / plain"] == 0.9
     assert values["EMA / plain"] is None
@@ -126,39 +127,45 @@ def test_goals_know_a_chain_from_a_step(data_of_chain):
 
 def test_goals_are_of_adamw(data_of_rules):
     """A second case on the same list must not be taken for it."""
-    data_of_rules["cases"].reverse()
-    assert results.ratio(data_of_rules, "small-1000", "own_plain", "torch_fused")["median"] == 1.25
+    data_of_rules.cases.reverse()
+    assert data_of_rules.ratio("small-1000", "own_plain", "torch_fused").median == 1.25
 
 
 def test_schema_holds_and_survives_the_file(data, tmp_path):
-    path = results.save(data, tmp_path / "sub" / results.file_name(data))
+    path = results.save(data, tmp_path / "sub" / data.file_name)
     assert path.name.endswith("Z-cpu.json")
-    assert results.load(path) == json.loads(json.dumps(data))
-    assert data["device"] is None
+    assert results.load(path) == checked(data)
+    assert data.device is None
 
 
 def breakages():
     yield "no 'ceil'", lambda d: d.pop("ceil")
     yield "schema 2", lambda d: d.update(schema=2)
-    yield "no 'wall_ms'", lambda d: d["cases"][0]["methods"][0].pop("wall_ms")
+    yield "no 'title'", lambda d: d["cases"][0]["methods"][0].pop("title")
     yield "'host_us'", lambda d: d["cases"][0]["methods"][0].update(host_us="fast")
     yield "has a speed", lambda d: d["cases"][0]["methods"][1].update(reason="wrong")
-    yield (
-        "no 'p90'",
-        lambda d: d["cases"][0]["methods"][1]["ratio_to"]["torch_fused"].pop("p90"),
-    )
+    yield "no 'p90'", lambda d: d["cases"][0]["methods"][1]["ratio_to"]["torch_fused"].pop("p90")
 
 
 @pytest.mark.parametrize(("message", "break_it"), list(breakages()))
 def test_schema_refuses(data, message, break_it):
-    broken = copy.deepcopy(data)
+    broken = json.loads(json.dumps(asdict(data)))
     break_it(broken)
     with pytest.raises(ValueError, match=message):
-        results.check(broken)
+        results.read(broken)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench" / "results").glob("**/*-cpu.json")), ids=lambda p: p.name
+)
+def test_files_that_are_kept_can_be_read(path):
+    found = results.load(path)
+    assert found.cases
+    assert not found.disturbed
 
 
 def test_nan_is_never_written(data, tmp_path):
-    data["cases"][0]["methods"][0]["wall_ms"] = float("nan")
+    data.cases[0].methods[0].wall_ms = float("nan")
     with pytest.raises(ValueError, match="JSON"):
         results.save(data, tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
@@ -198,7 +205,7 @@ def test_readme_is_made_of_the_newest_run_of_the_suite(data, tmp_path, monkeypat
     assert cli.main(["readme"]) == 2
     assert "run the suite first" in capsys.readouterr().err
     for day in (1, 2):
-        name = results.file_name({**data, "utc": f"2030-01-0{day}T10:00:00Z"})
+        name = replace(data, utc=f"2030-01-0{day}T10:00:00Z").file_name
         results.save(data, tmp_path / "results" / name)
     (tmp_path / "results" / "profile.json").write_text("{}")
     chosen = []
@@ -219,16 +226,16 @@ def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
 
 
 def test_disturbed_numbers_are_marked_and_reach_no_goal(data):
-    own = data["cases"][0]["methods"][1]["ratio_to"]["torch_fused"]
-    own |= {"median": 0.5}
+    own = data.cases[0].methods[1].ratio_to["torch_fused"]
+    own.median = 0.5
     met = {row["what"]: row["met"] for row in goals.judge(data)}
     assert met["plain / torch fused, small-1000"] == "stretch"
     assert met["% of stream, GC, gpt2-small-cpu"] == "not measured"
-    own |= {"disturbed": True}
+    own.disturbed = True
     met = {row["what"]: row["met"] for row in goals.judge(data)}
     assert met["plain / torch fused, small-1000"] == "not measured"
     assert tables.spread_text(own) == "~0.50 (0.80-1.10)"
-    assert tables.was_disturbed(data["cases"][0])
+    assert data.cases[0].disturbed
 
 
 def test_goal_marks_are_ordered():
@@ -253,10 +260,9 @@ def test_job_without_its_libraries_says_one_sentence(monkeypatch, capsys):
 def test_job_writes_everything(data, monkeypatch, tmp_path):
     for name in ("rich", "matplotlib", "sklearn"):
         pytest.importorskip(name)
-    parts = {key: data[key] for key in ("e1", "cases", "ceil")}
-    monkeypatch.setattr(job, "_measure", lambda options, device, console: parts)
+    monkeypatch.setattr(job, "_measure", lambda *given: data)
     assert cli.main(["job", "--out", str(tmp_path / "o"), "--device", "cpu"]) == 0
     files = sorted(file.name for file in (tmp_path / "o").iterdir())
     assert files == ["report.md", "results.json", "steps.png", "training.png"]
-    data["cases"][0]["methods"][2] = case.empty_row("own_gc") | {"reason": "wrong result"}
+    data.cases[0].methods[2] = replace(case.empty_row("own_gc"), reason="wrong result")
     assert cli.main(["job", "--out", str(tmp_path / "o"), "--device", "cpu"]) == 1

@@ -38,23 +38,24 @@ def test_what_says_most_comes_first(tools, tmp_path):
 
 def test_without_a_gpu_only_what_can_be_interpreted_is_tried(tools, tmp_path):
     jobs = gpu_parts.checks("python", tmp_path, interpreted=True)
-    assert {job.name.split()[0] for job in jobs} == {one.file for one in gpu_parts.kernel_files()}
+    assert {job.name.split()[0] for job in jobs} == {*gpu_parts.kernel_files()}
     assert all(gpu_parts.has_outcomes(job) for job in jobs)
     assert all(job.command[job.command.index("-k") + 1] == gpu_parts.HERE for job in jobs)
 
 
 def test_every_file_of_kernel_tests_is_run(monkeypatch, tmp_path):
     """Those that are named in their order, then those that a later change has added."""
-    names = [one.file for one in gpu_parts.kernel_files()]
-    assert names[: len(gpu_parts.SHARES)] == [*gpu_parts.SHARES]  # they are there
+    names = [*gpu_parts.kernel_files()]
+    known = gpu_parts.shares(gpu_parts.KERNELS)
+    assert names[: len(known)] == [*known]  # they are there
     assert "test_bench_gpu_steps" in names
-    assert all((ROOT / "tests" / f"{one.file}.py").exists() for one in gpu_parts.AROUND)
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in gpu_parts.shares(gpu_parts.AROUND))
     monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
     line = "from kernel_cases import GPU, {}, device_of\n"
     for name, what in {"new": "TRITON", "kernels": "BACKENDS", "other": "COVERING"}.items():
         (tmp_path / "tests" / f"test_{name}.py").write_text(f"import os\n{line.format(what)}")
-    assert [one.file for one in gpu_parts.kernel_files()] == ["test_kernels", "test_new"]
+    assert [*gpu_parts.kernel_files()] == ["test_kernels", "test_new"]
 
 
 def test_no_test_is_left_out_between_the_shares(tools, tmp_path):

@@ -1,10 +1,11 @@
 """The benchmark at work: cases, a GPU that is none, the suite, the training."""
 
+import json
 import os
 import subprocess
 import sys
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from bench_subjects import CPU, LITTLE, quiet_machine
 
 from fusedcalib.bench.env import machine
-from fusedcalib.bench.measure import baselines, case, ceilings, clocks, host, rivals, timing
+from fusedcalib.bench.measure import baselines, case, ceilings, clocks, host, method, rivals, timing
 from fusedcalib.bench.models import shapes
 from fusedcalib.bench.report import results, tables
 from fusedcalib.bench.repository import digits, goals, suite
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 METHODS = ("torch_fused", "own_gc", "wrong", "absent")
-QUICK = case.Effort(rounds=2, seconds=60, warmup=1)
+QUICK = clocks.Effort(rounds=2, seconds=60, warmup=1)
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def measured(monkeypatch):
     """A case of the little list, one method of which is wrong and one missing."""
     quiet_machine(monkeypatch)
     monkeypatch.setitem(shapes.LISTS, "little", lambda: LITTLE)
-    wrong = baselines.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
-    absent = baselines.Method(
+    wrong = method.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
+    absent = method.Method(
         "absent", "absent", False, baselines.rival(rivals.Rival("absent", "no_such_module", {}))
     )
     monkeypatch.setitem(baselines.METHODS, "wrong", wrong)
@@ -41,25 +42,25 @@ def measured(monkeypatch):
 
 
 def row_of(measured, name):
-    return next(row for row in measured["methods"] if row["name"] == name)
+    return next(row for row in measured.methods if row.name == name)
 
 
 def test_no_speed_without_a_right_result(measured):
     one = measured()
-    assert row_of(one, "own_gc")["wall_ms"] > 0
-    assert row_of(one, "own_gc")["ratio_to"]["torch_fused"]["n"] == 2
-    assert row_of(one, "own_gc")["max_err_vs_fp64"] > 0
+    assert row_of(one, "own_gc").wall_ms > 0
+    assert row_of(one, "own_gc").ratio_to["torch_fused"].n == 2
+    assert row_of(one, "own_gc").max_err_vs_fp64 > 0
     for name, reason in (("wrong", "wrong result"), ("absent", "no_such_module is not installed")):
         row = row_of(one, name)
-        assert reason in row["reason"]
-        assert row["wall_ms"] is None
-        assert row["ratio_to"] == {}
+        assert reason in row.reason
+        assert row.wall_ms is None
+        assert row.ratio_to == {}
 
 
 def test_wide_state_is_for_those_who_take_it(measured):
     one = measured("bf16+fp32-state")
-    assert row_of(one, "own_gc")["reason"] is None
-    assert "another type" in row_of(one, "torch_fused")["reason"]
+    assert row_of(one, "own_gc").reason is None
+    assert "another type" in row_of(one, "torch_fused").reason
 
 
 def test_extras_are_gated_timed_and_given_new_gradients(measured, monkeypatch):
@@ -75,12 +76,12 @@ def test_extras_are_gated_timed_and_given_new_gradients(measured, monkeypatch):
     monkeypatch.setattr(clocks, "repeats_for", lambda seconds: 1)
     methods = ("torch_fused", "own_plain", "eager_chain", "own_chain")
     one = case.run(case.Case("little", methods, extras="chain"), CPU, QUICK)
-    assert (one["extras"], one["bytes_per_param"]) == ("chain", 40)
-    assert [row["reason"] for row in one["methods"]] == [None] * 4
-    assert [row["bytes_per_param"] for row in one["methods"]] == [28, 28, 40, 40]
+    assert (one.extras, one.bytes_per_param) == ("chain", 40)
+    assert [row.reason for row in one.methods] == [None] * 4
+    assert [row.bytes_per_param for row in one.methods] == [28, 28, 40, 40]
     own = row_of(one, "own_chain")
-    assert own["ratio_to"]["eager_chain"]["n"] == own["ratio_to"]["own_plain"]["n"] == 2
-    assert own["options"] == {"gc": True, "clip": 1.0, "noise": 0.01, "ema": 0.999}
+    assert own.ratio_to["eager_chain"].n == own.ratio_to["own_plain"].n == 2
+    assert own.options == {"gc": True, "clip": 1.0, "noise": 0.01, "ema": 0.999}
     timed = norms[-QUICK.rounds :]
     assert min(timed) > 5
     assert max(timed) == min(timed)
@@ -90,8 +91,8 @@ def test_a_wrong_extra_has_no_speed(measured, monkeypatch):
     wrong = replace(baselines.METHODS["own_noise"], make=baselines.METHODS["own_plain"].make)
     monkeypatch.setitem(baselines.METHODS, "own_noise", wrong)
     one = case.run(case.Case("little", ("torch_fused", "own_noise"), extras="noise"), CPU, QUICK)
-    assert "wrong noise" in row_of(one, "own_noise")["reason"]
-    assert row_of(one, "own_noise")["wall_ms"] is None
+    assert "wrong noise" in row_of(one, "own_noise").reason
+    assert row_of(one, "own_noise").wall_ms is None
 
 
 class FakeEvent:
@@ -141,25 +142,25 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
 
     one = measured()
     row = row_of(one, "own_gc")
-    assert (one["clock"], one["flush"]) == ("device", "write")
-    assert row["device_ms_median"] == pytest.approx(1.0)  # one tick for each step
-    assert row["peak_extra_bytes"] == 500
-    assert row["launches"] is None  # the profiler saw none, and none is not 0
+    assert (one.clock, one.flush) == ("device", "write")
+    assert row.device_ms_median == pytest.approx(1.0)  # one tick for each step
+    assert row.peak_extra_bytes == 500
+    assert row.launches is None  # the profiler saw none, and none is not 0
     data = results.assemble(machine.describe(CPU), ceilings.measure(CPU, 2), [one])
-    data["host"] = host.measure(CPU, rounds=1, seconds=1)
-    data["goals"] = goals.judge(data)
-    results.check(data)
-    assert data["device"]["name"] == "Fake GPU"
+    data.host = host.measure(CPU, rounds=1, seconds=1)
+    data.goals = goals.judge(data)
+    results.read(json.loads(json.dumps(asdict(data))))
+    assert data.device["name"] == "Fake GPU"
     header, cells = tables.full_table(one)
     assert header[-3:] == ["wall ms", "host µs", "launches"]
     assert [(row[0], row[1], row[-1]) for row in cells][-1] == ("fusedcalib with GC", "1", "-")
     moved = 28 * LITTLE.params / 1e-3 * 1e-9
-    (copied,) = (r["pct_copy"] for r in one["methods"] if r["name"] == "own_gc")
-    assert copied == pytest.approx(100 * moved / data["ceil"]["copy_gbs"])
+    (copied,) = (r.pct_copy for r in one.methods if r.name == "own_gc")
+    assert copied == pytest.approx(100 * moved / data.ceil["copy_gbs"])
     chain = case.run(
         case.Case("little", ("torch_fused", "eager_chain", "own_chain"), extras="chain"), CPU, QUICK
     )
-    assert row_of(chain, "own_chain")["ratio_to"]["eager_chain"]["n"] == QUICK.rounds
+    assert row_of(chain, "own_chain").ratio_to["eager_chain"].n == QUICK.rounds
     assert probe.queue(probe.Probe(1e3, timing.QUEUE_LIMIT + 1, 0), flush=False) is None
     assert probe.queue(probe.Probe(1e6, 1, 0), flush=False) is None
 
@@ -212,8 +213,8 @@ def test_suite_keeps_what_it_has_when_a_case_breaks(measured, monkeypatch, tmp_p
     assert suite._suite((broken, good), CPU, tmp_path / "broken", 60) == 1
     (file,) = (tmp_path / "broken").iterdir()
     written = results.load(file)
-    assert [one["list"] for one in written["cases"]] == ["little"]
-    assert "KeyError" in written["failures"][0]["error"]
+    assert [one.list for one in written.cases] == ["little"]
+    assert "KeyError" in written.failures[0]["error"]
     assert suite._suite((good,), CPU, tmp_path / "late", -1) == 1
     assert "left out for want of time" in capsys.readouterr().out
 
@@ -234,7 +235,7 @@ def test_triton_stream_compiles_to_wide_accesses():
     run_python(
         "from triton import compile; from triton.compiler import ASTSource;"
         "from triton.backends.compiler import GPUTarget;"
-        "from fusedcalib.bench.stream_triton import BLOCK, _kernel;"
+        "from fusedcalib.bench.measure.stream_triton import BLOCK, _kernel;"
         "types = {'arrays': ('*fp32',) * 4, 'share': 'fp32', 'BLOCK': 'constexpr'};"
         "facts = {(0, i): [['tt.divisibility', 16]] for i in range(4)};"
         "source = ASTSource(_kernel, types, constexprs={(2,): BLOCK}, attrs=facts);"
@@ -246,8 +247,8 @@ def test_triton_stream_compiles_to_wide_accesses():
 
 def test_triton_stream_computes_what_it_says():
     run_python(
-        "import torch; from fusedcalib.bench import ceilings;"
-        "from fusedcalib.bench.stream_triton import stream;"
+        "import torch; from fusedcalib.bench.measure import ceilings;"
+        "from fusedcalib.bench.measure.stream_triton import stream;"
         "x = [torch.full((8192,), float(v)) for v in range(5)]; stream(*x); ceilings._check(x)",
         TRITON_INTERPRET="1",
     )

@@ -1,4 +1,4 @@
-"""The published run of bench/hilbert.py, retraced by oracles and classes alike."""
+"""The published run of examples/papers/hilbert.py, retraced by oracles and classes alike."""
 
 from typing import Any
 

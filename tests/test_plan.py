@@ -11,11 +11,12 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from fusedcalib import __main__ as command
 from fusedcalib.bench import cli
 from fusedcalib.bench.measure import host
-from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS
-from fusedcalib.bench.measure.case import DTYPES
+from fusedcalib.bench.measure.baselines import METHODS
+from fusedcalib.bench.measure.method import SUBJECTS
 from fusedcalib.bench.models import architectures, shardings
 from fusedcalib.bench.models.architectures import Model, Param
 from fusedcalib.bench.models.shardings import Sharding
+from fusedcalib.bench.models.traffic import DTYPES
 from fusedcalib.bench.predict import gpus, plan_steps
 
 ADAMW = SUBJECTS["AdamW"]
@@ -140,13 +141,11 @@ def test_rows_that_are_cut_are_summed_in_one_all_reduce():
 @pytest.mark.parametrize("name", ["own_plain", "own_gc", "own_clip", "own_chain", "own_ema", "own_noise"])
 @pytest.mark.parametrize("subject", ["AdamW", "AdamW amsgrad", "SGD", "SGD momentum", "Lion", "Adan"])
 def test_bytes_are_those_of_the_benchmarks(subject, name, dtypes):
-    """Case by case as bench/case.py writes them beside the times it measures."""
-    dtype, state_dtype = DTYPES[dtypes]
+    """Case by case as bench/measure/case.py writes them beside the times it measures."""
     found = shardings.shards(Model("m", (Param("fc.weight", (8, 64)),)), ALONE)
     step = plan_steps.step_of(name, SUBJECTS[subject], dtypes, found, ALONE)
     states = SUBJECTS[subject].states()
-    plain = 3 * dtype.itemsize + 2 * states * state_dtype.itemsize
-    assert step.moved == 8 * 64 * (plain + METHODS[name].extras.width(dtype))
+    assert step.moved == 8 * 64 * METHODS[name].extras.width(DTYPES[dtypes], states)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import (
 
 import fusedcalib
 import fusedcalib.executors.choose
-from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS, centralize_, options_of
+from fusedcalib.bench.measure.baselines import METHODS, centralize_, options_of
+from fusedcalib.bench.measure.method import SUBJECTS
 from fusedcalib.bench.models import shardings
 from fusedcalib.bench.models.architectures import Model, Param
 from fusedcalib.bench.models.shardings import Sharding

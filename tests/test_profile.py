@@ -13,7 +13,14 @@ from fusedcalib import __main__ as command
 from fusedcalib.bench.models import architectures
 from fusedcalib.bench.models.architectures import Model, Param
 from fusedcalib.bench.models.traffic import traffic
-from fusedcalib.bench.predict import compiled, profile, profile_gpu, profile_steps, static_costs
+from fusedcalib.bench.predict import (
+    compiled,
+    profile,
+    profile_gpu,
+    profile_static,
+    profile_steps,
+    static_costs,
+)
 from fusedcalib.bench.predict.gpus import GPUS
 from fusedcalib.bench.predict.profile_steps import ProfileCase, everything
 from fusedcalib.kernels import launch
@@ -74,7 +81,7 @@ def test_every_kernel_moves_what_is_counted():
     variants = profile_steps.variants(ProfileCase("AdamW", ALL), model)
     assert [variant.kernel for variant in variants] == ["norm", "sums", "step", "finish"]
     for variant in variants:
-        built = profile_steps.built_for(variant, "sm_90")
+        built = profile_static.built_for(variant, "sm_90")
         moves = profile_steps.traffic_of(variant)
         assert (built.bytes_moved("ld"), built.bytes_moved("st")) == moves.accessed, variant.kernel
 
@@ -84,7 +91,7 @@ def test_every_kernel_moves_what_is_counted():
 
 def test_registers_and_widths_are_read():
     (variant,) = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))
-    row = profile_steps.measured(variant, H100)
+    row = profile_static.measured(variant, H100)
     assert row["elements"] == 124_439_808
     assert (row["bytes"], row["widest"], row["narrowest"], row["spilled"]) == (28, 16, 16, 0)
     assert 32 < row["registers"] <= 128
@@ -121,7 +128,7 @@ def test_occupancy_on_amd_is_the_compilers(options):
     """Which tells waves of a SIMD, whether or not they make whole programs."""
     model = Model("m", (Param("bias", (4096,)),))
     for variant in profile_steps.variants(ProfileCase("AdamW", options), model):
-        built = profile_steps.built_for(variant, "gfx942")
+        built = profile_static.built_for(variant, "gfx942")
         used = compiled.usage(built)
         found = static_costs.occupancy("gfx942", used.registers, built.built.warps, built.shared)
         told = 4 * int(re.search(r"; Occupancy: (\d+)", built.asm["amdgcn"])[1])

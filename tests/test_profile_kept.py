@@ -7,7 +7,7 @@ from kernel_cases import INTERPRETED
 
 import fusedcalib
 from fusedcalib.bench.models import architectures
-from fusedcalib.bench.predict import profile_kept, profile_steps
+from fusedcalib.bench.predict import profile_kept, profile_static, profile_steps
 from fusedcalib.bench.predict.gpus import GPUS
 from fusedcalib.bench.predict.profile_steps import ProfileCase
 from fusedcalib.kernels import launch
@@ -31,7 +31,7 @@ def planted(**changes):
     """AdamW's step, and the same with a part of what is compiled exchanged, under one name."""
     variant = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))[0]
     other = variant._replace(spec=variant.spec._replace(**changes))
-    rows = [profile_kept.kept_row(profile_steps.measured(v, H100)) for v in (variant, other)]
+    rows = [profile_kept.kept_row(profile_static.measured(v, H100)) for v in (variant, other)]
     return [{"kernels": {"step": row}} for row in rows]
 
 

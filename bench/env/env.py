@@ -27,7 +27,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def versions() -> Facts:
-    """Of Python, of fusedcalib and of what it may use; None for what is not installed."""
+    """Versions of Python, of fusedcalib and of what it may use; None for what is not installed."""
     return {
         "python": platform.python_version(),
         "fusedcalib": _fusedcalib(),
@@ -170,7 +170,7 @@ def _guarded(probe: Callable[..., Any], *given: Any) -> Any:
 
 
 def text(found: Facts) -> str:
-    """All of it, to be read."""
+    """All that was found, to be read."""
     lines = []
     for name in PROBES:
         lines.append(f"{name}:")

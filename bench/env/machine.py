@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,24 +35,63 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """The head of every results file."""
+@dataclass
+class Head:
+    """What was measured on, at the head of every file: device, versions, commit, date."""
+
+    schema: int
+    utc: str
+    commit: str | None
+    dirty: bool | None
+    device: dict[str, Any] | None
+    cpu: dict[str, Any]
+    versions: dict[str, Any]
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Head:
+        """The head of a file of any kind."""
+        return Head(*(found[one.name] for one in fields(Head)))
+
+    @property
+    def short_name(self) -> str:
+        """The device in a few words, as titles use it."""
+        if self.device is not None:
+            return str(self.device["name"])
+        threads = self.cpu["threads"]
+        return f"{self.cpu['name']}, {threads} thread{'s' if threads != 1 else ''}"
+
+    @property
+    def slug(self) -> str:
+        """The device as part of a file name."""
+        name = self.device["name"] if self.device else "cpu"
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+    @property
+    def file_name(self) -> str:
+        """`<utc>-<device>.json`, which sorts by time."""
+        return f"{self.utc.replace('-', '').replace(':', '')}-{self.slug}.json"
+
+    @property
+    def measured_on(self) -> str:
+        """Device, versions and date in one line."""
+        names = ("torch", "triton" if self.device else "numba", "python")
+        known = ", ".join(f"{name} {self.versions[name]}" for name in names if self.versions[name])
+        return f"{self.short_name}; {known}; {self.utc[:10]}"
+
+
+def describe(device: torch.device) -> Head:
+    """The head of a file that is made now."""
     commit, dirty = _commit()
-    return {
-        "schema": 1,
-        "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit,
-        "dirty": dirty,
-        "device": _gpu(device),
-        "cpu": {"name": system.cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": system.version("triton"),
-            "numba": system.version("numba"),
-            "cuda": torch.version.cuda,
-        },
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": system.version("triton"),
+        "numba": system.version("numba"),
+        "cuda": torch.version.cuda,
     }
+    cpu = {"name": system.cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Head(1, now, commit, dirty, _gpu(device), cpu, versions)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -64,20 +104,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     found = re.search(r"MemAvailable:\s*(\d+) kB", text)
     return 1024 * int(found[1]) if found else None
-
-
-def short_name(head: dict[str, Any]) -> str:
-    """The device in a few words, as titles use it."""
-    if head["device"] is not None:
-        return str(head["device"]["name"])
-    threads = head["cpu"]["threads"]
-    return f"{head['cpu']['name']}, {threads} thread{'s' if threads != 1 else ''}"
-
-
-def slug(head: dict[str, Any]) -> str:
-    """The device as part of a file name."""
-    name = head["device"]["name"] if head["device"] else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def sensors() -> dict[str, float] | None:

@@ -59,7 +59,7 @@ def on_gpu(found: Facts) -> bool:
 
 
 def too_old(found: Facts) -> Problem | None:
-    """Of what is always needed."""
+    """What is always needed is missing or too old."""
     said, wanted = [], []
     for name, least in bootstrap.CORE.items():
         have = found["versions"].get(name)
@@ -92,7 +92,7 @@ def no_compiler(found: Facts) -> Problem | None:
 
 
 def no_header(found: Facts) -> Problem | None:
-    """And that launcher includes Python.h."""
+    """Triton's launcher includes Python.h."""
     has = found["compiler"]
     if not on_gpu(found) or has.get("Python.h"):
         return None
@@ -102,7 +102,7 @@ def no_header(found: Facts) -> Problem | None:
 
 
 def other_triton(found: Facts) -> Problem | None:
-    """torch is built with one Triton."""
+    """torch is made for another Triton than the one that is here."""
     have, wants = found["versions"].get("triton"), required("torch", "triton")
     if have is None or allowed(numbers(have), wants):
         return None
@@ -144,7 +144,7 @@ def no_cuda(found: Facts) -> Problem | None:
 
 
 def old_gpu(found: Facts) -> Problem | None:
-    """As fusedcalib/executors/choose.py chooses."""
+    """A GPU is older than what fusedcalib/executors/choose.py takes."""
     if found["gpus"].get("hip"):
         return None
     old = [gpu for gpu in found["gpus"].get("torch_sees", []) if numbers(gpu["capability"]) < (8,)]
@@ -155,7 +155,7 @@ def old_gpu(found: Facts) -> Problem | None:
 
 
 def locked_cache(found: Facts) -> Problem | None:
-    """Triton keeps what it compiled."""
+    """Triton cannot keep what it compiles."""
     has = found["caches"]
     if has.get("triton_writable", True):
         return None
@@ -163,7 +163,7 @@ def locked_cache(found: Facts) -> Problem | None:
 
 
 def interpreted(found: Facts) -> Problem | None:
-    """Left over from a test."""
+    """A variable of the tests is set, and kernels are interpreted."""
     if found["variables"].get("TRITON_INTERPRET") != "1":
         return None
     return _problem("TRITON_INTERPRET=1: kernels are interpreted, which is for tests", "unset it")

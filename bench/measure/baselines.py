@@ -20,9 +20,7 @@ from .method import (
     ADAMW,
     EXTRAS,
     GAMMA,
-    HYPER,
     NONE,
-    SUBJECTS,
     Built,
     Extras,
     Maker,
@@ -30,26 +28,7 @@ from .method import (
     NotAvailableError,
     Subject,
     groups_of,
-    step_bytes,
 )
-
-__all__ = [
-    "ADAMW",
-    "CORE",
-    "EXTRAS",
-    "GAMMA",
-    "HYPER",
-    "METHODS",
-    "NONE",
-    "RIVALS",
-    "SUBJECTS",
-    "Built",
-    "Extras",
-    "Method",
-    "NotAvailableError",
-    "Subject",
-    "step_bytes",
-]
 
 
 def _class_of(subject: Subject, flags: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
@@ -82,17 +61,6 @@ def centralize_(params: list[Tensor]) -> None:
         grad = param.grad
         if grad is not None and grad.ndim > 1:
             grad.sub_(grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True))
-
-
-def _own(**flags: Any) -> Maker:
-    def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
-        import fusedcalib
-
-        cls = getattr(fusedcalib, subject.cls)
-        optimizer = cls(groups_of(spec, params), **subject.options, **subject.own, **flags)
-        return Built(optimizer.step, optimizer, note=f"backend {optimizer.backend}")
-
-    return make
 
 
 def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
@@ -150,27 +118,26 @@ def options_of(extras: Extras, gc: bool) -> dict[str, Any]:
     return {"max_grad_norm": extras.clip, "noise": noise, "ema_decay": extras.ema, "centralize": gc}
 
 
-def own_extras(extras: Extras, gc: bool) -> Maker:
-    """The same as options of our step."""
+def own(extras: Extras = NONE, gc: bool = False, **flags: Any) -> Maker:
+    """Our step, with the same as options of it."""
 
     def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
         import fusedcalib
 
-        cls = getattr(fusedcalib, subject.cls)
-        optimizer = cls(groups_of(spec, params), **subject.options, **subject.own, **options_of(extras, gc))
+        options = {**subject.options, **subject.own, **options_of(extras, gc), **flags}
+        optimizer = getattr(fusedcalib, subject.cls)(groups_of(spec, params), **options)
 
         def set_noise(variance: float) -> None:
             for group in optimizer.param_groups:
                 group["noise"] = {**group["noise"], "eta": variance}
 
+        averaged, noisy = extras.ema is not None, extras.noise is not None
         return Built(
             optimizer.step,
             optimizer,
             note=f"backend {optimizer.backend}",
-            averages=(lambda: [optimizer.state[p]["ema"] for p in params])
-            if extras.ema is not None
-            else None,
-            set_noise=set_noise if extras.noise is not None else None,
+            averages=(lambda: [optimizer.state[p]["ema"] for p in params]) if averaged else None,
+            set_noise=set_noise if noisy else None,
         )
 
     return make
@@ -181,7 +148,7 @@ def _pair(key: str, by_hand: str, ours: str, gc: bool = False) -> tuple[Method, 
     extras = EXTRAS[key]
     return (
         Method(f"eager_{key}", f"{by_hand} + torch fused", gc, composed(extras, gc), extras, True),
-        Method(f"own_{key}", f"fusedcalib with {ours}", gc, own_extras(extras, gc), extras),
+        Method(f"own_{key}", f"fusedcalib with {ours}", gc, own(extras, gc), extras),
     )
 
 
@@ -213,35 +180,20 @@ def rival(of: rivals.Rival) -> Maker:
     return make
 
 
+_FUSED, _FOREACH = of_torch(fused=True), of_torch(foreach=True)
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("torch_fused", "torch fused", False, of_torch(fused=True), reference=True),
-        Method("torch_foreach", "torch foreach", False, of_torch(foreach=True), reference=True),
+        Method("torch_fused", "torch fused", False, _FUSED, reference=True),
+        Method("torch_foreach", "torch foreach", False, _FOREACH, reference=True),
         Method("torch_forloop", "torch for-loop", False, of_torch(foreach=False, fused=False)),
         Method("torch_compiled", "torch.compile", False, compiled_step, narrow=True),
-        Method(
-            "eager_gc_fused",
-            "eager GC + torch fused",
-            True,
-            composed(NONE, True, of_torch(fused=True)),
-            reference=True,
-        ),
-        Method(
-            "eager_gc_foreach",
-            "eager GC + torch foreach",
-            True,
-            composed(NONE, True, of_torch(foreach=True)),
-        ),
+        Method("eager_gc_fused", "eager GC + torch fused", True, composed(NONE, True), reference=True),
+        Method("eager_gc_foreach", "eager GC + torch foreach", True, composed(NONE, True, _FOREACH)),
         Method("compiled_gc", "torch.compile GC", True, _compiled, reference=True),
-        Method("own_plain", "fusedcalib", False, _own(), reference=True),
-        Method("own_gc", "fusedcalib with GC", True, _own(centralize=True)),
-        Method(
-            "own_gc_eager",
-            "fusedcalib with GC, no numba",
-            True,
-            _own(centralize=True, backend="eager"),
-        ),
+        Method("own_plain", "fusedcalib", False, own(), reference=True),
+        Method("own_gc", "fusedcalib with GC", True, own(gc=True)),
+        Method("own_gc_eager", "fusedcalib with GC, no numba", True, own(gc=True, backend="eager")),
         *_pair("noise", "add_(randn_like)", "noise"),
         *_pair("clip", "clip_grad_norm_", "clip"),
         *_pair("ema", "foreach lerp", "EMA"),

@@ -6,7 +6,6 @@ import gc
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +13,17 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
+from ..models.traffic import DTYPES
+from ..report.results import Measured, Row
 from . import clocks, gate, spare
-from .baselines import ADAMW, METHODS, SUBJECTS, Built, Method, NotAvailableError, Subject, step_bytes
+from .baselines import METHODS
 from .clocks import Effort, Tell
+from .method import ADAMW, SUBJECTS, Built, Method, NotAvailableError, Subject
 from .rivals import sentence
-
-__all__ = ["ANCHORS", "DTYPES", "Case", "Effort", "empty_row", "run"]
 
 # Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
 ANCHORS = ("torch_fused", "torch_foreach", "own_plain")
 SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short list, some of a long one
-
-DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16+fp32-state": (torch.bfloat16, torch.float32),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Case:
     """What to measure. Lists, methods and subjects are given by their names, or as they are.
 
     Attributes:
-        extras: what the case is about besides its rule: a name of baselines.EXTRAS, or one like it.
+        extras: what the case is about besides its rule: a name of method.EXTRAS, or one like it.
         bases: to one of these, the first that was measured, tables give the ratios of the others.
     """
 
@@ -70,17 +64,15 @@ class Prepared:
         self.spec = shapes.get(case.list) if isinstance(case.list, str) else case.list
         self.subject = SUBJECTS[case.subject] if isinstance(case.subject, str) else case.subject
         self.rows = case.rows()
-        self.dtype, state_dtype = DTYPES[case.dtypes]
-        self.state_dtype = state_dtype if state_dtype != self.dtype else None
+        self.storage = DTYPES[case.dtypes]
+        self.dtype = self.storage.param
         self.device, self.tell = device, tell
         self.reasons: dict[str, str] = {}
         self.states = self.subject.states()
-        size = self.dtype.itemsize
-        self.plain = step_bytes(size, size, self.states * [state_dtype.itemsize])
 
     def width(self, *methods: Method) -> int:
         """Bytes that a step of one of these moves for each parameter, the most."""
-        return self.plain + max((method.extras.width(self.dtype) for method in methods), default=0)
+        return max((m.extras.width(self.storage, self.states) for m in methods), default=0)
 
     def build(self) -> dict[str, tuple[list[Tensor], Built]]:
         """Each method that can be had, on its own copy of the list."""
@@ -100,11 +92,10 @@ class Prepared:
         return built
 
     def _subject_of(self, method: Method) -> Subject:
-        if self.state_dtype is None:
-            return self.subject
-        if not method.own:
+        options = self.storage.options
+        if options and not method.own:
             raise NotAvailableError("takes no state of another type than the parameter's")
-        return replace(self.subject, own={**self.subject.own, "state_dtype": self.state_dtype})
+        return replace(self.subject, own=self.subject.own | options)
 
     def judge(self, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, gate.Verdict]:
         """Hold all against the reference; what does not pass is taken out of `built`."""
@@ -140,9 +131,7 @@ class Prepared:
             return sentence(error)
 
 
-def run(
-    case: Case, device: torch.device, effort: Effort, tell: Tell = lambda what, share: None
-) -> dict[str, Any]:
+def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda what, share: None) -> Measured:
     """Measure a case. A method that cannot run, or fails the gate, gets a reason and no numbers.
 
     `tell` is told what is being done. What was measured when the user interrupts it (Ctrl-C) while methods
@@ -160,36 +149,37 @@ def run(
     references = tuple(name for name, method in work.rows.items() if method.reference)
     plan = clocks.TimingPlan(flush, 2 + work.states if streams else None, ANCHORS, references)
     timed = clocks.measure(work.spec, methods, device, effort, plan, tell) if methods else clocks.Timed()
-    rows, reasons = timed.rows, work.reasons | timed.reasons
-    for name, verdict in verdicts.items():
-        if name in rows:
-            rows[name] |= {"max_err_vs_fp64": verdict.max_err, "note": methods[name].note}
-            rows[name]["bytes_per_param"] = work.width(work.rows[name])
-            rows[name]["first_steps_s"] = verdict.seconds
+    reasons = work.reasons | timed.reasons
+    names = [*work.rows, *(name for name in timed.rows if name not in work.rows)]
+    rows = {name: timed.rows.get(name) or empty_row(work.rows[name]) for name in names}
+    for name, row in rows.items():
+        row.reason = reasons.get(name)
+        if name in work.rows:
+            row.title, row.options = work.rows[name].title, work.rows[name].options
+        if name in timed.rows and name in verdicts:
+            row.max_err_vs_fp64, row.first_steps_s = verdicts[name].max_err, verdicts[name].seconds
+            row.note, row.bytes_per_param = methods[name].note, work.width(work.rows[name])
     del built, methods
     _let_go(gpu)
-    return {
-        "list": work.spec.name,
-        "tensors": work.spec.tensors,
-        "params": work.spec.params,
-        "dtypes": case.dtypes,
-        "subject": case.subject_title,
-        "hyper": dict(work.subject.options),
-        "extras": case.extras,
-        "base": next((name for name in case.bases if name in rows), None),
-        "bytes_per_param": width,
-        "flush": "write" if flush else "none",
-        "clock": "device" if gpu else "wall",
-        "methods": [
-            empty_row(work.rows.get(name, name)) | rows.get(name, {}) | {"reason": reasons.get(name)}
-            for name in (*work.rows, *(name for name in rows if name not in work.rows))
-        ],
-        **({"incomplete": True} if timed.interrupted else {}),
-    }
+    return Measured(
+        list=work.spec.name,
+        tensors=work.spec.tensors,
+        params=work.spec.params,
+        dtypes=case.dtypes,
+        subject=case.subject_title,
+        hyper=dict(work.subject.options),
+        extras=case.extras,
+        base=next((name for name in case.bases if name in timed.rows), None),
+        bytes_per_param=width,
+        flush="write" if flush else "none",
+        clock="device" if gpu else "wall",
+        methods=list(rows.values()),
+        incomplete=timed.interrupted,
+    )
 
 
 def _let_go(gpu: bool) -> None:
-    """Of the memory of a case."""
+    """Frees the memory of a case."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -203,7 +193,8 @@ def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
     torch_norm = built.spoils and extras.clip is not None
-    return gate.Entry(method.gc, params, built.step, extras, torch_norm, built.averages, method.narrow)
+    kind = gate.Kind(method.gc, extras, torch_norm, method.narrow)
+    return gate.Entry(kind, params, built.step, built.averages)
 
 
 @torch.no_grad()
@@ -225,18 +216,7 @@ def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Buil
     }
 
 
-def empty_row(method: str | Method) -> dict[str, Any]:
-    """A method's row before anything is known: every number is None, never 0."""
-    numbers = ("device_ms_median", "device_ms_p10", "device_ms_p90", "wall_ms", "host_us")
-    counts = ("launches", "peak_extra_bytes", "pct_stream", "max_err_vs_fp64", "kept", "dropped")
+def empty_row(method: str | Method) -> Row:
+    """A method's row before anything is known."""
     known = METHODS.get(method) if isinstance(method, str) else method
-    return {
-        "name": known.name if known else method,
-        "title": known.title if known else "memory stream",
-        "options": known.options if known else {"gc": False},
-        **dict.fromkeys((*numbers, *counts)),
-        "ratio_to": {},
-        "wall_ratio_to": {},
-        "note": "",
-        "reason": None,
-    }
+    return Row(known.name, known.title, known.options) if known else Row(str(method), "memory stream", {})

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ..models import architectures, shapes
 from ..models.shapes import ParamList
-from .baselines import METHODS, RIVALS, SUBJECTS, composed, own_extras
-from .case import ANCHORS, DTYPES, Case
-from .method import EXTRAS, NONE, Extras, Method, Subject, reference_options
+from ..models.traffic import DTYPES
+from .baselines import METHODS, RIVALS, composed, own
+from .case import ANCHORS, Case
+from .method import EXTRAS, NONE, SUBJECTS, Extras, Method, Subject, reference_options
 
 AGAINST = {  # what a user calls the methods that ours is compared with
     "fused": "torch_fused",
@@ -46,13 +47,13 @@ class Features(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """By name, in the order of the step."""
+        """The features by name, in the order of the step."""
         kept = {"clip": self.extras.clip, "noise": self.extras.noise, "centralize": self.gc or None}
         return {name: value for name, value in {**kept, "ema": self.extras.ema}.items() if value is not None}
 
     @property
     def key(self) -> str:
-        """As `clip+centralize`, with the value where it is not the usual."""
+        """A name as `clip+centralize`, with the value where it is not the usual."""
         return "+".join(
             name if value == DEFAULTS[FEATURES[name]] else f"{name}={value:g}"
             for name, value in self.values.items()
@@ -183,8 +184,8 @@ def methods_for(features: Features, against: Sequence[str]) -> tuple[Method, ...
         return (METHODS["own_plain"], *others)
     key, (extras, gc) = features.key, features
     ours = METHODS["own_plain"]
-    own = Method(
-        f"own_{key}", f"{ours.title} with {features.title('GC')}", gc, own_extras(extras, gc), extras, True
+    with_all = Method(
+        f"own_{key}", f"{ours.title} with {features.title('GC')}", gc, own(extras, gc), extras, True
     )
     around = [
         replace(
@@ -198,7 +199,7 @@ def methods_for(features: Features, against: Sequence[str]) -> tuple[Method, ...
         )
         for method in others
     ]
-    return (METHODS["torch_fused"], ours, own, *around)
+    return (METHODS["torch_fused"], ours, with_all, *around)
 
 
 def cases_from(
@@ -225,6 +226,7 @@ def needed_bytes(case: Case) -> int:
     """Memory that the methods of a case hold at one time: each has its own parameters, gradients, states."""
     assert not isinstance(case.list, str)
     assert not isinstance(case.subject, str)
-    param, state = (dtype.itemsize for dtype in DTYPES[case.dtypes])
-    width = 2 * param + case.subject.states() * state
-    return case.list.params * sum(width + 4 * (m.extras.ema is not None) for m in case.rows().values())
+    storage, states = DTYPES[case.dtypes], case.subject.states()
+    return case.list.params * sum(
+        storage.kept(states, m.extras.ema is not None) for m in case.rows().values()
+    )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from ..env import machine
 from ..models.shapes import ParamList
+from ..report.results import Row, Spread
 from . import probe
-from .baselines import Built
 from .ceilings import stream_of
+from .method import Built
 from .rivals import sentence
-from .timing import Rounds, Sampler, Spread, Step, device_sampler, interleave, repeats_for, wall_sampler
+from .timing import Rounds, Sampler, Step, device_sampler, interleave, repeats_for, wall_sampler
 
 Tell = Callable[[str, float], None]  # what is being done, and which share of it is over
 
@@ -50,7 +50,7 @@ class TimingPlan:
 class Timed:
     """Rows by method, why others have none, and whether the user ended it early."""
 
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -137,30 +137,36 @@ def _probes(steps: dict[str, Step], device: torch.device, warmup: int, tell: Tel
 
 
 def stream_name(reads: int) -> str:
-    """As `stream_4r3w`: arrays read and written."""
+    """A stream's name, as `stream_4r3w`: arrays read and written."""
     return f"stream_{reads}r{reads - 1}w"
 
 
 def _row(
     name: str, wall: Rounds, on_device: Rounds, probed: probe.Probe, references: tuple[str, ...], gpu: bool
-) -> dict[str, Any]:
+) -> Row:
+    """The numbers of a method, or of the memory stream beside them."""
     main = on_device if gpu else wall
     device_time, wall_time = on_device.time(name), wall.time(name)
     streams = [other for other in main.samples if other.startswith("stream_")]
     to_stream = main.ratio(streams[0], name) if streams else None
-    row: dict[str, Any] = {
-        "wall_ms": 1e3 * wall_time.median if wall_time else None,
-        "ratio_to": _ratios(main, name, (*references, *streams)),
-        "wall_ratio_to": _ratios(wall, name, (*references, *streams)),
-        "pct_stream": 100 * to_stream.median if to_stream else None,
-        "kept": main.kept(name),
-        "dropped": main.dropped(name),
-    }
-    for key in ("median", "p10", "p90"):
-        row[f"device_ms_{key}"] = 1e3 * getattr(device_time, key) if device_time else None
-    return row | asdict(probed)
+    row = Row(
+        name,
+        "memory stream",
+        {"gc": False},
+        wall_ms=1e3 * wall_time.median if wall_time else None,
+        ratio_to=_ratios(main, name, (*references, *streams)),
+        wall_ratio_to=_ratios(wall, name, (*references, *streams)),
+        pct_stream=100 * to_stream.median if to_stream else None,
+        kept=main.kept(name),
+        dropped=main.dropped(name),
+        **vars(probed),
+    )
+    if device_time:
+        ends = (device_time.median, device_time.p10, device_time.p90)
+        row.device_ms_median, row.device_ms_p10, row.device_ms_p90 = (1e3 * end for end in ends)
+    return row
 
 
-def _ratios(rounds: Rounds, name: str, others: tuple[str, ...]) -> dict[str, Any]:
-    spreads: dict[str, Spread | None] = {to: rounds.ratio(name, to) for to in others}
-    return {to: asdict(spread) for to, spread in spreads.items() if spread and to != name}
+def _ratios(rounds: Rounds, name: str, others: tuple[str, ...]) -> dict[str, Spread]:
+    spreads = {to: rounds.ratio(name, to) for to in others if to != name}
+    return {to: spread for to, spread in spreads.items() if spread}

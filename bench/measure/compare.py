@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..report import tables
-from ..report.results import Results, extras_of, load
+from ..report.results import Measured, Results, Spread, load
 
 SLOWER, FASTER, SAME, UNKNOWN = "slower", "faster", "no difference", "not known"
 LEAST = 0.02  # a smaller change is none, however sure
@@ -47,31 +47,28 @@ class Change:
 
 def changes(before: Results, after: Results, least: float = LEAST) -> list[Change]:
     """Every method that both files have in the same case."""
-    old = {_key(case): case for case in before["cases"]}
+    old = {_key(case): case for case in before.cases}
     found = []
-    for case in after["cases"]:
+    for case in after.cases:
         if _key(case) in old:
             found += list(_of_case(old[_key(case)], case, least))
     return found
 
 
-def _key(case: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("list", "tensors", "params", "dtypes", "subject", "clock", "flush")
-    return (*(case[name] for name in names), extras_of(case))
+def _key(case: Measured) -> tuple[Any, ...]:
+    return case.list, case.tensors, case.params, *case.kind, case.clock, case.flush
 
 
-def _of_case(before: dict[str, Any], after: dict[str, Any], least: float) -> Iterator[Change]:
-    old = {row["name"]: row for row in before["methods"]}
-    titles = {row["name"]: row["title"] for row in after["methods"]}
-    for row in after["methods"]:
-        both = (old.get(row["name"], {"ratio_to": {}})["ratio_to"], row["ratio_to"])
-        to = _reference(both[0].keys() & both[1].keys(), tables.base_of(after))
+def _of_case(before: Measured, after: Measured, least: float) -> Iterator[Change]:
+    old = {row.name: row.ratio_to for row in before.methods}
+    titles = {row.name: row.title for row in after.methods}
+    for row in after.methods:
+        was, now = old.get(row.name, {}), row.ratio_to
+        to = _reference(was.keys() & now.keys(), after.base)
         if to is not None:
-            ratio, low, high = _interval(both[0][to], both[1][to])
-            verdict = _verdict(both[0][to], both[1][to], low, high, least)
-            own = row["name"].startswith("own")
-            title = tables.case_title(after)
-            yield Change(title, row["title"], titles.get(to, to), ratio, low, high, verdict, own)
+            ratio, low, high = _interval(was[to], now[to])
+            verdict = _verdict(was[to], now[to], low, high, least)
+            yield Change(after.title, row.title, titles.get(to, to), ratio, low, high, verdict, row.own)
 
 
 def _reference(shared: set[str], base: str | None) -> str | None:
@@ -82,21 +79,21 @@ def _reference(shared: set[str], base: str | None) -> str | None:
     return next((name for name in others if name.startswith("stream_")), others[0] if others else None)
 
 
-def _interval(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float, float]:
+def _interval(before: Spread, after: Spread) -> tuple[float, float, float]:
     """The ratio of two medians, and how far off it may be by the spread of the rounds."""
-    ratio = after["median"] / before["median"]
+    ratio = after.median / before.median
     far = math.exp(SURE * math.hypot(_error(before), _error(after)))
     return ratio, ratio / far, ratio * far
 
 
-def _error(spread: dict[str, Any]) -> float:
+def _error(spread: Spread) -> float:
     """The standard error of a median, as a share of it."""
-    deviation = math.log(spread["p90"] / spread["p10"]) / TAILS
-    return OF_MEDIAN * deviation / math.sqrt(spread["n"])
+    deviation = math.log(spread.p90 / spread.p10) / TAILS
+    return OF_MEDIAN * deviation / math.sqrt(spread.n)
 
 
-def _verdict(before: dict[str, Any], after: dict[str, Any], low: float, high: float, least: float) -> str:
-    if any(spread["disturbed"] or spread["n"] < ENOUGH for spread in (before, after)):
+def _verdict(before: Spread, after: Spread, low: float, high: float, least: float) -> str:
+    if any(spread.disturbed or spread.n < ENOUGH for spread in (before, after)):
         return UNKNOWN
     if low > 1 + least:
         return SLOWER
@@ -107,7 +104,7 @@ def differences(before: Results, after: Results) -> list[str]:
     """What forbids the comparison: another device, processor or build of torch."""
 
     def facts(results: Results) -> dict[str, Any]:
-        device, cpu, versions = results["device"] or {}, results["cpu"], results["versions"]
+        device, cpu, versions = results.device or {}, results.cpu, results.versions
         return {
             "the GPU": device.get("name"),
             "the processor": cpu.get("name"),
@@ -122,9 +119,14 @@ def differences(before: Results, after: Results) -> list[str]:
 
 
 def table(found: list[Change]) -> tables.Table:
-    header = ["method", "on", "over", "after / before (interval)", "verdict"]
-    rows = [[c.method, c.case, c.to, f"{c.ratio:.3f} ({c.low:.3f}-{c.high:.3f})", c.verdict] for c in found]
-    return header, rows
+    columns: tables.Columns[Change] = {
+        "method": lambda change: change.method,
+        "on": lambda change: change.case,
+        "over": lambda change: change.to,
+        "after / before (interval)": lambda c: f"{c.ratio:.3f} ({c.low:.3f}-{c.high:.3f})",
+        "verdict": lambda change: change.verdict,
+    }
+    return tables.table_of(found, columns)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..models import shapes
 from ..models.shapes import ParamList
-from .baselines import NONE, Extras, Subject
+from .method import NONE, Extras, Subject
 from .rivals import sentence
 from .timing import one_thread
 
@@ -63,29 +63,26 @@ class Verdict:
 
 
 class Kind(NamedTuple):
-    """What the reference and its bound depend on; see `Entry`."""
+    """What the reference and its bound depend on.
+
+    Attributes:
+        torch_norm: clips by the norm that torch finds.
+        narrow: makes the numbers of its step in fp32.
+    """
 
     gc: bool
-    extras: Extras
-    torch_norm: bool
-    narrow: bool
+    extras: Extras = NONE
+    torch_norm: bool = False
+    narrow: bool = False
 
 
 class Entry(NamedTuple):
     """A method to be judged, freshly built."""
 
-    gc: bool
+    kind: Kind
     params: list[Tensor]
     step: Callable[[], object]
-    extras: Extras = NONE
-    torch_norm: bool = False  # clips by the norm that torch finds
     averages: Callable[[], list[Tensor]] | None = None
-    narrow: bool = False  # makes the numbers of its step in fp32
-
-    @property
-    def kind(self) -> Kind:
-        """What the reference and its bound depend on."""
-        return Kind(self.gc, self.extras, self.torch_norm, self.narrow)
 
 
 def oracle(subject: Subject) -> Oracle:

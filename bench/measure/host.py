@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import time
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -23,9 +24,10 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..report import tables
+from ..report.results import Spread
 from . import timing
 from .baselines import METHODS
-from .timing import Rounds, Sampler, Spread, Step, host_seconds, interleave, wall_sampler
+from .timing import Rounds, Sampler, Step, host_seconds, interleave, wall_sampler
 
 if TYPE_CHECKING:
     from fusedcalib.options import Backend
@@ -55,22 +57,22 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
             if name.startswith("own") and not machine.on_gpu(device):
                 samplers[f"{name} work"] = _without_loops(turn, built.step)
         timed = interleave(samplers, rounds=rounds, seconds=seconds)
-        out.append(
-            {
-                "list": spec.name,
-                "variant": variant,
-                "methods": [
-                    {
-                        "name": name,
-                        "host_us": _microseconds(timed.time(name)),
-                        "ratio_to": _ratio(timed.ratio(name, COMPARED[0]), name),
-                        **_work(timed, f"{name} work"),
-                    }
-                    for name in COMPARED
-                ],
-            }
-        )
+        rows = [_row(timed, name) for name in COMPARED]
+        out.append({"list": spec.name, "variant": variant, "methods": rows})
     return out
+
+
+def _row(timed: Rounds, name: str) -> dict[str, Any]:
+    """Microseconds of a step and of its host work alone, and their ratios to torch's whole step."""
+
+    def microseconds(name: str) -> float | None:
+        spread = timed.time(name)
+        return 1e6 * spread.median if spread else None
+
+    ratio, work = (timed.ratio(one, COMPARED[0]) for one in (name, f"{name} work"))
+    ratios = {COMPARED[0]: vars(ratio)} if ratio and name != COMPARED[0] else {}
+    row = {"name": name, "host_us": microseconds(name), "ratio_to": ratios}
+    return row | ({"work_us": microseconds(f"{name} work"), "work_to": vars(work)} if work else {})
 
 
 def turns(params: list[Tensor], moving: bool) -> Step:
@@ -110,10 +112,6 @@ def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
     return sample
 
 
-def _microseconds(spread: Spread | None) -> float | None:
-    return 1e6 * spread.median if spread else None
-
-
 def _without_loops(turn: Step, step: Step) -> Sampler:
     """Time `step` after an untimed `turn`, less what its compiled loops take."""
 
@@ -139,16 +137,6 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
             cpu.on_threads = on_threads
 
     return sample
-
-
-def _work(timed: Rounds, name: str) -> dict[str, Any]:
-    """Microseconds of host work, and its ratios to torch's whole step."""
-    ratio = timed.ratio(name, COMPARED[0])
-    return {"work_us": _microseconds(timed.time(name)), "work_to": vars(ratio)} if ratio else {}
-
-
-def _ratio(spread: Spread | None, name: str) -> dict[str, Any]:
-    return {COMPARED[0]: vars(spread)} if spread and name != COMPARED[0] else {}
 
 
 def each_tensor(rounds: int = 40, backend: Backend = "auto") -> dict[str, float]:
@@ -194,8 +182,8 @@ def lines(measured: list[dict[str, Any]]) -> list[str]:
         for row in case["methods"]:
             ratio, work = row["ratio_to"].get(COMPARED[0]), row.get("work_to")
             if row["name"] == "own_plain" and ratio:
-                of_which = f", without its loops {tables.spread_text(work)}" if work else ""
-                share = f"{tables.spread_text(ratio)} of torch's fused step{of_which}"
+                of_which = f", without its loops {tables.spread_text(Spread(**work))}" if work else ""
+                share = f"{tables.spread_text(Spread(**ratio))} of torch's fused step{of_which}"
                 found.append(f"gradients {case['variant']}: {share}")
     return found
 
@@ -207,8 +195,9 @@ def main(options: argparse.Namespace) -> int:
         return 0
     device = machine.pick_device("auto")
     with timing.one_thread():
-        results = {**machine.describe(device), "host": measure(device, rounds=100, seconds=60)}
-    print("\n".join([tables.measured_on(results), *lines(results["host"])]))
+        head = machine.describe(device)
+        results = {**asdict(head), "host": measure(device, rounds=100, seconds=60)}
+    print("\n".join([head.measured_on, *lines(results["host"])]))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

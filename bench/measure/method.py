@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.shapes import ParamList
+from ..models.traffic import Storage
 from .timing import Step
 
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -100,17 +101,9 @@ class Extras:
     def any(self) -> bool:
         return self != NONE
 
-    def width(self, dtype: torch.dtype) -> int:
-        """Bytes that a parameter moves for them: the gradient once more, an fp32 average both ways."""
-        return dtype.itemsize * (self.clip is not None) + 8 * (self.ema is not None)
-
-
-def step_bytes(param: int, grad: int, states: Iterable[int]) -> int:
-    """Bytes that a step must move for one parameter, from the bytes of each value.
-
-    Parameter and states are read and written, the gradient is read.
-    """
-    return 2 * param + grad + 2 * sum(states)
+    def width(self, storage: Storage, states: int) -> int:
+        """Bytes that a step with them must move for each parameter."""
+        return storage.moved(states, self.clip is not None, self.ema is not None)
 
 
 NONE = Extras()

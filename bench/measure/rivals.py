@@ -14,7 +14,7 @@ from .method import NotAvailableError, Subject
 
 
 class Rival(NamedTuple):
-    """A library.
+    """Another library.
 
     Attributes:
         classes: its classes, by the names of ours.
@@ -74,51 +74,27 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 or len(lines) > 1 else ''}"
 
 
-def _same(*names: str, **others: str) -> dict[str, str]:
-    return {name: name for name in names} | others
+def _same(names: str, **others: str) -> dict[str, str]:
+    return {name: name for name in names.split()} | others
 
 
 RIVALS = {
-    "apex": Rival(
-        "apex FusedAdam",
-        "apex.optimizers",
-        {"AdamW": "FusedAdam", "SGD": "FusedSGD"},
-    ),
-    "bitsandbytes": Rival(
-        "bitsandbytes",
-        "bitsandbytes.optim",
-        _same("Adam", "AdamW", "Adagrad", "Lion", "RMSprop", "SGD"),
-    ),
+    "apex": Rival("apex FusedAdam", "apex.optimizers", {"AdamW": "FusedAdam", "SGD": "FusedSGD"}),
+    "bitsandbytes": Rival("bitsandbytes", "bitsandbytes.optim", _same("Adam AdamW Adagrad Lion RMSprop SGD")),
     "optimi": Rival(
-        "optimi",
-        "optimi",
-        _same("Adam", "AdamW", "Adan", "Lion", "RAdam", "SGD"),
+        *("optimi", "optimi", _same("Adam AdamW Adan Lion RAdam SGD")),
         on_gpu={"triton": True},
         renamed={"decoupled_weight_decay": "decouple_wd"},
     ),
     "flashoptim": Rival(
-        "flashoptim",
-        "flashoptim",
+        *("flashoptim", "flashoptim"),
         {name: f"Flash{name}" for name in ("Adam", "AdamW", "Lion", "SGD", "SGDW")},
         {"quantize": False, "master_weight_bits": None},
     ),
     "torchao": Rival("torchao", "torchao.optim.adam", {"AdamW": "_AdamW"}, narrow=True),
     "pytorch_optimizer": Rival(
-        "pytorch_optimizer",
-        "pytorch_optimizer",
-        _same(
-            "Adam",
-            "AdamW",
-            "Adan",
-            "ADOPT",
-            "Lion",
-            "NAdam",
-            "RAdam",
-            "RMSprop",
-            "SGD",
-            "SGDW",
-            Adamax="AdaMax",
-        ),
+        *("pytorch_optimizer", "pytorch_optimizer"),
+        _same("Adam AdamW Adan ADOPT Lion NAdam RAdam RMSprop SGD SGDW", Adamax="AdaMax"),
         renamed={"decoupled_weight_decay": "weight_decouple"},
     ),
 }

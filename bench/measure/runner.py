@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..env import machine
-from ..report.results import Results, assemble, save
+from ..report.results import Measured, Results, assemble, save
 from . import ceilings, host
 from .case import Case, run
 from .clocks import Effort, Tell
@@ -47,7 +47,7 @@ class Run:
 
     def __init__(
         self,
-        head: Results,
+        head: machine.Head,
         device: torch.device,
         path: Path | None,
         say: Callable[[str], None],
@@ -65,7 +65,7 @@ class Run:
         self.head, self.device, self.path, self.say, self.tell = head, device, path, say, tell
         self._finish, self._call = finish, worker.call if worker else direct
         self.ceil: dict[str, Any] = {}
-        self.done: list[dict[str, Any]] = []
+        self.done: list[Measured] = []
         self.more: dict[str, Any] = {"host": [], "failures": [], "left_out": []}
         self.interrupted = False
         self._readings: list[dict[str, float]] = []
@@ -89,13 +89,13 @@ class Run:
     def host(self) -> None:
         self.more["host"] = self.guarded("host time", lambda: self._call(host.measure, self.device)) or []
 
-    def measure(self, case: Case, effort: Effort) -> dict[str, Any] | None:
+    def measure(self, case: Case, effort: Effort) -> Measured | None:
         """Measure a case and save the run; None where it broke, or the user ended it too early."""
         tell = () if self._call is not direct else (self.tell,)  # which only this process can
         measured = self.guarded(case.title, lambda: self._call(run, case, self.device, effort, *tell))
         if measured is not None:
             self.done.append(measured)
-            self.interrupted |= measured.get("incomplete", False)
+            self.interrupted |= measured.incomplete
         if machine.on_gpu(self.device) and (reading := machine.sensors()):
             self._readings.append(reading)
         self.save()
@@ -103,12 +103,11 @@ class Run:
 
     def whole(self) -> Results:
         """The run as the file has it."""
-        more = {**self.more, **({"incomplete": True} if self.interrupted else {})}
-        whole = assemble(self.head, self.ceil, self.done, **more)
-        if whole["device"] and self._readings:
+        whole = assemble(self.head, self.ceil, self.done, **self.more, incomplete=self.interrupted)
+        if whole.device and self._readings:
             clocks = [reading["mhz"] for reading in self._readings]
-            whole["device"]["clock_mhz_min_max"] = [min(clocks), max(clocks)]
-            whole["device"]["power_w"] = max(reading["watt"] for reading in self._readings)
+            whole.device["clock_mhz_min_max"] = [min(clocks), max(clocks)]
+            whole.device["power_w"] = max(reading["watt"] for reading in self._readings)
         self._finish(whole)
         return whole
 
@@ -120,12 +119,7 @@ class Run:
 
     def wrong(self) -> list[str]:
         """Our own methods that did not pass: of others it is news, of ours a defect."""
-        return [
-            f"{row['title']} on {case['list']} {case['subject']} {case['dtypes']}: {row['reason']}"
-            for case in self.done
-            for row in case["methods"]
-            if row["name"].startswith("own") and row["reason"]
-        ]
+        return [line for case in self.done for line in case.wrong]
 
     def status(self) -> int:
         """The exit status."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models import shapes
 from ..models.shapes import ParamList
-from .baselines import GAMMA, Method, Subject
+from .method import GAMMA, Method, Subject
 
 SPARE = (1024, 512)  # shape of the tensor
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..env import machine
+from ..report.results import Spread
 from .load import Load
 
 Step = Callable[[], object]
@@ -29,25 +30,6 @@ OTHERS_TOLERANCE = 0.08
 ENOUGH = 5  # quiet samples, below which the disturbed ones must serve too
 FLUSH_BYTES = 256 * 2**20  # well over any GPU's L2 cache
 QUEUE_LIMIT = 900  # launches that fit behind a sleeping kernel; CUDA's queue holds about 1024
-
-
-@dataclass
-class Spread:
-    """A median with the 10th and 90th percentile of `n` values."""
-
-    median: float
-    p10: float
-    p90: float
-    n: int
-    disturbed: bool = False  # too few quiet samples, so that all were taken
-
-    @staticmethod
-    def of(values: list[float], disturbed: bool = False) -> Spread | None:
-        """None where nothing was measured: a missing number is never a zero."""
-        if not values:
-            return None
-        low, middle, high = np.percentile(values, [10, 50, 90])
-        return Spread(float(middle), float(low), float(high), len(values), disturbed)
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class Rounds:
         self.samples.setdefault(name, []).append(sample)
 
     def without(self, names: Container[str]) -> Rounds:
-        """The same, some methods left out."""
+        """These rounds, some methods left out."""
         kept = {name: samples for name, samples in self.samples.items() if name not in names}
         return Rounds(kept, self.interrupted)
 
@@ -91,7 +73,7 @@ class Rounds:
 
 
 def _spread(values: list[tuple[float, bool]]) -> Spread | None:
-    """Of the quiet values; of all, and marked so, where the machine was hardly ever quiet."""
+    """The spread of the quiet values; of all, and marked so, where the machine was hardly ever quiet."""
     quiet = [value for value, kept in values if kept]
     if len(quiet) >= min(ENOUGH, len(values)):
         return Spread.of(quiet)
@@ -155,7 +137,7 @@ def _bracketed(out: Rounds, samplers: dict[str, Sampler], order: list[str], anch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For work of many small operations, which threads that wait for each other only slow down."""
+    """One thread, for work of many small operations: threads that wait for each other slow it down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

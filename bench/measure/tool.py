@@ -13,12 +13,12 @@ import argparse
 import os
 import sys
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from ..env import machine
 from ..report import tables
+from ..report.results import Measured
 from . import choose, progress
 from .case import Case
 from .clocks import Effort
@@ -45,7 +45,7 @@ def _measure(cases: list[Case], device: torch.device, options: argparse.Namespac
     budget = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     log = Log()
     head = machine.describe(device)
-    print(f"{machine.short_name(head)}; torch {torch.__version__}; {len(cases)} cases, {budget:g} s")
+    print(f"{head.short_name}; torch {torch.__version__}; {len(cases)} cases, {budget:g} s")
     with progress.showing() as tell:
         work = Run(head, device, options.json, print, tell)
         work.ceilings()
@@ -62,24 +62,24 @@ def _measure(cases: list[Case], device: torch.device, options: argparse.Namespac
     return _finish(work, options)
 
 
-def _show(measured: dict[str, Any]) -> None:
-    tables.show(tables.full_table(measured), tables.case_title(measured))
-    for line in tables.not_measured(measured):
+def _show(measured: Measured) -> None:
+    tables.show(tables.full_table(measured), measured.title)
+    for line in measured.missing:
         print(f"not measured: {line}")
 
 
 def _finish(work: Run, options: argparse.Namespace) -> int:
     whole = work.save()
-    if any(tables.was_disturbed(case) for case in work.done):
-        print(f"{tables.DISTURBED} other programs were running: do not rely on such a number")
+    if whole.disturbed:
+        print(tables.BUSY)
     for title in work.more["left_out"]:
         print(f"left out{'' if work.interrupted else ', the time was over (--seconds)'}: {title}")
     if work.interrupted:
         print("interrupted: incomplete")
-    if options.plot and any(tables.base_of(case) for case in work.done):
-        from ..report import plot_steps
+    if options.plot and any(case.base for case in work.done):
+        from ..report import plots
 
-        print(f"wrote {plot_steps.compared(whole, options.plot)}")
+        print(f"wrote {plots.compared(whole, options.plot)}")
     if options.json:
         print(f"wrote {options.json}")
     for line in work.wrong():

@@ -183,7 +183,7 @@ def shards(model: Model, sharding: Sharding) -> Counter[Shard]:
 
 
 def kind_of(param: Param) -> str:
-    """As fusedcalib.param_groups sorts parameters of a model."""
+    """The kind of a parameter, as fusedcalib.param_groups sorts those of a model."""
     if len(param.shape) < 2:
         return "vector"
     return "embedding" if any(word in param.name.split(".") for word in EMBEDDINGS) else "weight"

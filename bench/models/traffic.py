@@ -1,13 +1,47 @@
-"""Bytes of each element that the kernels of a step have to move."""
+"""Bytes of each parameter that a step has to move, and of each element that its kernels do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from ...kernels.stages import Flags
 
 FP32 = 4  # bytes; an average is always of them
+
+
+class Storage(NamedTuple):
+    """Types of parameters, whose gradients have the same, and of states."""
+
+    param: torch.dtype
+    state: torch.dtype
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What our optimizers must be told of it."""
+        return {} if self.state == self.param else {"state_dtype": self.state}
+
+    def moved(self, states: int, clips: bool = False, averages: bool = False) -> int:
+        """Bytes that a step must move for each parameter.
+
+        Parameter and states are read and written, the gradient is read, once more for its norm; an average is
+        read and written.
+        """
+        size = self.param.itemsize
+        return (3 + clips) * size + 2 * states * self.state.itemsize + 2 * FP32 * averages
+
+    def kept(self, states: int, averages: bool = False) -> int:
+        """Bytes that each parameter takes, with its gradient, states and average."""
+        return 2 * self.param.itemsize + states * self.state.itemsize + FP32 * averages
+
+
+DTYPES = {
+    "fp32": Storage(torch.float32, torch.float32),
+    "bf16": Storage(torch.bfloat16, torch.bfloat16),
+    "bf16+fp32-state": Storage(torch.bfloat16, torch.float32),
+}
 
 
 class Traffic(NamedTuple):

@@ -59,7 +59,7 @@ class Compiled(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Of a program."""
+        """Threads of a program."""
         return self.built.warps * TARGETS[self.target][2]
 
     @property
@@ -214,7 +214,7 @@ def sass(built: Compiled) -> list[str]:
 
 
 def instructions(built: Compiled) -> list[str]:
-    """Those of the machine code that a lane takes part in: on AMD the vector ones."""
+    """Instructions of the machine code that a lane takes part in: on AMD the vector ones."""
     if "cubin" in built.asm:
         return [name for name in sass(built) if name != "NOP"]
     return re.findall(r"^\s+(v_\w+|(?:global|buffer|flat|ds)_\w+)\s", built.asm["amdgcn"], re.M)

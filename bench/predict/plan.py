@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..measure.baselines import METHODS, SUBJECTS, NotAvailableError
+from ..measure.baselines import METHODS
+from ..measure.method import SUBJECTS, NotAvailableError
 from ..models import architectures, shardings
 from ..models.architectures import Model
 from ..models.shardings import Sharding
@@ -99,51 +100,57 @@ def _priced(
 
 def steps_table(found: dict[str, Any]) -> tables.Table:
     """Each step on one layout."""
-    header = ["step", "bytes a parameter", "GB moved", "launches", "all-reduces (bytes)"]
-    header += ["memory ms", "host ms", "all-reduces ms", "step ms", "bound by"]
-    rows = []
-    for step in found["steps"]:
-        sent = step["collectives"]
-        total = sum(one["bytes"] for one in sent)
-        seconds = step["seconds"]
-        rows.append(
-            [
-                step["title"],
-                f"{step['moved_per_param']:.1f}",
-                f"{step['moved'] / 1e9:.3g}",
-                f"{step['launches']}",
-                f"{len(sent)} ({total})" if sent else "0",
-                *(tables.milliseconds(seconds[part]) for part in ("memory", "host", "collectives", "total")),
-                step["bound"],
-            ]
-        )
-    return header, rows
+
+    def sent(step: Results) -> str:
+        each = [one["bytes"] for one in step["collectives"]]
+        return f"{len(each)} ({sum(each)})" if each else "0"
+
+    columns: tables.Columns[Results] = {
+        "step": lambda step: step["title"],
+        "bytes a parameter": lambda step: f"{step['moved_per_param']:.1f}",
+        "GB moved": lambda step: f"{step['moved'] / 1e9:.3g}",
+        "launches": lambda step: str(step["launches"]),
+        "all-reduces (bytes)": sent,
+        "memory ms": lambda step: tables.milliseconds(step["seconds"]["memory"]),
+        "host ms": lambda step: tables.milliseconds(step["seconds"]["host"]),
+        "all-reduces ms": lambda step: tables.milliseconds(step["seconds"]["collectives"]),
+        "step ms": lambda step: tables.milliseconds(step["seconds"]["total"]),
+        "bound by": lambda step: step["bound"],
+    }
+    return tables.table_of(found["steps"], columns)
 
 
 def sizes_table(results: Results) -> tables.Table:
     """The same steps on each number of GPUs."""
-    names = [name for name in SWEPT if any(_step(found, name) for found in results["plans"])]
-    header = ["GPUs", "split", "parameters on the fullest (of the mean)", "tensors missing on the last"]
-    header.append(f"GB kept, of {results['gpu']['memory'] / 1e9:.0f}")
-    header += [f"{METHODS[name].title}: ms" for name in names]
-    rows = []
-    for found in results["plans"]:
+    memory = results["gpu"]["memory"]
+
+    def kept(found: Results) -> str:
         own = _step(found, "own_plain")
         assert own is not None
-        cells = [str(found["gpus"]), str(Sharding(**found["layout"]))]
-        cells.append(f"{found['largest'] / 1e6:,.1f}M ({found['balance']:.2f})")
-        too_much = own["kept"] > results["gpu"]["memory"]
-        cells += [str(found["empty"]), f"{own['kept'] / 1e9:.3g}{' (too much)' * too_much}"]
-        for name in names:
+        return f"{own['kept'] / 1e9:.3g}{' (too much)' * (own['kept'] > memory)}"
+
+    def time_of(name: str) -> Callable[[Results], str]:
+        def cell(found: Results) -> str:
             step = _step(found, name)
-            cells.append(
-                f"{tables.milliseconds(step['seconds']['total'])} ({step['bound']})" if step else "-"
-            )
-        rows.append(cells)
-    return header, rows
+            return f"{tables.milliseconds(step['seconds']['total'])} ({step['bound']})" if step else "-"
+
+        return cell
+
+    columns: tables.Columns[Results] = {
+        "GPUs": lambda found: str(found["gpus"]),
+        "split": lambda found: str(Sharding(**found["layout"])),
+        "parameters on the fullest (of the mean)": lambda found: (
+            f"{found['largest'] / 1e6:,.1f}M ({found['balance']:.2f})"
+        ),
+        "tensors missing on the last": lambda found: str(found["empty"]),
+        f"GB kept, of {memory / 1e9:.0f}": kept,
+    }
+    names = [name for name in SWEPT if any(_step(found, name) for found in results["plans"])]
+    columns |= {f"{METHODS[name].title}: ms": time_of(name) for name in names}
+    return tables.table_of(results["plans"], columns)
 
 
-def _step(found: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _step(found: Results, name: str) -> Results | None:
     return next((step for step in found["steps"] if step["name"] == name), None)
 
 
@@ -196,7 +203,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        from . import plan_plot
+        from . import plots
 
-        plan_plot.draw(results, title(results), options.plot)
+        plots.plan(results, title(results), options.plot)
     return 0

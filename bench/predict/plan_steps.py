@@ -26,10 +26,10 @@ from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
 from fusedcalib.layout.tables import build_buckets
 
-from ..measure.baselines import METHODS, Extras, Method, NotAvailableError, Subject, options_of
-from ..measure.case import DTYPES
+from ..measure.baselines import METHODS, options_of
+from ..measure.method import Extras, Method, NotAvailableError, Subject
 from ..models.shardings import Mesh, Shard, Sharding
-from ..models.traffic import traffic
+from ..models.traffic import DTYPES, FP32, Storage, traffic
 
 ROWS = (
     *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Elements of all of them."""
+        """Elements of all that are alike."""
         return self.alike * self.slot.tensors()[0].numel()
 
 
@@ -139,20 +139,17 @@ class Laid(NamedTuple):
 def parts_of(
     cls: str,
     options: dict[str, Any],
-    dtypes: tuple[torch.dtype, torch.dtype],
+    storage: Storage,
     found: Counter[Shard],
     sharding: Sharding,
 ) -> Laid:
-    """Lays out an optimizer of that name; `dtypes` are those of parameters and of states."""
-    dtype, state_dtype = dtypes
-    if state_dtype != dtype:
-        options = {**options, "state_dtype": state_dtype}
+    """Lays out an optimizer of that name."""
     shards = {kind: [shard for shard in found if shard.kind == kind] for kind in KINDS}
-    params = {kind: [_tensor(shard, dtype) for shard in shards[kind]] for kind in KINDS}
+    params = {kind: [_tensor(shard, storage.param) for shard in shards[kind]] for kind in KINDS}
     groups: list[dict[str, Any]] = [
         {"params": params[kind], **own} for kind, own in KINDS.items() if params[kind]
     ]
-    optimizer = getattr(fusedcalib, cls)(groups, **options)
+    optimizer = getattr(fusedcalib, cls)(groups, **options, **storage.options)
     needs = needs_of(optimizer.param_groups, None, None)
     asked = merged([recipe_of(optimizer.rule, group, needs) for group in optimizer.param_groups])
     recipes = [replace(r, flags=r.flags._replace(skips=needs.tentative)) for r in asked]
@@ -224,21 +221,22 @@ def composed(
     method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sharding: Sharding
 ) -> Step:
     """A step of torch.optim, and what users put around it: see baselines.py."""
-    dtype, state_dtype = DTYPES[dtypes]
-    if dtype != state_dtype:
+    storage = DTYPES[dtypes]
+    if storage.options:
         raise NotAvailableError("torch.optim makes states in the dtype of the parameter")
     passes = [*around(method.extras, method.gc), *_steps(method.name, subject)]
     shards = sorted(found.elements(), key=lambda shard: shard.offset)
     moved = launches = 0
     for p in passes:
         own = [shard for shard in shards if shard.kind == "weight" or not p.weights]
-        width = (p.params + p.grads + p.states) * dtype.itemsize + p.averages * 4
+        width = (p.params + p.grads + p.states) * storage.param.itemsize + p.averages * FP32
         moved += width * sum(shard.elements for shard in own)
         counts = [shard.elements for shard in own]
         launches += multi_tensor_launches(counts, TENSORS[p.lists]) if p.lists else len(counts)
-    kept_width = (2 + subject.states()) * dtype.itemsize + (4 if method.extras.ema is not None else 0)
-    kept = kept_width * sum(shard.elements for shard in shards)
-    sent = tuple(_sent(method, shards, sharding, dtype))
+    kept = storage.kept(subject.states(), method.extras.ema is not None) * sum(
+        shard.elements for shard in shards
+    )
+    sent = tuple(_sent(method, shards, sharding, storage.param))
     return Step(method.name, method.title, moved, kept, launches, sent)
 
 

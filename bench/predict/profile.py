@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..measure.baselines import SUBJECTS
+from ..measure.method import SUBJECTS
 from ..models import architectures
 from ..report import tables
-from . import profile_gpu, profile_steps
+from . import profile_gpu, profile_static, profile_steps
 from .gpus import GPUS
 from .profile_steps import ProfileCase, everything
 
@@ -32,56 +32,46 @@ NOTE = (
 
 def kernels_table(found: Results) -> tables.Table:
     """Each kernel of a step."""
-    header = ["kernel", "tile", "tensors", "elements", "registers", "spilled B", "warps", "KB in flight"]
-    header += ["access B", "bytes", "instr.", "memory ms", "issue ms", "bound by"]
-    rows = []
-    for kernel in found["kernels"]:
-        widths = sorted({kernel["narrowest"], kernel["widest"]} - {None}, reverse=True)
-        room, seconds = kernel["occupancy"], kernel["seconds"]
-        rows.append(
-            [
-                kernel["kernel"],
-                kernel["tile"],
-                str(kernel["tensors"]),
-                f"{kernel['elements'] / 1e6:,.3g}M",
-                str(kernel["registers"]),
-                str(kernel["spilled"]),
-                f"{room['warps']}/{room['most']}",
-                f"{kernel['in_flight'] / 1024:.0f}",
-                " to ".join(map(str, widths)) or "-",
-                str(kernel["bytes"]),
-                f"{kernel['instructions']:.1f}",
-                *(tables.milliseconds(seconds[part]) for part in ("memory", "issue")),
-                kernel["bound"] if kernel["elements"] else "-",
-            ]
-        )
-    return header, rows
+
+    def widths(kernel: Results) -> str:
+        ends = sorted({kernel["narrowest"], kernel["widest"]} - {None}, reverse=True)
+        return " to ".join(map(str, ends)) or "-"
+
+    columns: tables.Columns[Results] = {
+        **profile_static.COLUMNS,
+        "registers": lambda kernel: str(kernel["registers"]),
+        "spilled B": lambda kernel: str(kernel["spilled"]),
+        "warps": lambda kernel: "{warps}/{most}".format(**kernel["occupancy"]),
+        "KB in flight": lambda kernel: f"{kernel['in_flight'] / 1024:.0f}",
+        "access B": widths,
+        "bytes": lambda kernel: str(kernel["bytes"]),
+        "instr.": lambda kernel: f"{kernel['instructions']:.1f}",
+        "memory ms": lambda kernel: tables.milliseconds(kernel["seconds"]["memory"]),
+        "issue ms": lambda kernel: tables.milliseconds(kernel["seconds"]["issue"]),
+        "bound by": lambda kernel: kernel["bound"] if kernel["elements"] else "-",
+    }
+    return tables.table_of(found["kernels"], columns)
 
 
 def totals_table(results: Results) -> tables.Table:
-    """Each step."""
-    header = ["step", "launches", "bytes a parameter", "GB moved", "most registers", "spilled B"]
-    header += ["memory ms", "issue ms", "at least ms"]
-    rows = []
-    for found in results["cases"]:
-        kernels, seconds = found["kernels"], found["seconds"]
-        rows.append(
-            [
-                profile_steps.case_title(found),
-                str(found["launches"]),
-                f"{found['moved_per_param']:.1f}",
-                f"{found['moved'] / 1e9:.3g}",
-                str(max(kernel["registers"] for kernel in kernels)),
-                str(sum(kernel["spilled"] for kernel in kernels)),
-                *(tables.milliseconds(seconds[part]) for part in ("memory", "issue", "bound")),
-            ]
-        )
-    return header, rows
+    """The totals of each step."""
+    columns: tables.Columns[Results] = {
+        "step": profile_steps.case_title,
+        "launches": lambda found: str(found["launches"]),
+        "bytes a parameter": lambda found: f"{found['moved_per_param']:.1f}",
+        "GB moved": lambda found: f"{found['moved'] / 1e9:.3g}",
+        "most registers": lambda found: str(max(kernel["registers"] for kernel in found["kernels"])),
+        "spilled B": lambda found: str(sum(kernel["spilled"] for kernel in found["kernels"])),
+        "memory ms": lambda found: tables.milliseconds(found["seconds"]["memory"]),
+        "issue ms": lambda found: tables.milliseconds(found["seconds"]["issue"]),
+        "at least ms": lambda found: tables.milliseconds(found["seconds"]["bound"]),
+    }
+    return tables.table_of(results["cases"], columns)
 
 
 def show(results: Results) -> None:
     """Prints the tables."""
-    print(profile_steps.title(results))
+    print(profile_static.title(results))
     for found in results["cases"]:
         print(f"\n{profile_steps.case_title(found)}:")
         tables.show(kernels_table(found), width=170)
@@ -107,15 +97,15 @@ def main(options: argparse.Namespace) -> int:
         if target is None:
             target = DEFAULT
             print(f"No GPU is here to measure on: this is the static profile, compiled for {target}.")
-        results = profile_steps.profile(_cases(options), model, _gpu(options, target))
+        results = profile_static.profile(_cases(options), model, _gpu(options, target))
         show(results)
     _write(results, options.json)
     if failed := [f"{one['case']}: {one['error']}" for one in results.get("failures", ())]:
         raise ValueError("; ".join(failed))
     if options.plot:
-        from . import profile_plot
+        from . import plots
 
-        (profile_plot.draw if device is None else profile_plot.draw_measured)(results, options.plot)
+        (plots.profile if device is None else plots.measured)(results, options.plot)
     return 0
 
 

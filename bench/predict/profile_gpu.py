@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,12 @@ import fusedcalib
 
 from ..env import machine
 from ..measure import ceilings, timing
-from ..measure.baselines import SUBJECTS
-from ..measure.case import DTYPES
+from ..measure.method import SUBJECTS
 from ..models.architectures import Model
 from ..models.shardings import kind_of
+from ..models.traffic import DTYPES
 from ..report import tables
-from . import profile_steps
+from . import profile_static, profile_steps
 from .plan_steps import KINDS
 from .profile_steps import ProfileCase, Variant
 
@@ -66,7 +67,7 @@ def profile(
     """
     copy = ceilings.measure(device)["copy_gbs"]
     results: Results = {
-        **machine.describe(device),
+        **asdict(machine.describe(device)),
         "model": model.name,
         "params": model.count,
         "tensors": len(model.params),
@@ -111,14 +112,12 @@ def _case(case: ProfileCase, model: Model, device: torch.device, copy: float) ->
 
 def made(case: ProfileCase, model: Model, device: torch.device, backend: str = "triton") -> Any:
     """The optimizer of a case on parameters of the model, gradients there."""
-    dtype, state_dtype = DTYPES[case.dtypes]
-    options = case.chosen()
-    if state_dtype != dtype:
-        options["state_dtype"] = state_dtype
+    storage = DTYPES[case.dtypes]
+    options = case.chosen() | storage.options
     groups = []
     for kind, own in KINDS.items():
         params = [
-            torch.nn.Parameter(torch.randn(param.shape, dtype=dtype, device=device))
+            torch.nn.Parameter(torch.randn(param.shape, dtype=storage.param, device=device))
             for param in model.params
             if kind_of(param) == kind
         ]
@@ -200,30 +199,21 @@ def title(results: Results) -> str:
     versions = results["versions"]
     return (
         f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
-        f"{machine.short_name(results)}, torch {versions['torch']}, Triton {versions['triton']}; "
+        f"{machine.Head.of(results).short_name}, torch {versions['torch']}, Triton {versions['triton']}; "
         f"a copy moves {results['copy_gbs']:,.0f} GB/s"
     )
 
 
 def table(found: Results) -> tables.Table:
     """Each kernel of a step."""
-    header = ["kernel", "tile", "tensors", "elements", "bytes", "us", "GB/s", "% of a copy"]
-    rows = [
-        [
-            *(
-                row["kernel"],
-                row["tile"],
-                str(row["tensors"]),
-                f"{row['elements'] / 1e6:,.3g}M",
-                str(row["bytes"]),
-            ),
-            f"{row['us']:.1f}",
-            tables.number(row["gbs"], ",.0f"),
-            tables.number(row["pct_copy"], ".0f"),
-        ]
-        for row in found["kernels"]
-    ]
-    return header, rows
+    columns: tables.Columns[Results] = {
+        **profile_static.COLUMNS,
+        "bytes": lambda row: str(row["bytes"]),
+        "us": lambda row: f"{row['us']:.1f}",
+        "GB/s": lambda row: tables.number(row["gbs"], ",.0f"),
+        "% of a copy": lambda row: tables.number(row["pct_copy"], ".0f"),
+    }
+    return tables.table_of(found["kernels"], columns)
 
 
 def show(found: Results) -> None:

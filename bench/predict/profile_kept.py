@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..env import machine
-from ..measure.baselines import SUBJECTS
+from ..measure.method import SUBJECTS
 from ..models import architectures
 from ..report import tables
-from . import profile_steps
+from . import profile_static
 from .gpus import GPUS
 from .profile_steps import OPTIONS, ProfileCase, everything
 from .static_costs import bound, occupancy
@@ -58,13 +58,13 @@ def kept_row(kernel: Results) -> Row:
     return {key: kernel[key] for key in KEPT}
 
 
-def profile(cases: Sequence[ProfileCase] = CASES, workers: int = profile_steps.WORKERS) -> Results:
+def profile(cases: Sequence[ProfileCase] = CASES, workers: int = profile_static.WORKERS) -> Results:
     """The kept part of a profile made now."""
-    return kept_of(profile_steps.profile(cases, architectures.get(MODEL), GPU, workers))
+    return kept_of(profile_static.profile(cases, architectures.get(MODEL), GPU, workers))
 
 
 def read(path: Path = PATH) -> Results:
-    """The file.
+    """What the file has.
 
     Raises:
         ValueError: it is not there, or of another schema.
@@ -93,7 +93,7 @@ def incomparable(before: Results, now: str) -> str | None:
 
 
 def heavier(before: Results, now: Results) -> list[str]:
-    """In what the kernels of `now` take more than they did; kernels that were not there are named too."""
+    """What the kernels of `now` take more of than they did; kernels that were not there are named too."""
     return [
         f"{name}: {said}"
         for name, row in now["kernels"].items()

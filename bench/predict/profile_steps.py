@@ -5,12 +5,8 @@ The engine itself lays the step out, on parameters without memory: what is compi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import starmap
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,19 +18,14 @@ from fusedcalib.layout.buckets import Bucket
 from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
 from fusedcalib.layout.tables import build_buckets
 
-from ..measure.baselines import SUBJECTS
-from ..measure.case import DTYPES
+from ..measure.method import SUBJECTS
 from ..models import shardings
 from ..models.architectures import Model
-from ..models.traffic import Traffic, traffic
-from . import compiled, static_costs
-from .gpus import GPUS, Gpu
+from ..models.traffic import DTYPES, Traffic, traffic
 from .plan_steps import parts_of
 
 Results = dict[str, Any]
 ALONE = shardings.Sharding(1, 1, 1)
-WORKERS = 2
-FEW = 3  # cases, which this process compiles itself
 
 # What can be switched on around a rule, as an optimizer takes it.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -52,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def everything(dtypes: str) -> tuple[str, ...]:
-    """Of OPTIONS, all that can be on together and do something to parameters in this storage."""
+    """All of OPTIONS that can be on together and do something to parameters in this storage."""
     never = ("centralize_update", "capturable", *["stochastic_rounding"] * (dtypes == "fp32"))
     return tuple(name for name in OPTIONS if name not in never)
 
@@ -166,108 +157,6 @@ def traffic_of(variant: Variant) -> Traffic:
     return traffic(variant.kernel, spec.FLAGS, sizes, spec.REDUCTION == "loop")
 
 
-# -- compiled
-
-
-def profile(cases: Sequence[ProfileCase], model: Model, gpu_name: str, workers: int = WORKERS) -> Results:
-    """The static profile of steps on a model: numbers in bytes, seconds and instructions of a lane.
-
-    Raises:
-        ValueError: an optimizer does not take the options of its case.
-    """
-    import triton
-
-    tasks = [(case, model, gpu_name) for case in cases]
-    if len(cases) <= FEW or workers < 2 or (os.cpu_count() or 1) < 2:
-        profiles = list(starmap(profile_case, tasks))
-    else:  # another process each: the compiler holds the interpreter
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            profiles = list(pool.map(profile_case, *zip(*tasks, strict=True)))
-    return {
-        "schema": 1,
-        "model": model.name,
-        "params": model.count,
-        "tensors": len(model.params),
-        "gpu": GPUS[gpu_name]._asdict(),
-        "triton": triton.__version__,
-        "cases": profiles,
-    }
-
-
-def profile_case(case: ProfileCase, model: Model, gpu_name: str) -> Results:
-    """One step: its kernels, and its totals."""
-    device = GPUS[gpu_name]
-    kernels = [measured(variant, device) for variant in variants(case, model)]
-    seconds = {
-        name: sum(kernel["seconds"][name] for kernel in kernels) for name in ("memory", "issue", "bound")
-    }
-    moved = sum(kernel["moved"] for kernel in kernels)
-    return {
-        "optimizer": case.optimizer,
-        "options": list(case.options),
-        "dtypes": case.dtypes,
-        "kernels": kernels,
-        "launches": len(kernels),
-        "moved": moved,
-        "moved_per_param": moved / model.count,
-        "seconds": seconds,
-    }
-
-
-def measured(variant: Variant, device: Gpu) -> Results:
-    """What one kernel takes."""
-    built = built_for(variant, device.target)
-    used = compiled.usage(built)
-    spec = variant.spec
-    moves, per_element, warps = traffic_of(variant), 0.0, 4
-    if spec is not None:
-        counted = built
-        if variant.kernel == "norm":  # the last program alone decides
-            counted = compiled.compiled_norm(spec, None, device.target)
-        per_element = len(compiled.instructions(counted)) / counted.elements
-        warps = built.built.warps
-    room = static_costs.occupancy(device.target, used.registers, warps, built.shared)
-    moved = moves.memory * variant.elements
-    time = static_costs.bound(device, moved, per_element * variant.lanes)
-    needed = zip(("ld", "st"), moves.accessed, strict=True)
-    widths = [width for kind, of_element in needed for width in built.widths(kind, of_element)]
-    return {
-        "kernel": variant.kernel,
-        "tile": tile_text(variant),
-        "tensors": variant.tensors,
-        "elements": variant.elements,
-        "lanes": variant.lanes,  # those of tiles that no tensor fills among them
-        "registers": used.registers,
-        "spilled": used.stack,
-        "shared": built.shared,
-        "occupancy": {"warps": room.warps, "most": room.most, "limit": room.limit},
-        "in_flight": _in_flight(built, moves, room.warps),
-        "widest": max(widths, default=None),
-        "narrowest": min(widths, default=None),
-        "bytes": moves.memory,
-        "instructions": round(per_element, 2),
-        "moved": moved,
-        "seconds": {"memory": time.memory, "issue": time.issue, "bound": time.seconds},
-        "bound": time.by,
-    }
-
-
-def _in_flight(built: compiled.Compiled, moves: Traffic, warps: int) -> int:
-    """Bytes that the warps of a processor ask for at once, where each asks for all of its tile."""
-    if built.tile is None:
-        return 0
-    return moves.read * built.elements * warps * static_costs.PROCESSORS[built.target].lanes
-
-
-def built_for(variant: Variant, target: str) -> compiled.Compiled:
-    """One kernel for a target."""
-    if variant.spec is None:
-        return compiled.compiled_control(variant.decider, target)
-    if variant.kernel == "norm":
-        return compiled.compiled_norm(variant.spec, variant.decider, target)
-    return compiled.compiled_for(variant.spec, target, variant.kernel, variant.as_arguments)
-
-
 def tile_text(variant: Variant) -> str:
     """The tile of a kernel in a few words, and what is special about it."""
     spec = variant.spec
@@ -280,15 +169,6 @@ def tile_text(variant: Variant) -> str:
     if spec.VECTOR == 1:
         words.append("strided" if spec.D else "unaligned")
     return " ".join(words)
-
-
-def title(results: Results) -> str:
-    """Model, GPU and compiler."""
-    gpu = results["gpu"]
-    return (
-        f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
-        f"{gpu['name']} ({gpu['target']}) at {gpu['bandwidth'] / 1e12:.3g} TB/s, Triton {results['triton']}"
-    )
 
 
 def case_title(found: Results) -> str:

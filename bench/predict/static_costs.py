@@ -51,7 +51,7 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(target: str, registers: int, warps: int, shared: int) -> Occupancy:
-    """For programs of so many warps, registers of a thread, and bytes of shared memory."""
+    """The occupancy by programs of so many warps, registers of a thread, bytes of shared memory."""
     has = PROCESSORS[target]
     each = -(-max(registers, 1) // GRANULE) * GRANULE * has.lanes
     held = {
@@ -76,12 +76,12 @@ class Bound(NamedTuple):
 
     @property
     def by(self) -> str:
-        """What binds."""
+        """Which of the two binds."""
         return self._fields[self.index(max(self))]
 
 
 def bound(gpu: Gpu, moved: float, executed: float) -> Bound:
-    """For so many bytes, and instructions of a lane."""
+    """What binds so many bytes, and instructions of a lane."""
     return Bound(moved / gpu.bandwidth, executed / issue_rate(gpu))
 
 

@@ -1,64 +1,39 @@
-"""The figures: training curves and step times as ratios. Each title says the finding."""
+"""The figures of results: training curves, step times as ratios. Each title says the finding."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from . import tables
-from .results import Results
+from .results import Measured, Results, Spread
+from .style import COLOURS, INK, SOFT, bar, dot, figure, name_lines, ratio_axis
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; ours has the strong colours.
-INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
-COLOURS = {
-    "own_gc": "#0072B2",
-    "own_plain": "#009E73",
-    "eager_gc_fused": "#D55E00",
-    "eager_gc_foreach": "#D55E00",
-    "compiled_gc": "#CC79A7",
-    "gc": "#0072B2",
-    "plain": "#009E73",
-    "torch": INK,
-}
 NAMES = {
     "torch": "torch.optim.AdamW",
     "plain": "fusedcalib.AdamW",
     "gc": "fusedcalib.AdamW,\ncentralize=True",
 }
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "figure.facecolor": "white",
-    "savefig.dpi": 160,
-}
+BUSY = "Step times on a busy machine: do not rely on them"
+
+
+# -- training
 
 
 def training(results: Results, path: Path) -> Path:
     """E1: test accuracy and training loss by epoch; bands are 10-90 % of the seeds."""
-    curves = results["e1"]["curves"]
+    e1 = results.e1 or {}
+    curves = e1["curves"]
     epochs = len(curves["gc"]["loss"]["median"])
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 4.2))
-        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22, "top": 0.97})
+    subtitle = (
+        f"AdamW, small CNN without batch norm, {e1['setting']['train']} training images; line: "
+        f"median, band: 10-90 % of {len(e1['seeds'])} seeds\n{results.measured_on}"
+    )
+    with figure(path, 4.2, (_training_title(e1), subtitle), (1, 2), wspace=0.22, top=0.97) as (left, right):
         for axes, key in ((left, "accuracy"), (right, "loss")):
-            for name in ("torch", "plain", "gc"):
+            for name in NAMES:
                 _curve(axes, name, curves[name][key])
             axes.set(xlabel="epoch", xlim=(1, epochs))
             axes.set_xticks([1, *range(5, epochs + 1, 5)])
@@ -67,8 +42,6 @@ def training(results: Results, path: Path) -> Path:
         right.set(ylabel="training loss (nats, log scale)", yscale="log")
         right.yaxis.set_major_formatter("{x:g}")
         _end_labels(right, epochs, {name: curves[name]["loss"]["median"][-1] for name in NAMES})
-        heading(figure, _training_title(results["e1"]), _training_subtitle(results))
-        figure.savefig(path, bbox_inches="tight")
     return path
 
 
@@ -111,118 +84,169 @@ def _training_title(e1: dict[str, Any]) -> str:
     return f"Centralized gradients: no gain in accuracy here ({seeds} seeds)"
 
 
-def _training_subtitle(results: Results) -> str:
-    e1 = results["e1"]
-    return (
-        f"AdamW, small CNN without batch norm, {e1['setting']['train']} training images; line: "
-        f"median, band: 10-90 % of {len(e1['seeds'])} seeds\n{tables.measured_on(results)}"
-    )
-
-
-RULE_METHODS = (
-    ("torch_fused", "torch fused", INK),
-    ("torch_foreach", "torch foreach", "#999999"),
-    ("own_plain", "fusedcalib", COLOURS["own_plain"]),
-    ("own_gc", "fusedcalib with GC", COLOURS["own_gc"]),
-)
+# -- a line for each rule, or each chain
 
 
 def rules(results: Results, path: Path) -> Path:
     """Step time of each rule over that of a stream of the bytes which it must move; bars are 10-90 %."""
-    cases = tables.rule_cases(results)
-    names = [case["subject"] for case in cases]
+    cases = results.of_rules
     series = [
-        (title, colour, [tables.over_stream(case, name) for case in cases])
-        for name, title, colour in RULE_METHODS
+        (title, colour, [case.over_stream(name) for case in cases])
+        for name, title, colour in (
+            ("torch_fused", "torch fused", INK),
+            ("torch_foreach", "torch foreach", "#999999"),
+            ("own_plain", "fusedcalib", COLOURS["own_plain"]),
+            ("own_gc", "fusedcalib with GC", COLOURS["own_gc"]),
+        )
     ]
+    ranges = []
+    for (_, _, spreads), words in zip(series[2:], ("without GC", "with"), strict=True):
+        found = [spread.median for spread in spreads if spread]
+        ranges.append(f"{min(found):.2f} to {max(found):.2f} {words}" if found else f"not measured {words}")
+    title = f"Every rule / memory stream: {', '.join(ranges)}"
     label = "time of a step / time of a memory stream of its bytes, log scale"
-    subtitle = f"{cases[0]['list']}, fp32\n{tables.measured_on(results)}"
-    return _dots(path, names, series, label, (_rules_title(cases), subtitle))
-
-
-CHAIN_METHODS = (
-    ("eager", "composed around torch fused", COLOURS["eager_gc_fused"]),
-    ("own", "options of fusedcalib", COLOURS["own_gc"]),
-)
+    subtitle = f"{cases[0].list}, fp32\n{results.measured_on}"
+    return _dots(path, [case.subject for case in cases], series, label, (title, subtitle))
 
 
 def chain(results: Results, path: Path) -> Path:
     """Step time with extras, composed and ours, over that of our step without; bars are 10-90 %."""
-    cases = tables.chain_cases(results)
+    cases = results.of_chains
     series = [
-        (title, colour, [tables.chain_ratio(case, name, "own_plain") for case in cases])
-        for name, title, colour in CHAIN_METHODS
+        (title, COLOURS[f"{name}_chain"], [tables.chain_ratio(case, name, "own_plain") for case in cases])
+        for name, title in (("eager", "composed around torch fused"), ("own", "options of fusedcalib"))
     ]
     label = "time of a step / time of fusedcalib's step without, log scale"
-    subtitle = f"{cases[0]['list']}\n{tables.measured_on(results)}"
+    subtitle = f"{cases[0].list}\n{results.measured_on}"
     names = [tables.chain_name(case) for case in cases]
     return _dots(path, names, series, label, (_chain_title(cases), subtitle))
 
 
-def _chain_title(cases: list[dict[str, Any]]) -> str:
-    """Of the step with most around it."""
-    usual = [case for case in cases if (case["subject"], case["dtypes"]) == ("AdamW", "fp32")]
+def _chain_title(cases: list[Measured]) -> str:
+    """The finding of the step with most around it."""
+    usual = [case for case in cases if (case.subject, case.dtypes) == ("AdamW", "fp32")]
     spread = tables.chain_ratio(usual[-1], "own", "eager") if usual else None
     if spread is None:
         return "What a step costs with more around it"
-    mark = tables.DISTURBED if spread["disturbed"] else ""
-    return f"In one step / composed: {mark}{spread['median']:.2f} with {tables.chain_name(usual[-1])}"
+    mark = tables.DISTURBED * spread.disturbed
+    return f"In one step / composed: {mark}{spread.median:.2f} with {tables.chain_name(usual[-1])}"
 
 
-Series = tuple[str, str, list[dict[str, Any] | None]]  # title, colour, spreads
+Series = tuple[str, str, list[Spread | None]]  # title, colour, spreads
 
 
 def _dots(path: Path, names: list[str], series: list[Series], label: str, titles: tuple[str, str]) -> Path:
     """One panel of ratios, a line of it for each name, the first on top."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 0.9 + 0.34 * len(names)))
-        axes = figure.subplots(1, 1, gridspec_kw={"left": 0.2, "top": 0.93})
-        spreads = []
+    with figure(path, 0.9 + 0.34 * len(names), titles, left=0.2, top=0.93) as (axes,):
         for title, colour, found in series:
             known = [(y, spread) for y, spread in enumerate(found[::-1]) if spread]
             for y, spread in known:
-                axes.plot([spread["p10"], spread["p90"]], [y, y], color=colour, linewidth=5, alpha=0.35)
-            medians = [spread["median"] for _, spread in known]
+                bar(axes, y, (spread.p10, spread.p90), colour)
+            medians = [spread.median for _, spread in known]
             axes.plot(medians, [y for y, _ in known], "o", color=colour, markersize=7, label=title)
-            spreads += [spread for _, spread in known]
-        axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
-        axes.set_yticks(range(len(names)), names[::-1])
-        axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.spines["left"].set_visible(False)
-        low, high = (min(s["p10"] for s in spreads), max(s["p90"] for s in spreads)) if spreads else (1, 1)
-        ratio_axis(axes, low, high)
-        axes.set_xlabel(label)
-        below = 0.0 if len(names) > 8 else -0.24
-        place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (0.92, below)}
-        figure.legend(ncols=len(series), frameon=False, fontsize=9, **place)
-        heading(figure, *titles)
-        figure.savefig(path, bbox_inches="tight")
+        name_lines(axes, names[::-1])
+        _ratios_on(axes, [spread for _, _, found in series for spread in found if spread], label)
+        place: dict[str, Any] = {"bbox_to_anchor": (0.92, 0.0 if len(names) > 8 else -0.24)}
+        made: Any = axes.figure
+        made.legend(ncols=len(series), frameon=False, fontsize=9, loc="upper right", **place)
     return path
 
 
-def _rules_title(cases: list[dict[str, Any]]) -> str:
-    ranges = []
-    for name, words in (("own_plain", "without GC"), ("own_gc", "with")):
-        found = [spread["median"] for case in cases if (spread := tables.over_stream(case, name))]
-        ranges.append(f"{min(found):.2f} to {max(found):.2f} {words}" if found else f"not measured {words}")
-    return f"Every rule / memory stream: {', '.join(ranges)}"
+def _ratios_on(axes: Axes, spreads: list[Spread], label: str) -> None:
+    low, high = min((s.p10 for s in spreads), default=1), max((s.p90 for s in spreads), default=1)
+    ratio_axis(axes, low, high)
+    axes.set_xlabel(label)
 
 
-def ratio_axis(axes: Axes, low: float, high: float) -> None:
-    """A log axis with ticks that are read as factors."""
-    axes.set_xscale("log")
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low / 1.6 <= t <= high * 1.6]
-    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])  # noqa: RUF001
-    axes.set_xticks([], minor=True)
-    axes.set_xlim(min(low * 0.85, 0.7), max(high * 1.35, 1.5))
+# -- a panel for each case
+
+Shown = tuple[Measured, str, str]  # case, what is compared with, title
+Line = tuple[str, str, Spread]  # method, title, spread
 
 
-def heading(figure: Figure, title: str, subtitle: str) -> None:
-    """Title and subtitle above the panels, in line with them, whatever the figure's height."""
-    height = figure.get_figheight()
-    top = 1 + (0.19 * (subtitle.count("\n") + 1)) / height
-    left = 0.05
-    figure.text(left, top + 0.12 / height, title, fontsize=13, fontweight="bold", va="bottom")
-    figure.text(left, top, subtitle, fontsize=9, color=SOFT, va="top", linespacing=1.45)
+def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
+    """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
+    fp32 = [case for case in results.cases if case.kind == ("fp32", "AdamW", "")]
+    cases = [case for case in fp32 if names is None or case.list in names]
+    of = "torch.optim.AdamW(fused=True)"
+    return _panels(
+        results, path, [(case, "torch_fused", case.title) for case in cases], of, _steps_title(cases)
+    )
+
+
+def compared(results: Results, path: Path) -> Path:
+    """Every case of a run, each method over the one that its table compares with."""
+    shown: list[Shown] = []
+    for case in results.cases:
+        if case.base:
+            title = next(row.title for row in case.methods if row.name == case.base)
+            shown.append((case, case.base, f"{case.title}; 1 is {title}"))
+    return _panels(results, path, shown, "the method named above the panel", _compared_title(shown))
+
+
+def _panels(results: Results, path: Path, shown: list[Shown], of: str, title: str) -> Path:
+    lines = [_lines(case, base) for case, base, _ in shown]
+    heights = [len(of_case) + 1.2 for of_case in lines]
+    height = 0.5 + 0.34 * sum(heights)
+    top = min(0.93, 1 - 0.4 / height)  # room for the title of the first panel
+    grid = {"height_ratios": heights, "hspace": 0.3, "top": top, "left": 0.2, "sharex": True}
+    titles = (title, _subtitle(results, any(case.disturbed for case, _, _ in shown)))
+    with figure(path, height, titles, (len(shown), 1), **grid) as panels:
+        for axes, (_, _, name), of_case in zip(panels, shown, lines, strict=True):
+            _panel(axes, of_case, name)
+        clock = "on the device" if results.device else "of a step"
+        spreads = [spread for of_case in lines for _, _, spread in of_case]
+        _ratios_on(panels[-1], spreads, f"time {clock} / time of {of}, log scale")
+    return path
+
+
+def _lines(case: Measured, base: str = "torch_fused") -> list[Line]:
+    """The measured methods of a case but the one compared with, slowest first."""
+    rows = [row for row in case.methods if base in row.ratio_to and not row.name.startswith("stream_")]
+    found = [(row.name, row.title, row.ratio_to[base]) for row in rows]
+    return sorted(found, key=lambda line: -line[2].median)
+
+
+def _panel(axes: Axes, lines: list[Line], title: str) -> None:
+    colours = [COLOURS.get(n, COLOURS["own_gc"] if n.startswith("own") else SOFT) for n, _, _ in lines]
+    for y, ((_, _, spread), colour) in enumerate(zip(lines, colours, strict=True)):
+        bar(axes, y, (spread.p10, spread.p90), colour)
+        dot(axes, y, spread.median, colour, 8)
+        place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+        said = f"{tables.DISTURBED * spread.disturbed}{spread.median:.2f}"
+        text = axes.annotate(said, (spread.p90, y), **place)
+        text.set(color=colour, fontweight="bold")
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.2})
+    axes.set_title(title, color=SOFT)
+    name_lines(axes, [title for _, title, _ in lines])
+    for tick, (name, _, _), colour in zip(axes.get_yticklabels(), lines, colours, strict=True):
+        own = name.startswith("own")
+        tick.set(color=colour if own else INK, fontweight="bold" if own else "normal")
+
+
+def _compared_title(shown: list[Shown]) -> str:
+    """The finding of the first panel."""
+    for case, base, _ in shown:
+        for name, title, spread in _lines(case, base):
+            if name.startswith("own"):
+                names = {row.name: row.title for row in case.methods}
+                finding = f"{title} / {names[base]}: {spread.median:.2f} on {case.list}"
+                return BUSY if spread.disturbed else finding
+    return "Step times"
+
+
+def _steps_title(cases: list[Measured]) -> str:
+    if any(case.disturbed for case in cases):
+        return BUSY
+    found = ((case, case.ratio("own_gc", "torch_fused")) for case in cases)
+    parts = [f"{spread.median:.2f} on {case.list}" for case, spread in found if spread]
+    if not parts:
+        return "Step times relative to torch's fused AdamW"
+    return "Step with GC / torch's fused step without: " + ", ".join(parts[:2])
+
+
+def _subtitle(results: Results, disturbed: bool) -> str:
+    text = "Left of the line is faster. Dot: median of ratios in interleaved rounds, bar: 10-90 %"
+    if disturbed:
+        text += f"\n{tables.DISTURBED}: other programs were running, and too few samples were quiet"
+    return f"{text}\n{results.measured_on}"

@@ -15,7 +15,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ..measure.timing import Spread, one_thread
+from ..measure.timing import one_thread
+from ..report.results import Spread
 
 TRAIN, EPOCHS, BATCH, LR = 300, 20, 32, 5e-3
 FIRST_SEED = 100

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..report.results import Results, find_row, ratio
+from ..report.results import Results, Spread
 
 Measure = Callable[[Results], float | None]
 
@@ -31,26 +31,25 @@ class Goal:
 
 
 def _over(name: str, method: str, to: str, clock: str = "ratio_to") -> Measure:
-    return lambda results: _quiet(ratio(results, name, method, to, clock))
+    return lambda results: _quiet(results.ratio(name, method, to, clock))
 
 
 def _chain(extras: str, to: str, dtypes: str = "fp32", subject: str = "AdamW") -> Measure:
     """Our step with extras over another: `to` is "plain", our own without them, or "eager", composed."""
     other = PLAIN if to == "plain" else f"eager_{extras}"
     where = {"dtypes": dtypes, "subject": subject, "extras": extras}
-    return lambda results: _quiet(ratio(results, GPT, f"own_{extras}", other, **where))
+    return lambda results: _quiet(results.ratio(GPT, f"own_{extras}", other, **where))
 
 
-def _quiet(spread: dict[str, Any] | None) -> float | None:
-    """The median; None on a busy machine, where no goal is reached or missed."""
-    return None if spread is None or spread["disturbed"] else float(spread["median"])
+def _quiet(spread: Spread | None) -> float | None:
+    return spread.quiet if spread else None
 
 
 def _share_of_stream(name: str, method: str) -> Measure:
     """Bandwidth in % of the memory stream's, timed in the same rounds."""
 
     def measure(results: Results) -> float | None:
-        over = _quiet(ratio(results, name, method, "stream_4r3w"))
+        over = _quiet(results.ratio(name, method, "stream_4r3w"))
         return 100 / over if over else None
 
     return measure
@@ -58,8 +57,9 @@ def _share_of_stream(name: str, method: str) -> Measure:
 
 def _of(name: str, method: str, key: str, dtypes: str = "fp32") -> Measure:
     def measure(results: Results) -> float | None:
-        row = find_row(results, name, method, dtypes)
-        return row[key] if row else None
+        row = results.find(name, method, dtypes)
+        value: float | None = getattr(row, key) if row else None
+        return value
 
     return measure
 
@@ -76,11 +76,11 @@ def _split(name: str) -> Measure:
 
 def _host(variant: str) -> Measure:
     def measure(results: Results) -> float | None:
-        for entry in results.get("host", []):
+        for entry in results.host:
             for row in entry["methods"]:
                 spread = row["ratio_to"].get("torch_fused")
                 if entry["variant"] == variant and row["name"] == "own_gc":
-                    return _quiet(spread)
+                    return Spread(**spread).quiet if spread else None
         return None
 
     return measure
@@ -166,7 +166,7 @@ CPU = (
 def judge(results: Results) -> list[dict[str, Any]]:
     """Every goal of the device with its value and the best mark that it reached."""
     judged = []
-    for goal in GPU if results["device"] else CPU:
+    for goal in GPU if results.device else CPU:
         value = goal.measure(results)
         marks = dict(zip(("must", "target", "stretch"), goal.marks, strict=True))
         verdict = goal.verdict(value)

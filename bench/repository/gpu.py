@@ -107,7 +107,7 @@ class Work:
             self.commands([gpu_parts.suite(self.python, self.out, left)], deadline)
 
     def explain(self, seconds: float) -> None:
-        """Variants, trace, counters."""
+        """Times variants of the kernels, writes a trace, reads counters."""
         deadline = time.monotonic() + seconds - pool.GRACE
         jobs = [gpu_parts.trace(self.python, self.out)]
         if gpu_parts.VARIANTS.exists():
@@ -142,7 +142,7 @@ class Work:
     # -- all of it
 
     def run(self, parts: Sequence[str]) -> int:
-        """The exit status."""
+        """Runs the parts in turn; returns the exit status."""
         began = time.time()
         for part in parts:
             seconds = float(os.environ.get(f"{part.upper()}_SECONDS", SECONDS))

@@ -21,11 +21,11 @@ class Log:
         self._write(f"{text}\n", self._most)
 
     def output(self, text: str) -> None:
-        """What a command wrote."""
+        """Keeps what a command wrote."""
         self._write(text, self._most * 3 // 4)
 
     def follow(self, text: str) -> None:
-        """The same, shown too."""
+        """Keeps what a command wrote, and shows it."""
         print(text, end="", flush=True)
         self.output(text)
 
@@ -36,7 +36,7 @@ class Log:
 
 
 def shortened(text: str, most: int = SHOWN) -> str:
-    """Its beginning and its end."""
+    """The beginning and the end of a text."""
     left_out = len(text) - most
     if left_out <= 0:
         return text
@@ -44,5 +44,5 @@ def shortened(text: str, most: int = SHOWN) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last that is not empty."""
+    """The last line of a text that is not empty."""
     return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "")

@@ -1,4 +1,4 @@
-"""What bench/gpu.py runs on a GPU: the tests in their order, the measurements, the tools that explain.
+"""What bench/gpu.sh runs on a GPU: the tests in their order, the measurements, the tools that explain.
 
 What is likeliest to break, and says most when it does, comes first.
 """
@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..bootstrap import ROOT
@@ -22,62 +21,34 @@ CLI = ("fusedcalib.bench.cli",)
 HANGS = 60  # seconds after which pytest writes where a test is
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of tests, in so many processes; `chosen`: by pytest's -k."""
-
-    file: str
-    shares: int
-    chosen: str = ""
-
-
-# Tests of kernels, those that are interpreted where there is no GPU: what says most comes first.
-SHARES = {
-    "test_kernels_rows": 2,
-    "test_kernels": 12,
-    "test_control": 6,
-    "test_kernels_limits": 5,
-    "test_row_totals": 2,
-    "test_kernels_exact": 6,
-    "test_kernels_noise": 3,
-    "test_kernels_special": 8,
-    "test_nn_branch": 2,
-    "test_nn_virtual_kernel": 2,
-    "test_nn_virtual_step": 1,
-}
+# Files of tests, each in so many processes. First those of kernels, which are interpreted where there is no
+# GPU, what says most before the others; then those around them.
+KERNELS = """
+    kernels_rows 2, kernels 12, control 6, kernels_limits 5, row_totals 2, kernels_exact 6, kernels_noise 3,
+    kernels_special 8, nn_branch 2, nn_virtual_kernel 2, nn_virtual_step 1
+"""
+AROUND = """
+    faults 4, plans 2, chain 3, chain_skips 2, chain_states 3, chain_rounding 2, noise 3, contract 4,
+    contract_step 4, contract_dtypes 3, contract_gradients 1, contract_checkpoints 3, contract_changes 3,
+    contract_options 3, contract_rules 1, contract_schedulers 2, contract_errors 2, contract_arguments 3
+"""
 # With the other executors alone the tests are no news on a GPU; those of no executor may need one.
 HERE = "triton or not (numba or eager)"
 MARKS = re.compile(r"^from kernel_cases import .*\b(TRITON|FUSED|BACKENDS|matrix)\b", re.M)
 
 
-def kernel_files() -> list[File]:
+def shares(table: str) -> dict[str, int]:
+    """How many processes each file of a table has."""
+    return {f"test_{name}": int(count) for name, count in map(str.split, table.split(","))}
+
+
+def kernel_files() -> dict[str, int]:
     """Every file that has the marks of such tests."""
-    tests = ROOT / "tests"
-    others = [path.stem for path in sorted(tests.glob("test_*.py")) if MARKS.search(path.read_text("utf-8"))]
-    found = dict.fromkeys([*SHARES, *others])
-    return [File(name, SHARES.get(name, 2), HERE) for name in found if name in others]
+    tests, known = ROOT / "tests", shares(KERNELS)
+    marked = [path.stem for path in sorted(tests.glob("test_*.py")) if MARKS.search(path.read_text("utf-8"))]
+    return {name: known.get(name, 2) for name in dict.fromkeys([*known, *marked]) if name in marked}
 
 
-AROUND = (
-    File("test_faults", 4),
-    File("test_plans", 2),
-    File("test_chain", 3),
-    File("test_chain_skips", 2),
-    File("test_chain_states", 3),
-    File("test_chain_rounding", 2),
-    File("test_noise", 3),
-    File("test_contract", 4),
-    File("test_contract_step", 4),
-    File("test_contract_dtypes", 3),
-    File("test_contract_gradients", 1),
-    File("test_contract_checkpoints", 3),
-    File("test_contract_changes", 3),
-    File("test_contract_options", 3),
-    File("test_contract_rules", 1),
-    File("test_contract_schedulers", 2),
-    File("test_contract_errors", 2),
-    File("test_contract_arguments", 3),
-)
 CHECKERS = ("memcheck", "racecheck")
 CASE_SECONDS = 90.0  # of the suite: what takes longer hangs, or compiles too long
 LAST_SECONDS = 40.0  # before its end the suite begins no case
@@ -97,13 +68,12 @@ def checks(python: str, folder: Path, interpreted: bool = False) -> list[Job]:
         folder: gets a file of outcomes for each, of the name that `outcomes_of` says.
         interpreted: kernels run in Triton's interpreter, where there is no GPU: a trial.
     """
-    files = kernel_files()
-    first = list(_shares(files[:2], python, folder))
-    kernels = list(_shares(files[2:], python, folder))
+    files = list(kernel_files().items())
+    first, kernels = (list(_shares(part, python, folder, HERE)) for part in (files[:2], files[2:]))
     if interpreted:
         return [*first, *kernels]
     step = Job("first-step", (*_started(python), *CLI, "steps", "small"), 120)
-    return [step, *first, *_checkers(python), *kernels, *_shares(AROUND, python, folder)]
+    return [step, *first, *_checkers(python), *kernels, *_shares(shares(AROUND).items(), python, folder)]
 
 
 def _started(python: str) -> tuple[str, ...]:
@@ -111,21 +81,20 @@ def _started(python: str) -> tuple[str, ...]:
     return (python, "-X", "faulthandler", "-m")
 
 
-def _shares(files: Iterable[File], python: str, folder: Path) -> Iterator[Job]:
+def _shares(files: Iterable[tuple[str, int]], python: str, folder: Path, chosen: str = "") -> Iterator[Job]:
+    """The processes of these files; `chosen`: by pytest's -k."""
     options = ["-q", "--tb=short", "--maxfail=40", "-o", f"faulthandler_timeout={HANGS}"]
     # Without those options in pyproject.toml that need a plugin.
-    options += ["-o", "addopts=--strict-markers -p no:cacheprovider"]
+    options += ["-o", "addopts=--strict-markers -p no:cacheprovider", *(["-k", chosen] if chosen else [])]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "tests")]))
     # As many processes as cores: each has one thread, unless the user knows better.
     threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    for one in files:
-        for number in range(1, one.shares + 1):
-            name = f"{one.file} {number}/{one.shares}"
-            plugin = ("-p", PLUGIN, "--outcomes", str(outcomes_of(folder, name)), "--share", name.split()[1])
-            chosen = ("-k", one.chosen) if one.chosen else ()
-            command = (*_started(python), "pytest", *plugin, *options, *chosen)
-            variables = {"PYTHONPATH": path, **threads}
-            yield Job(name, (*command, str(ROOT / "tests" / f"{one.file}.py")), GROUP_SECONDS, variables)
+    for file, count in files:
+        for share in (f"{number}/{count}" for number in range(1, count + 1)):
+            name = f"{file} {share}"
+            plugin = ("-p", PLUGIN, "--outcomes", str(outcomes_of(folder, name)), "--share", share)
+            command = (*_started(python), "pytest", *plugin, *options, str(ROOT / "tests" / f"{file}.py"))
+            yield Job(name, command, GROUP_SECONDS, {"PYTHONPATH": path, **threads})
 
 
 def outcomes_of(folder: Path, name: str) -> Path:

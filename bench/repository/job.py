@@ -8,22 +8,23 @@ Of what the papers claim: papers.py; of CIFAR: cifar.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..env import machine
-from ..measure import baselines, case, ceilings
-from ..report import plot_steps, plots, tables
-from ..report.results import assemble, save
+from ..measure import baselines, case, ceilings, progress
+from ..measure.clocks import Effort, Tell
+from ..report import plots, tables
+from ..report.results import Results, assemble, save
 from . import digits, report
 
 LISTS = {"cpu": ("gpt2-small-cpu", "small-1000"), "cuda": ("gpt2-124m", "small-1000")}
 
 
 def main(options: argparse.Namespace) -> int:
-    options.seeds = options.seeds or (2 if options.quick else 8)
     console = Console()
     try:
         return _run(options, console)
@@ -33,71 +34,57 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    start = time.monotonic()
     device = machine.pick_device(options.device)
     head = machine.describe(device)
-    console.rule(f"fusedcalib on {machine.short_name(head)}")
-    measured = _measure(options, device, console)
-    everything = assemble(head, **measured)
-    everything["seconds"] = round(time.monotonic() - start, 1)
+    console.rule(f"fusedcalib on {head.short_name}")
+    with progress.showing() as tell:
+        found = _measure(options, head, device, tell)
     options.out.mkdir(parents=True, exist_ok=True)
     files = [
-        save(everything, options.out / "results.json"),
-        plots.training(everything, options.out / "training.png"),
-        plot_steps.steps(everything, options.out / "steps.png"),
-        report.write(everything, options.out / "report.md"),
+        save(found, options.out / "results.json"),
+        plots.training(found, options.out / "training.png"),
+        plots.steps(found, options.out / "steps.png"),
+        report.write(found, options.out / "report.md"),
     ]
-    _show(everything, console)
+    _show(found, console)
     for file in files:
         console.print(f"wrote {file}", highlight=False)
-    return _verdict(everything, console)
-
-
-def _measure(options: argparse.Namespace, device: Any, console: Console) -> dict[str, Any]:
-    """All measurements, under one progress bar."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    effort = case.Effort(rounds=4, seconds=2) if options.quick else case.Effort(20, 5)
-    lists = LISTS[device.type]
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        training = progress.add_task("training on digits", total=options.seeds * len(digits.NAMES))
-        e1 = digits.experiment(options.seeds, device, lambda: progress.advance(training))
-        timing = progress.add_task("timing", total=len(lists) + 1)
-        cases = []
-        for name in lists:
-            progress.update(timing, description=f"timing {name}")
-            cases.append(case.run(case.Case(name, baselines.CORE), device, effort))
-            progress.advance(timing)
-        progress.update(timing, description="memory bandwidth")
-        ceil = ceilings.measure(device)
-        progress.update(timing, advance=1, description="timing")
-    return {"e1": e1, "cases": cases, "ceil": ceil}
-
-
-def _show(everything: dict[str, Any], console: Console) -> None:
-    tables.show(tables.training_table(everything["e1"]), "Training on real digits")
-    for line in report.training(everything["e1"])[3:]:
-        console.print(line, highlight=False)
-    for found in everything["cases"]:
-        tables.show(tables.case_table(found), tables.case_title(found))
-        for line in tables.not_measured(found):
-            console.print(f"not measured: {line}", style="yellow", highlight=False)
-    if any(tables.was_disturbed(case) for case in everything["cases"]):
-        note = f"{tables.DISTURBED} other programs were running: do not rely on such a number"
-        console.print(note, style="yellow")
-    console.print(f"measured on {tables.measured_on(everything)}", highlight=False)
-
-
-def _verdict(everything: dict[str, Any], console: Console) -> int:
-    """Non-zero if one of our own methods could not be measured, or was wrong."""
-    bad = [
-        f"{row['title']} on {case['list']}: {row['reason']}"
-        for case in everything["cases"]
-        for row in case["methods"]
-        if row["name"].startswith("own") and row["reason"]
-    ]
+    bad = [line for case in found.cases for line in case.wrong]
     for line in bad:
         console.print(f"FAILED: {line}", style="bold red")
-    console.print(f"{everything['seconds']:.0f} s")
+    console.print(f"{found.seconds:.0f} s")
     return 1 if bad else 0
+
+
+def _measure(options: argparse.Namespace, head: machine.Head, device: torch.device, tell: Tell) -> Results:
+    """All measurements; `tell` is told what is being done."""
+    start = time.monotonic()
+    effort = Effort(rounds=4, seconds=2) if options.quick else Effort(20, 5)
+    seeds = options.seeds or (2 if options.quick else 8)
+    left = itertools.count(1)
+
+    def trained() -> None:
+        tell("training on digits", next(left) / (seeds * len(digits.NAMES)))
+
+    e1 = digits.experiment(seeds, device, trained)
+    cases = []
+    for name in LISTS[device.type]:
+        tell(f"timing {name}", 0.0)
+        cases.append(case.run(case.Case(name, baselines.CORE), device, effort))
+    tell("memory bandwidth", 0.0)
+    ceil = ceilings.measure(device)
+    return assemble(head, ceil, cases, e1=e1, seconds=round(time.monotonic() - start, 1))
+
+
+def _show(found: Results, console: Console) -> None:
+    assert found.e1 is not None
+    tables.show(tables.training_table(found.e1), "Training on real digits")
+    for line in report.training(found.e1)[3:]:
+        console.print(line, highlight=False)
+    for one in found.cases:
+        tables.show(tables.case_table(one), one.title)
+        for line in one.missing:
+            console.print(f"not measured: {line}", style="yellow", highlight=False)
+    if found.disturbed:
+        console.print(tables.BUSY, style="yellow")
+    console.print(f"measured on {found.measured_on}", highlight=False)

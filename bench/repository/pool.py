@@ -27,7 +27,7 @@ MISSING = 127  # the exit status of a command that cannot be started, as a shell
 
 @dataclass(frozen=True)
 class Job:
-    """A command.
+    """A command that is to be run within a limit.
 
     Attributes:
         name: what reports call it.
@@ -58,7 +58,7 @@ class Ended:
 
     @property
     def how(self) -> str:
-        """In words; nothing where it ended well."""
+        """How it ended, in words; nothing where it ended well."""
         if self.late:
             return f"stopped after {self.seconds:.0f} s"
         if self.status < 0:
@@ -109,7 +109,7 @@ class _Running:
         return len(self._signals) < len(STAGES)
 
     def kill(self) -> None:
-        """At once."""
+        """Ends it at once."""
         self._send("SIGKILL")
         self._process.wait()
 

@@ -9,126 +9,109 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..env import machine
 from ..measure import host
 from ..report import tables
-from ..report.results import Results, extras_of, load
+from ..report.results import Measured, Results, load
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 FIGURE_LISTS = ("gpt2-124m", "gpt2-small-cpu", "resnet50", "small-1000")
 LOSS = 1.02  # slower than torch fused by more than this is said to be so
-COLUMNS = (
-    ("fusedcalib / torch fused", "own_plain", "torch_fused"),
-    ("with GC / torch fused without", "own_gc", "torch_fused"),
-    ("with GC / eager GC + torch fused", "own_gc", "eager_gc_fused"),
-)
 
 
-def section(data: Results, figure: str, of_chain: str, of_rules: str, apart: Results | None = None) -> str:
+def section(data: Results, figures: Sequence[str], apart: dict[str, Any] | None = None) -> str:
     """The text between the markers. `apart`: where the host's work was measured, if not with the rest."""
-    parts = [f"Ratios of the time of an AdamW step, {_clock(data)}: below 1 is faster."]
-    parts += [tables.markdown(table(data)), f"![time of a step]({figure})", losses(data)]
-    parts += chain(data, of_chain)
-    parts += host_times(data, apart)
-    parts += rules(data, of_rules)
-    rounds = [s["n"] for c in data["cases"] for r in c["methods"] for s in r["ratio_to"].values()]
+    steps, chained, every = figures
+    clock = "on the device" if data.device else "on the CPU"
+    parts = [f"Ratios of the time of an AdamW step, {clock}: below 1 is faster."]
+    parts += [tables.markdown(table(data)), f"![time of a step]({steps})", losses(data)]
+    parts += [*chain(data, chained), *host_times(data, apart), *rules(data, every)]
+    rounds = [spread.n for case in data.cases for row in case.methods for spread in row.ratio_to.values()]
     parts.append(
         f"Median (10-90 %) of ratios within {min(rounds)} to {max(rounds)} interleaved rounds. "
-        f"Measured on {tables.measured_on(data)}."
+        f"Measured on {data.measured_on}."
     )
-    if any(tables.was_disturbed(case) for case in data["cases"]):
+    if data.disturbed:
         parts.append(f"`{tables.DISTURBED}`: the machine was not quiet.")
     return "\n\n".join(parts)
 
 
+def _over(name: str, to: str) -> Callable[[Measured], str]:
+    return lambda case: tables.spread_text(case.ratio(name, to))
+
+
 def table(data: Results) -> tables.Table:
-    header = ["parameters", *(title for title, _, _ in COLUMNS)]
-    rows = []
-    for case in data["cases"]:
-        if (case["dtypes"], case["subject"], extras_of(case)) != ("fp32", "AdamW", ""):
-            continue
-        by_name = {row["name"]: row for row in case["methods"]}
-        spreads = [by_name.get(name, {"ratio_to": {}})["ratio_to"].get(to) for _, name, to in COLUMNS]
-        if any(spreads):
-            title = f"{case['list']} ({case['tensors']} tensors, {case['params'] / 1e6:.3g}M)"
-            rows.append([title, *map(tables.spread_text, spreads)])
-    return header, rows
+    columns: tables.Columns[Measured] = {
+        "parameters": lambda case: f"{case.list} ({case.tensors} tensors, {case.params / 1e6:.3g}M)",
+        "fusedcalib / torch fused": _over("own_plain", "torch_fused"),
+        "with GC / torch fused without": _over("own_gc", "torch_fused"),
+        "with GC / eager GC + torch fused": _over("own_gc", "eager_gc_fused"),
+    }
+    header, rows = tables.table_of((c for c in data.cases if c.kind == ("fp32", "AdamW", "")), columns)
+    return header, [row for row in rows if row[1:] != ["-"] * 3]
 
 
 def losses(data: Results) -> str:
     """Where fusedcalib is slower than torch's plain fused step, in a sentence."""
     worse = [
-        f"{_subject(case)}{case['list']} {case['dtypes']} "
-        f"{'with' if row['name'] == 'own_gc' else 'without'} GC "
-        f"({row['ratio_to']['torch_fused']['median']:.2f})"
-        for case in data["cases"]
-        for row in case["methods"]
-        if row["name"] in ("own_plain", "own_gc")
-        and not extras_of(case)
-        and row["ratio_to"].get("torch_fused", {"median": 0})["median"] > LOSS
+        f"{'' if case.subject == 'AdamW' else f'{case.subject} on '}{case.list} {case.dtypes} "
+        f"{'with' if row.name == 'own_gc' else 'without'} GC ({row.ratio_to['torch_fused'].median:.2f})"
+        for case in data.cases
+        for row in case.methods
+        if row.name in ("own_plain", "own_gc") and not case.extras and "torch_fused" in row.ratio_to
+        if row.ratio_to["torch_fused"].median > LOSS
     ]
     if not worse:
         return f"Slower than torch's plain fused step by more than {LOSS - 1:.0%}: nowhere here."
     return f"Slower than torch's plain fused step: {', '.join(worse)}."
 
 
-def _subject(case: dict[str, Any]) -> str:
-    return "" if case["subject"] == "AdamW" else f"{case['subject']} on "
-
-
 def chain(data: Results, figure: str) -> list[str]:
     """What clip, noise, centring and average cost in the step, against the same composed."""
-    cases = tables.chain_cases(data)
-    if not cases:
+    if not data.of_chains:
         return []
     about = (
-        f"AdamW on {cases[0]['list']}, fp32 unless said, with what else a training does around a step. "
+        f"AdamW on {data.of_chains[0].list}, fp32 unless said, with what else a training does around a step. "
         "`bytes`: what the step with it must move for each parameter."
     )
     return [about, tables.markdown(tables.chain_table(data)), f"![a step with more]({figure})"]
 
 
-RULE_COLUMNS = (
-    ("fusedcalib / torch fused", "own_plain", "torch_fused"),
-    ("/ torch foreach", "own_plain", "torch_foreach"),
-)
-
-
 def rules(data: Results, figure: str) -> list[str]:
     """Every rule against torch.optim's class of its name, and against the memory stream of its bytes."""
-    cases = tables.rule_cases(data)
-    if not cases:
+    if not data.of_rules:
         return []
-    header = ["rule", "bytes", *(title for title, _, _ in RULE_COLUMNS), "/ stream", "with GC / stream"]
-    rows = []
-    for case in cases:
-        by_name = {row["name"]: row["ratio_to"] for row in case["methods"]}
-        over_torch = [by_name.get(name, {}).get(to) for _, name, to in RULE_COLUMNS]
-        streams = [tables.over_stream(case, name) for name in ("own_plain", "own_gc")]
-        cells = map(tables.spread_text, (*over_torch, *streams))
-        rows.append([case["subject"], str(case["bytes_per_param"]), *cells])
+
+    def over_stream(name: str) -> Callable[[Measured], str]:
+        return lambda case: tables.spread_text(case.over_stream(name))
+
+    columns: tables.Columns[Measured] = {
+        "rule": lambda case: case.subject,
+        "bytes": lambda case: str(case.bytes_per_param),
+        "fusedcalib / torch fused": _over("own_plain", "torch_fused"),
+        "/ torch foreach": _over("own_plain", "torch_foreach"),
+        "/ stream": over_stream("own_plain"),
+        "with GC / stream": over_stream("own_gc"),
+    }
     about = (
-        f"Every rule on {cases[0]['list']}, fp32. `bytes`: what a step must move for each parameter; "
+        f"Every rule on {data.of_rules[0].list}, fp32. `bytes`: what a step must move for each parameter; "
         "`stream`: reading and writing as many and computing nothing; `-`: torch.optim has no such form."
     )
-    return [about, tables.markdown((header, rows)), f"![every rule]({figure})"]
+    return [about, tables.markdown(tables.table_of(data.of_rules, columns)), f"![every rule]({figure})"]
 
 
-def host_times(data: Results, apart: Results | None) -> list[str]:
+def host_times(data: Results, apart: dict[str, Any] | None) -> list[str]:
     """What a step costs before the work itself: many tensors of one element; measured apart, if it was."""
-    lines = host.lines((apart or data)["host"] or [])
+    lines = host.lines(apart["host"] if apart else data.host)
     if not lines:
         return []
-    where = f" ({tables.measured_on(apart)})" if apart else ""
+    where = f" ({machine.Head.of(apart).measured_on})" if apart else ""
     text = "\n".join(f"- {line}" for line in lines)
     return [f"A step over 1000 tensors of one element each{where}:\n\n{text}"]
-
-
-def _clock(data: Results) -> str:
-    return "on the device" if data["device"] else "on the CPU"
 
 
 def insert(page: str, text: str, markers: tuple[str, str] = (BEGIN, END), name: str = "README") -> str:
@@ -146,27 +129,21 @@ def insert(page: str, text: str, markers: tuple[str, str] = (BEGIN, END), name: 
 
 
 def write(source: Path, readme: Path) -> Path:
-    """Make the figure beside the results and put the section into the README."""
-    from ..report import plot_steps, plots
+    """Make the figures beside the results and put the section into the README."""
+    from ..report import plots
 
     data = load(source)
-    cases = [case for case in data["cases"] if not extras_of(case)]
-    names = [case["list"] for case in cases if case["dtypes"] == "fp32"]
+    names = [case.list for case in data.cases if case.dtypes == "fp32" and not case.extras]
     chosen = [name for name in FIGURE_LISTS if name in names] or names[:3]
-    figure, of_chain, of_rules = (
-        source.parent / f"{kind}-{machine.slug(data)}.png" for kind in ("steps", "chain", "rules")
-    )
-    plot_steps.steps(data, figure, chosen)
-    if tables.chain_cases(data):
-        plots.chain(data, of_chain)
-    if tables.rule_cases(data):
-        plots.rules(data, of_rules)
-    paths = (Path(os.path.relpath(path, readme.parent)).as_posix() for path in (figure, of_chain, of_rules))
-    steps, chained, every = paths
-    readme.write_text(
-        insert(readme.read_text(), section(data, steps, chained, every, host.kept(machine.slug(data))))
-    )
-    return figure
+    figures = [source.parent / f"{kind}-{data.slug}.png" for kind in ("steps", "chain", "rules")]
+    plots.steps(data, figures[0], chosen)
+    if data.of_chains:
+        plots.chain(data, figures[1])
+    if data.of_rules:
+        plots.rules(data, figures[2])
+    paths = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in figures]
+    readme.write_text(insert(readme.read_text(), section(data, paths, host.kept(data.slug))))
+    return figures[0]
 
 
 def main(options: argparse.Namespace) -> int:

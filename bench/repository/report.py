@@ -25,23 +25,23 @@ Device time is taken by CUDA events around steps that were queued behind a sleep
 
 def text(results: Results) -> str:
     """The whole report in Markdown."""
-    parts = ["# fusedcalib: main job", f"Measured on: {tables.measured_on(results)}."]
-    if results["device"] is None:
+    parts = ["# fusedcalib: main job", f"Measured on: {results.measured_on}."]
+    if results.device is None:
         parts.append("No GPU was used.")
-    if "e1" in results:
-        parts += training(results["e1"])
+    if results.e1:
+        parts += training(results.e1)
     parts += ["## Time of a step", "![step times](steps.png)"]
-    for case in results["cases"]:
-        parts += [f"### {tables.case_title(case)}", tables.markdown(tables.case_table(case))]
-        if missing := tables.not_measured(case):
+    for case in results.cases:
+        parts += [f"### {case.title}", tables.markdown(tables.case_table(case))]
+        if missing := case.missing:
             parts.append("Not measured: " + "; ".join(missing) + ".")
-    if any(tables.was_disturbed(case) for case in results["cases"]):
+    if results.disturbed:
         parts.append(
             f"`{tables.DISTURBED}`: other programs were running and too few samples were quiet, so "
             "all were taken: do not rely on such a number."
         )
-    clock = GPU_CLOCK if results["device"] else CPU_CLOCK
-    parts += ["## How it was measured", HOW.format(clock=clock), ceiling(results["ceil"])]
+    clock = GPU_CLOCK if results.device else CPU_CLOCK
+    parts += ["## How it was measured", HOW.format(clock=clock), ceiling(results.ceil)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from ..env import machine
-from ..measure.baselines import CORE, RIVALS, SUBJECTS
-from ..measure.case import Case, Effort
+from ..measure.baselines import CORE, RIVALS
+from ..measure.case import Case
+from ..measure.clocks import Effort
+from ..measure.method import SUBJECTS
 from ..measure.runner import Log, Run
 from ..measure.worker import Worker
 from ..report import tables
-from ..report.results import Results, file_name
+from ..report.results import Measured, Results
 from . import goals
 
 OWN = ("torch_fused", "own_plain", "own_gc")
@@ -112,9 +114,9 @@ def _suite(
 ) -> int:
     log = Log()
     head = machine.describe(device)
-    log(f"{machine.short_name(head)}, torch {torch.__version__}")
+    log(f"{head.short_name}, torch {torch.__version__}")
     effort = Effort(rounds=30, seconds=5) if machine.on_gpu(device) else Effort(40, 40)
-    work = Run(head, device, out / file_name(head), log, finish=_finish, worker=worker)
+    work = Run(head, device, out / head.file_name, log, finish=_finish, worker=worker)
     work.ceilings()
     log(f"memory: {work.ceil}")
     work.host()
@@ -127,25 +129,27 @@ def _suite(
         short = replace(effort, seconds=effort.seconds / 4) if case.subject != "AdamW" else effort
         measured = work.measure(case, short)
         if measured is not None:
-            print(_text(measured), flush=True)
+            tables.show(tables.case_table(measured))
+            for line in measured.missing:
+                print(f"    not measured: {line}", flush=True)
     if worker is not None:
         worker.close()
     return _say(work, log)
 
 
 def _finish(whole: Results) -> None:
-    whole["torch_mta"] = _multi_tensor(whole["cases"])
-    whole["goals"] = goals.judge(whole)
+    whole.torch_mta = _multi_tensor(whole.cases)
+    whole.goals = goals.judge(whole)
 
 
 def _say(work: Run, log: Log) -> int:
     """The goals, what is missing and what is wrong; returns the exit status."""
     whole = work.save()
-    for goal in whole["goals"]:
+    for goal in whole.goals:
         value = tables.number(goal["value"])
         log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
-    if tables.chain_cases(whole):
-        print("\n".join(_aligned(tables.chain_table(whole))), flush=True)
+    if whole.of_chains:
+        tables.show(tables.chain_table(whole))
     for title in work.more["left_out"]:
         log(f"left out{' by the interrupt' if work.interrupted else ' for want of time'}: {title}")
     for line in work.wrong():
@@ -154,31 +158,13 @@ def _say(work: Run, log: Log) -> int:
     return work.status()
 
 
-def _multi_tensor(done: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _multi_tensor(done: list[Measured]) -> dict[str, Any] | None:
     """How much torch's fused kernel takes at once: 2^26 elements are 1024 blocks of 65,536."""
     for case in done:
-        for row in case["methods"]:
-            if (case["list"], row["name"]) == ("single-2^26", "torch_fused") and row["launches"]:
-                many = row["launches"] >= 4
+        for row in case.methods:
+            if (case.list, row.name) == ("single-2^26", "torch_fused") and row.launches:
+                many = row.launches >= 4
                 sizes = {"max_tensors": 36, "max_blocks": 320}
                 large = {"max_tensors": 252, "max_blocks": 2240}
                 return {**(sizes if many else large), "how": "launch count observed"}
     return None
-
-
-def _text(case: dict[str, Any]) -> str:
-    return "\n".join([*_aligned(tables.case_table(case)), *_reasons(case)])
-
-
-def _aligned(table: tables.Table) -> list[str]:
-    header, rows = table
-    widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        for cells in (header, *rows)
-    )
-    return [f"    {line}" for line in lines]
-
-
-def _reasons(case: dict[str, Any]) -> list[str]:
-    return [f"    not measured: {line}" for line in tables.not_measured(case)]

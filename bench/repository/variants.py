@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def main(options: argparse.Namespace) -> int:
     names = [name for name in BY_NAME if re.search(options.only, name)]
     if not names:
         raise ValueError(f"no row is like {options.only!r}")
-    head = machine.describe(torch.device("cuda", torch.cuda.current_device()))
+    head = asdict(machine.describe(torch.device("cuda", torch.cuda.current_device())))
     options.out.mkdir(parents=True, exist_ok=True)
     worker = Worker(LONGEST)
     show(collected(names, options.seconds, options.out / "variants.json", head, worker.call))

@@ -26,11 +26,13 @@ from fusedcalib.executors.triton import run as gpu
 from ..bootstrap import ROOT
 from ..env import machine
 from ..measure import gate, timing
-from ..measure.baselines import SUBJECTS, Extras, step_bytes
-from ..measure.case import DTYPES, SAMPLE
+from ..measure.case import SAMPLE
+from ..measure.method import SUBJECTS, Extras
 from ..models import shapes
 from ..models.architectures import Shape
 from ..models.shapes import ParamList
+from ..models.traffic import DTYPES
+from ..report.results import Spread
 
 Changes = Mapping[str, Mapping[str, Any]]  # of modules of the kernels: constants by name
 FOLDER = ROOT / "kernels"
@@ -46,9 +48,9 @@ class Variant(NamedTuple):
         name: of the row.
         changes: what is exchanged.
         shapes: of the parameters.
-        optimizer: of baselines.SUBJECTS.
+        optimizer: of method.SUBJECTS.
         options: `centralize`, `max_grad_norm`.
-        dtypes: of case.DTYPES.
+        dtypes: of traffic.DTYPES.
         exact: sums are made in the same order, so that results are the same to the bit.
         norm: only what measures and decides is timed, not the step.
     """
@@ -65,8 +67,7 @@ class Variant(NamedTuple):
     @property
     def moved(self) -> float:
         """Bytes that the step moves."""
-        param, state = (dtype.itemsize for dtype in DTYPES[self.dtypes])
-        width = step_bytes(param, param, [state] * SUBJECTS[self.optimizer].states())
+        width = DTYPES[self.dtypes].moved(SUBJECTS[self.optimizer].states())
         return float(width * sum(map(math.prod, self.shapes)))
 
 
@@ -92,9 +93,9 @@ def launch_with(changes: Changes) -> Any:
 @contextmanager
 def engine_of(launch: Any) -> Iterator[None]:
     """The engine launches the kernels of this copy."""
-    from fusedcalib.executors.triton import decide as gpu_control
+    from fusedcalib.executors.triton import decide, executor
 
-    modules: tuple[Any, ...] = (gpu, gpu_control)
+    modules: tuple[Any, ...] = (gpu, decide, executor)
     present = [module.launch for module in modules]
     for module in modules:
         module.launch = launch
@@ -112,12 +113,12 @@ class Side:
 
     def __init__(self, variant: Variant, launch: Any, device: torch.device) -> None:
         self.spec, self._launch = ParamList(variant.name, variant.shapes), launch
-        dtype, state = DTYPES[variant.dtypes]
-        self.params = shapes.build(self.spec, device, dtype)
-        own = {} if state == dtype else {"state_dtype": state}
+        storage = DTYPES[variant.dtypes]
+        self.params = shapes.build(self.spec, device, storage.param)
+        options = {**variant.options, **storage.options}
         subject = SUBJECTS[variant.optimizer]
         cls = getattr(fusedcalib, subject.cls)
-        self.optimizer = cls(self.params, **subject.options, **variant.options, **own, backend=self.backend)
+        self.optimizer = cls(self.params, **subject.options, **options, backend=self.backend)
 
     def step(self) -> None:
         with engine_of(self._launch):
@@ -129,7 +130,7 @@ class Side:
             self.optimizer._engine.plan.decider.decide()
 
     def tensors(self) -> list[Tensor]:
-        """Parameters and states."""
+        """All its parameters and states."""
         states = [self.optimizer.state[p] for p in self.params]
         found = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return [*(param.detach() for param in self.params), *found]
@@ -187,7 +188,7 @@ def measured(
     }
 
 
-def better(ratio: timing.Spread) -> bool:
+def better(ratio: Spread) -> bool:
     """Whether a variant is faster by more than the spread of its ratios."""
     return 1 - ratio.median > ratio.p90 - ratio.p10
 
@@ -200,7 +201,8 @@ def fault(variant: Variant, sides: dict[str, Side]) -> str | None:
     spec, subject = sides["present"].spec, SUBJECTS[variant.optimizer]
     extras = Extras(clip=variant.options.get("max_grad_norm"))
     gc = bool(variant.options.get("centralize"))
-    entries = {name: gate.Entry(gc, side.params, side.step, extras) for name, side in sides.items()}
+    kind = gate.Kind(gc, extras)
+    entries = {name: gate.Entry(kind, side.params, side.step) for name, side in sides.items()}
     verdicts = gate.check(spec, entries, subject, max(1, spec.params // SAMPLE))
     for name, verdict in verdicts.items():
         if not verdict.passed:

@@ -1,9 +1,9 @@
 """Times a step of every rule, and the host's work, for developers.
 
-pytest bench/speed --benchmark-enable
+pytest bench/speed
 
-docs/benchmarks.md says how a baseline is kept and compared with. Without --benchmark-enable each step is
-taken once. The folder is its own, so that pytest does not put bench/ before the standard library.
+docs/benchmarks.md says how a baseline is kept and compared with. With --benchmark-disable each step is taken
+once. The folder is its own, so that pytest does not put bench/ before the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 
 from fusedcalib.bench.env import machine
 from fusedcalib.bench.measure import host
-from fusedcalib.bench.measure.baselines import METHODS, SUBJECTS
+from fusedcalib.bench.measure.baselines import METHODS
+from fusedcalib.bench.measure.method import SUBJECTS
 from fusedcalib.bench.measure.timing import Step
 from fusedcalib.bench.models import shapes
 
@@ -25,7 +26,7 @@ TENSORS = shapes.ParamList("1000x1", ((1,),) * 1000)
 
 
 def waiting(step: Step) -> Step:
-    """With the device's work, where it has some of its own."""
+    """A step that also waits for the device's work."""
 
     def work() -> None:
         step()

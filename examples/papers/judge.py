@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
 from typing import Any
@@ -11,61 +12,43 @@ import hilbert
 
 
 @dataclass(frozen=True)
-class Better:
-    """The other side has less error.
+class Expected:
+    """What a comparison should find: in a word, in words, and whether it does."""
 
-    Attributes:
-        gain: by how much on average, at least, in points of error.
-        wins: in which share of the seeds it must not be worse.
-    """
-
-    gain: float = 0.0
-    wins: float = 0.5
-
-    def __str__(self) -> str:
-        by = f" by more than {self.gain:g}" if self.gain else ""
-        return f"better{by}, not worse in {self.wins:.0%} of the seeds"
-
-    def holds(self, of: Comparison) -> bool:
-        return mean(of.differences) > self.gain and of.won >= self.wins * len(of.base)
+    direction: str
+    words: str
+    holds: Callable[[Comparison], bool]
 
 
-@dataclass(frozen=True)
-class Same:
+def better(gain: float = 0.0, wins: float = 0.5) -> Expected:
+    """Less error: by more than `gain` points on average, not worse in this share of the seeds."""
+    by = f" by more than {gain:g}" if gain else ""
+    return Expected(
+        "better",
+        f"better{by}, not worse in {wins:.0%} of the seeds",
+        lambda of: mean(of.differences) > gain and of.won >= wins * len(of.base),
+    )
+
+
+def same(within: float = 1.0) -> Expected:
     """The averages are no further apart than this, in points of error."""
-
-    within: float = 1.0
-
-    def __str__(self) -> str:
-        return f"no difference: within {self.within:g}"
-
-    def holds(self, of: Comparison) -> bool:
-        return abs(mean(of.differences)) <= self.within
+    return Expected(
+        "same", f"no difference: within {within:g}", lambda of: abs(mean(of.differences)) <= within
+    )
 
 
-@dataclass(frozen=True)
-class Worse:
+def worse() -> Expected:
     """The other side has more error, on average."""
-
-    def __str__(self) -> str:
-        return "worse"
-
-    def holds(self, of: Comparison) -> bool:
-        return mean(of.differences) < 0
+    return Expected("worse", "worse", lambda of: mean(of.differences) < 0)
 
 
-@dataclass(frozen=True)
-class Learns:
+def learns(above: float = 80.0, below: float = 15.0) -> Expected:
     """Only the other side learns anything: every seed's errors, in %, lie beyond these."""
-
-    above: float = 80.0
-    below: float = 15.0
-
-    def __str__(self) -> str:
-        return f"from above {self.above:g} to below {self.below:g} %"
-
-    def holds(self, of: Comparison) -> bool:
-        return min(of.base) > self.above and max(of.other) < self.below
+    return Expected(
+        "learns",
+        f"from above {above:g} to below {below:g} %",
+        lambda of: min(of.base) > above and max(of.other) < below,
+    )
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ class Comparison:
     title: str
     base: tuple[float, ...]
     other: tuple[float, ...]
-    expected: Better | Same | Worse | Learns = field(default_factory=Better)
+    expected: Expected = field(default_factory=better)
 
     @property
     def differences(self) -> list[float]:
@@ -106,8 +89,8 @@ class Comparison:
             "difference": mean(self.differences),
             "standard_error": self.error,
             "not_worse": self.won,
-            "expected": str(self.expected),
-            "direction": type(self.expected).__name__.lower(),
+            "expected": self.expected.words,
+            "direction": self.expected.direction,
             "holds": self.holds,
         }
 

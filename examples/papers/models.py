@@ -1,4 +1,4 @@
-"""Residual networks (Zagoruyko and Komodakis 2016) as in the CSGD paper, plain and calibrated."""
+"""Networks: residual ones (Zagoruyko and Komodakis 2016) as in the CSGD paper, small ones for digits."""
 
 from __future__ import annotations
 
@@ -77,4 +77,48 @@ def ccnns(name: str, **options: Any) -> WideResNet:
     depth, widths, branches = CCNNS[name]
     model = WideResNet(depth, widths)
     calibrate(model, branches, **options)
+    return model
+
+
+# -- for digits of 8x8
+
+
+def with_norm(network: nn.Sequential) -> nn.Sequential:
+    """A network with a batch norm behind each convolution and each linear layer but the last."""
+    layers: list[nn.Module] = []
+    for layer in network:
+        layers.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            layers.append(nn.BatchNorm2d(layer.out_channels))
+        elif isinstance(layer, nn.Linear) and layer is not network[-1]:
+            layers.append(nn.BatchNorm1d(layer.out_features))
+    return nn.Sequential(*layers)
+
+
+def small_cnn(width: int = 8) -> nn.Module:
+    """Four convolutions with batch norm; channels 1, 1, 2, 2 times the width."""
+
+    def layer(inp: int, out: int) -> tuple[nn.Module, ...]:
+        return nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+
+    return nn.Sequential(
+        *(*layer(1, width), nn.MaxPool2d(2), *layer(width, width)),
+        *(*layer(width, 2 * width), nn.MaxPool2d(2), *layer(2 * width, 2 * width)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)),
+    )
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers and ReLU, no norm, ten classes."""
+    layers = [part for inp, out in pairwise(widths) for part in (nn.Linear(inp, out), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
+
+
+def mlp() -> nn.Sequential:
+    """Five linear layers, no norm, He's first weights."""
+    model = perceptron(64, 256, 128, 64, 32)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
     return model

@@ -15,18 +15,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import hilbert
 import torch
-from judge import Better, Comparison, Learns, Retrace, Same, Worse
+from judge import Comparison, Expected, Retrace, better, learns, same, worse
+from models import mlp, perceptron, small_cnn, with_norm
 from torch import Tensor, nn
 
 import fusedcalib
+from fusedcalib.bench.env import machine
 from fusedcalib.bench.measure.timing import one_thread
+from fusedcalib.bench.report import tables
 from fusedcalib.bench.repository import digits
 
 Data = tuple[Tensor, Tensor]
@@ -39,12 +42,12 @@ Found = Iterator[Comparison | Retrace]
 
 
 def constant(part: float) -> float:
-    """The learning rate all the way."""
+    """A schedule that keeps the learning rate."""
     return 1.0
 
 
 def falling(part: float) -> float:
-    """Halved and divided by ten where the SVGD paper does, at 27 and 60 % of a training."""
+    """A schedule that halves and divides by ten where the SVGD paper does, at 27 and 60 % of a training."""
     return 1.0 if part < 0.27 else 0.5 if part < 0.6 else 0.1
 
 
@@ -74,20 +77,8 @@ def error_of(
 
 
 def errors_of(make: Maker, seeds: int, *setting: Any) -> tuple[float, ...]:
-    """Of each seed; `setting` as `error_of` takes it."""
+    """The test error of each seed; `setting` as `error_of` takes it."""
     return tuple(error_of(make, FIRST_SEED + i, *setting) for i in range(seeds))
-
-
-def with_norm(network: nn.Sequential) -> nn.Sequential:
-    """The same with a batch norm behind each convolution and each linear layer but the last."""
-    layers: list[nn.Module] = []
-    for layer in network:
-        layers.append(layer)
-        if isinstance(layer, nn.Conv2d):
-            layers.append(nn.BatchNorm2d(layer.out_channels))
-        elif isinstance(layer, nn.Linear) and layer is not network[-1]:
-            layers.append(nn.BatchNorm1d(layer.out_features))
-    return nn.Sequential(*layers)
 
 
 def centring(
@@ -111,8 +102,8 @@ def centralization(seeds: int | None = None) -> Found:
         "Adagrad": {"lr": 0.02},
     }
     for norm, words, usual, expected in (
-        (False, "", 6, Better(1.0, 5 / 6)),
-        (True, ", batch norm", 12, Same()),
+        (False, "", 6, better(1.0, 5 / 6)),
+        (True, ", batch norm", 12, same()),
     ):
         for name, options in rules.items():
             plain, centred = (
@@ -140,7 +131,7 @@ def gradient_noise(seeds: int = 5) -> Found:
     setting = data, 60, constant, 1000  # 1920 steps
     without = errors_of(partial(zeros, None), seeds, *setting)
     noisy = errors_of(partial(zeros, fusedcalib.GradientNoise(0.01)), seeds, *setting)
-    yield Comparison("SGD from zeros, without and with noise", without, noisy, Learns())
+    yield Comparison("SGD from zeros, without and with noise", without, noisy, learns())
 
 
 def retraces() -> Found:
@@ -155,19 +146,6 @@ def retraces() -> Found:
 
         found = hilbert.losses(x.detach, step, x.dtype)
         yield Retrace(f"{name} on the Hilbert matrix", tuple(published), tuple(found.tolist()))
-
-
-def small_cnn(width: int = 8) -> nn.Module:
-    """Four convolutions with batch norm; channels 1, 1, 2, 2 times the width."""
-
-    def layer(inp: int, out: int) -> tuple[nn.Module, ...]:
-        return nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
-
-    return nn.Sequential(
-        *(*layer(1, width), nn.MaxPool2d(2), *layer(width, width)),
-        *(*layer(width, 2 * width), nn.MaxPool2d(2), *layer(2 * width, 2 * width)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)),
-    )
 
 
 def calibrated(branches: int, mode: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -186,23 +164,7 @@ def csgd(seeds: int = 12) -> Found:
     one = errors_of(partial(calibrated, 1, "mixed"), seeds, data, 25)
     for mode in ("grouped", "mixed"):
         four = errors_of(partial(calibrated, 4, mode), seeds, data, 25)
-        yield Comparison(f"CSGD, one branch and four, {mode}", one, four, Better(0.2))
-
-
-def perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers and ReLU, no norm, ten classes."""
-    layers = [part for inp, out in pairwise(widths) for part in (nn.Linear(inp, out), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
-
-
-def mlp() -> nn.Sequential:
-    """Five linear layers, no norm, He's first weights."""
-    model = perceptron(64, 256, 128, 64, 32)
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    return model
+        yield Comparison(f"CSGD, one branch and four, {mode}", one, four, better(0.2))
 
 
 def virtual(
@@ -223,10 +185,10 @@ def svgd(seeds: int | None = None) -> Found:
     """
     data = digits.load(torch.device("cpu"))
     own = errors_of(partial(virtual, 0.03, 0.3), seeds or 20, data, 30, falling)
-    rivals: list[tuple[str, dict[str, Any], Better | Worse]] = [
-        ("SGD", {"lr": 0.1}, Better()),
-        ("SGD", {"lr": 0.3}, Better()),
-        ("RMSprop", {"lr": 0.003, "alpha": 0.9}, Worse()),
+    rivals: list[tuple[str, dict[str, Any], Expected]] = [
+        ("SGD", {"lr": 0.1}, better()),
+        ("SGD", {"lr": 0.3}, better()),
+        ("RMSprop", {"lr": 0.003, "alpha": 0.9}, worse()),
     ]
     for name, options, expected in rivals:
         base = errors_of(partial(virtual, None, name=name, **options), seeds or 20, data, 30, falling)
@@ -237,7 +199,7 @@ def svgd(seeds: int | None = None) -> Found:
         errors_of(partial(virtual, scale, 0.1, norm=True, l1=1e-4), seeds or 10, *setting)
         for scale in (None, 0.1)
     )
-    yield Comparison("SGD (lr 0.1) and SVGD (lr 0.1, s 0.1), batch norm", base, own, Same(0.5))
+    yield Comparison("SGD (lr 0.1) and SVGD (lr 0.1, s 0.1), batch norm", base, own, same(0.5))
 
 
 EXPERIMENTS: dict[str, Callable[..., Found]] = {
@@ -271,11 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     import papers_page
     from rich.console import Console
 
-    from fusedcalib.bench.env import machine
-
     console = Console(width=None if sys.stdout.isatty() else 140)
     start = time.monotonic()
-    head = machine.describe(torch.device("cpu"))
+    head = asdict(machine.describe(torch.device("cpu")))
     head["cpu"]["threads"] = 1  # of each training
     names = options.names or list(EXPERIMENTS)
     records = []
@@ -284,13 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         for record in found:
             console.print(papers_page.line(record), highlight=False, soft_wrap=True)
     results = {**head, "seconds": round(time.monotonic() - start, 1), "comparisons": records}
-    header, rows = papers_page.table(results)
-    from rich.table import Table
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    tables.show(papers_page.table(results))
     for file in papers_page.save(results, options.out):
         console.print(f"wrote {file}", highlight=False)
     failed = [record["title"] for record in records if not record["holds"]]

@@ -73,7 +73,7 @@ def section(results: Results, figure: str) -> str:
     failed = [row[0] for row in rows if row[-1] != "holds"]
     parts.append(f"Not as expected: {'; '.join(failed)}." if failed else "All is as expected.")
     parts.append(f"![what each changes]({figure})")
-    parts.append(f"Measured on {tables.measured_on(results)}.")
+    parts.append(f"Measured on {machine.Head.of(results).measured_on}.")
     return "\n\n".join(parts)
 
 
@@ -103,42 +103,32 @@ def subtitle(results: Results) -> str:
         lines.append(
             f"Besides: published losses of {len(curves)} runs, retraced to {max(curves):.1e} of themselves"
         )
-    return "\n".join([*lines, tables.measured_on(results)])
+    return "\n".join([*lines, machine.Head.of(results).measured_on])
 
 
 def draw(results: Results, path: Path) -> Path:
     """Paired differences; right of the line is less error."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    from fusedcalib.bench.report.style import INK, bar, dot, figure, name_lines
 
-    from fusedcalib.bench.report import plots
-
-    records = _of_errors(results)
-    with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9.5, 1.0 + 0.34 * len(records)))
-        axes = figure.subplots(1, 1, gridspec_kw={"left": 0.36, "right": 0.86, "top": 0.97})
+    records = _of_errors(results)[::-1]
+    height, right = 1.0 + 0.34 * len(records), 0.86
+    titles = (title(results), subtitle(results))
+    with figure(path, height, titles, left=0.36, right=right, top=0.97) as (axes,):
         axes.set_xscale("symlog", linthresh=1)
-        for y, record in enumerate(records[::-1]):
-            colour, middle, error = (
-                COLOURS[record["direction"]],
-                record["difference"],
-                record["standard_error"],
-            )
+        for y, record in enumerate(records):
+            colour, middle = COLOURS[record["direction"]], record["difference"]
+            error = record["standard_error"]
             each = [a - b for a, b in zip(record["base"], record["other"], strict=True)]
             axes.plot(each, [y] * len(each), "o", color=colour, markersize=3, alpha=0.3, markeredgewidth=0)
-            axes.plot([middle - error, middle + error], [y, y], color=colour, linewidth=5, alpha=0.45)
-            axes.plot(middle, y, "o", color=colour, markersize=7)
-            text = f"{middle:+.2f} ± {error:.2f}".replace("-", "\N{MINUS SIGN}") + (
-                "" if record["holds"] else " !"
+            bar(axes, y, (middle - error, middle + error), colour, 0.45)
+            dot(axes, y, middle, colour)
+            text = f"{middle:+.2f} ± {error:.2f}".replace("-", "\N{MINUS SIGN}") + " !" * (
+                not record["holds"]
             )
             place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
             axes.text(1.02, y, text, color=colour, fontweight="bold", fontsize=9, **place)
-        axes.axvline(0, color=plots.INK, linewidth=1.2, zorder=1)
-        axes.set_yticks(range(len(records)), [record["title"] for record in records[::-1]])
-        axes.set_ylim(-0.6, len(records) - 0.4)
-        axes.tick_params(axis="y", length=0, labelcolor=plots.INK)
-        axes.grid(visible=False, axis="y")
-        axes.spines["left"].set_visible(False)
+        name_lines(axes, [record["title"] for record in records], 0)
+        axes.tick_params(axis="y", labelcolor=INK)
         low, high = axes.get_xlim()
         ticks = [t for t in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= t <= high]
         axes.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
@@ -146,10 +136,8 @@ def draw(results: Results, path: Path) -> Path:
         axes.set_xlabel("points of test error less (linear to 1, then log scale)")
         for kind, words in WORDS.items():
             axes.plot([], [], "o", color=COLOURS[kind], label=f"expected: {words}")
-        below = -0.5 / (0.86 * figure.get_figheight())  # the label of the axis is above it
+        below = -0.5 / (right * height)  # the label of the axis is above it
         axes.legend(loc="upper right", bbox_to_anchor=(1, below), ncols=3, frameon=False, fontsize=9)
-        plots.heading(figure, title(results), subtitle(results))
-        figure.savefig(path, bbox_inches="tight")
     return path
 
 

@@ -88,6 +88,25 @@ def state_dtype(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dty
     return STATE_DTYPES[group["state_dtype"]]
 
 
+def load_state(
+    entry: dict[str, Any], saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]
+) -> None:
+    """Takes over saved states in the dtype that is asked for, else in the wider one of saved and loaded.
+
+    Args:
+        entry: the state of the parameter as torch.optim has loaded it: in the parameter's dtype.
+        saved: the state in the checkpoint.
+        param, group: the parameter and its options.
+    """
+    for name, value in saved.items():
+        if name == "step" or not isinstance(value, Tensor):
+            continue
+        loaded = entry[name].dtype
+        dtype = state_dtype(group, name, param) or torch.promote_types(loaded, value.dtype)
+        if dtype != loaded:
+            entry[name] = value.to(param.device, dtype)
+
+
 def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
     """What of a parameter's states lies here, in the order the device functions take them."""
     return tuple(local_of(state[param][name]) for name in recipe.states)

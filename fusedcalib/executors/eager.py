@@ -40,7 +40,18 @@ def _over(function: Any) -> Any:
     return of_both
 
 
+def _decode(t: Tensor, compute: torch.dtype) -> Tensor:
+    """What rules see of a tensor as it is kept."""
+    return t.to(compute)
+
+
+def _encode(target: Tensor, x: Tensor) -> None:
+    """Keeps values in a tensor, rounded to nearest."""
+    target.copy_(x)
+
+
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a tensor of a dtype would keep it."""
     return x.to(dtype).to(x.dtype)
 
 
@@ -171,7 +182,7 @@ def _step(
     recipe, split = bucket.key.recipe, bucket.key.split
     measured, stepped, projected, rounded, averaged = _pipeline(recipe, tensors[0].dtype, bucket.compute)
     flags = recipe.flags
-    p, g, *state = (t.to(bucket.compute) for t in tensors)
+    p, g, *state = (_decode(t, bucket.compute) for t in tensors)
     z = z.to(bucket.compute)
     if bucket.key.factored:
         g = _along_rows(rows.factors, g) * g
@@ -198,7 +209,7 @@ def _step(
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
         new = averaged(p, new, h)
     for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
-        target.copy_(value)
+        _encode(target, value)
 
 
 def _along_rows(values: Tensor, t: Tensor) -> Tensor:

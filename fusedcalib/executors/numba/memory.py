@@ -28,14 +28,14 @@ _STORED = {
 }
 
 
-def _widened(builder: Any, value: Any, target: Any) -> Any:
+def _decode(builder: Any, value: Any, target: Any) -> Any:
     """A stored value as the type of the arithmetic."""
     if value.type == _I16:
         value = builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
     return _cast(builder, value, target)
 
 
-def _narrowed(builder: Any, value: Any, stored: Any) -> Any:
+def _encode(builder: Any, value: Any, stored: Any) -> Any:
     """A value of the arithmetic as it is stored, rounded to nearest even."""
     if stored != _I16:
         return _cast(builder, value, stored)
@@ -164,7 +164,7 @@ class Memory:
             def codegen(context, builder, signature, args):
                 _wide(builder)
                 loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
-                values = [_widened(builder, value, llvm_real) for value in loaded]
+                values = [_decode(builder, value, llvm_real) for value in loaded]
                 return context.make_tuple(builder, signature.return_type, values)
 
             return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
@@ -174,7 +174,7 @@ class Memory:
             def codegen(context, builder, signature, args):
                 states = cgutils.unpack_tuple(builder, args[4]) if len(state) else []
                 for k, value in [(0, args[3]), *enumerate(states, start=2)]:
-                    builder.store(_narrowed(builder, value, stored[k]), pointer(builder, args, k))
+                    builder.store(_encode(builder, value, stored[k]), pointer(builder, args, k))
                 return context.get_dummy_value()
 
             return types.void(addresses, strides, types.int64, real, state), codegen
@@ -184,7 +184,7 @@ class Memory:
             """x as the parameter's memory holds it."""
 
             def codegen(context, builder, signature, args):
-                return _widened(builder, _narrowed(builder, args[0], stored[0]), llvm_real)
+                return _decode(builder, _encode(builder, args[0], stored[0]), llvm_real)
 
             return real(real), codegen
 

@@ -1,0 +1,154 @@
+"""The figures of plans and profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from ..measure.baselines import METHODS
+from ..report.style import COLOURS, INK, SOFT, figure
+from . import profile_gpu, profile_static, profile_steps
+from .gpus import Gpu
+from .static_costs import issue_rate
+
+Results = dict[str, Any]
+ON_PAPER = "On paper: no GPU was measured"
+LINES = {"torch_fused": "-", "own_plain": "-", "eager_chain": "--", "own_chain": "--"}  # the same work alike
+MARKS = {"step": "o", "norm": "s", "sums": "^", "finish": "v"}
+STEPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5FA8", "#8C6D31")
+INSIDE: Any = {"xytext": (-6, 0), "ha": "right", "va": "center", "color": "white"}
+BESIDE: Any = {"xytext": (6, 0), "ha": "left", "va": "center"}
+
+
+# -- a plan
+
+
+def plan(results: Results, title: str, path: Path) -> Path:
+    """Time of a step over the number of GPUs; the dotted line is what the memory alone would take."""
+    titles = (plan_headline(results), f"{title}\n{ON_PAPER}")
+    with figure(path, 4.6, titles, left=0.09, top=0.93, right=0.97) as (axes,):
+        sizes = [found["gpus"] for found in results["plans"]]
+        for name, style in LINES.items():
+            if times := _milliseconds(results, name, "total"):
+                colour, label = COLOURS.get(name, INK), METHODS[name].title
+                axes.plot(sizes, times, style, color=colour, marker="o", linewidth=2.2, label=label)
+        floor = _milliseconds(results, "own_plain", "memory")
+        axes.plot(sizes, floor, ":", color=SOFT, linewidth=1.6, label="fusedcalib, memory alone")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        _ticks(axes, sizes)
+        axes.set(xlabel="GPUs (log scale)", ylabel="time of a step (ms, log scale)")
+        axes.legend(frameon=False, fontsize=10, loc="best")
+    return path
+
+
+def _ticks(axes: Axes, values: list[int]) -> None:
+    """Just these on the one axis, plain numbers on the other."""
+    axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _milliseconds(results: Results, name: str, part: str) -> list[float]:
+    steps = (step for found in results["plans"] for step in found["steps"] if step["name"] == name)
+    return [1e3 * step["seconds"][part] for step in steps]
+
+
+def plan_headline(results: Results) -> str:
+    """What binds our plain step, and from where on."""
+    by_memory: list[int] = []
+    others: list[int] = []
+    for found in results["plans"]:
+        for step in found["steps"]:
+            if step["name"] == "own_plain":
+                (by_memory if step["bound"] == "memory" else others).append(found["gpus"])
+    if not others or not by_memory:
+        bound = "host" if others else "memory"
+        return f"A plain step on {results['model']} is bound by the {bound} throughout"
+    return (
+        f"A plain step on {results['model']}: memory decides up to {max(by_memory):,} GPUs, the host "
+        f"from {min(others):,} on"
+    )
+
+
+# -- a profile
+
+
+def profile(results: Results, path: Path) -> Path:
+    """Instructions over bytes of an element; on the line the GPU takes as long for both."""
+    points = [
+        (case, kernel)
+        for case, found in enumerate(results["cases"])
+        for kernel in found["kernels"]
+        if kernel["elements"]
+    ]
+    titles = (headline([kernel for _, kernel in points]), f"{profile_static.title(results)}\n{ON_PAPER}")
+    with figure(path, 5.6, titles, left=0.09, top=0.93, right=0.7) as (axes,):
+        for case, kernel in points:
+            colour = STEPS[case] if case < len(STEPS) else SOFT
+            padded = kernel["instructions"] * kernel["lanes"] / kernel["elements"]
+            axes.plot(kernel["bytes"], padded, MARKS[kernel["kernel"]], color=colour, markersize=8, alpha=0.8)
+        _ridge(axes, Gpu(**results["gpu"]), sorted({kernel["bytes"] for _, kernel in points}))
+        _legend(axes, results, {kernel["kernel"] for _, kernel in points})
+    return path
+
+
+def headline(kernels: list[Results]) -> str:
+    """What binds the kernels."""
+    by_issue = sum(kernel["bound"] == "issue" for kernel in kernels)
+    if by_issue:
+        return f"Instructions bind {by_issue} of {len(kernels)} kernels, the memory the others"
+    nearest = max(kernel["seconds"]["issue"] / kernel["seconds"]["memory"] for kernel in kernels)
+    return f"The memory binds every kernel: instructions take at most {100 * nearest:.0f} % of its time"
+
+
+def _ridge(axes: Axes, gpu: Gpu, widths: list[int]) -> None:
+    """The axes, and the line on which the memory and the processors take as long."""
+    ends = [0.8 * widths[0], 1.25 * widths[-1]]
+    ridge = issue_rate(gpu) / gpu.bandwidth  # instructions in the time of a byte
+    label = f"{ridge:.1f} instructions a byte:\nboth take as long"
+    axes.plot(ends, [ridge * width for width in ends], color=INK, linewidth=1.6, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlim(*ends)
+    _ticks(axes, widths)
+    axes.set(xlabel="bytes an element (log scale)", ylabel="instructions an element (log scale)")
+    place: dict[str, Any] = {"transform": axes.transAxes, "color": SOFT}
+    axes.text(0.98, 0.03, "below the line: bound by memory", ha="right", **place)
+    axes.text(0.02, 0.96, "above: bound by instructions", **place)
+
+
+def _legend(axes: Axes, results: Results, kernels: set[str]) -> None:
+    entries = [(mark, INK, f"{name} kernel") for name, mark in MARKS.items() if name in kernels]
+    for colour, found in zip(STEPS, results["cases"], strict=False):
+        head, dtypes, *options = profile_steps.case_title(found).split(", ")
+        entries.append(("o", colour, "\n  ".join((f"{head}, {dtypes}", *options))))
+    if len(results["cases"]) > len(STEPS):
+        entries.append(("o", SOFT, "other steps"))
+    for mark, colour, label in entries:
+        axes.plot([], [], mark, color=colour, markersize=8, label=label)
+    axes.legend(frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def measured(results: Results, path: Path) -> Path:
+    """Bytes a second of each kernel, beside a copy's."""
+    bars = [(found, row) for found in results["cases"] for row in found["kernels"] if row["moved"]]
+    names = [f"{profile_steps.case_title(found)}:\n{row['kernel']} {row['tile']}" for found, row in bars]
+    speeds, heights = [row["gbs"] for _, row in bars], range(len(bars))
+    slowest = min(row["pct_copy"] for _, row in bars)
+    head = f"Every kernel moves at least {slowest:.0f} % of what a copy does"
+    grid: dict[str, Any] = {"left": 0.36, "top": 0.97, "right": 0.95}
+    with figure(path, 1.6 + 0.5 * len(bars), (head, profile_gpu.title(results)), **grid) as (axes,):
+        axes.barh(heights, speeds, color=STEPS[0], height=0.62)
+        axes.set_yticks(heights, names)
+        axes.invert_yaxis()
+        axes.axvline(results["copy_gbs"], color=INK, linewidth=1.6)
+        for height, (_, row) in zip(heights, bars, strict=True):
+            text = f"{row['pct_copy']:.0f} %, {row['us']:,.0f} us"
+            place = INSIDE if row["pct_copy"] > 30 else BESIDE
+            axes.annotate(text, (row["gbs"], height), textcoords="offset points", fontsize=9, **place)
+        axes.set(xlabel="GB/s; the line is a copy in the same run")
+        axes.set_xlim(0, 1.05 * max(results["copy_gbs"], *speeds))
+    return path
