@@ -21,6 +21,10 @@ each_run = pytest.mark.parametrize(
         if b == "eager" or n in COMPILED
     ],
 )
+# What is around a loop, and is seen in the others' on few of them.
+each_rule_eager = pytest.mark.parametrize(
+    ("rule", "backend"), [pytest.param(rule, "eager", id=f"{name}-eager") for name, rule in RULES.items()]
+)
 EVERYTHING = {
     "max_grad_norm": 1.0,
     "skip_nonfinite": True,

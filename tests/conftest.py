@@ -4,11 +4,12 @@ import os
 import random
 import re
 import zlib
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from cases import BACKENDS, BY_LOOPS, DEVICE, Twin, parameters
+from cases import BACKENDS, BY_LOOPS, DEVICE, FUSED, Twin, parameters
 from rule_cases import RULES, Rule
 
 
@@ -30,6 +31,19 @@ def environment():
     if os.environ != kept:
         os.environ.clear()
         os.environ.update(kept)
+
+
+def may_be_interpreted(path: Path) -> bool:
+    """Whether tests of a file may have the mark "interpreted", which comes with kernel_cases.TRITON."""
+    text = path.read_text(encoding="utf-8")
+    return "kernel_cases" in text or "mark.interpreted" in text
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where kernels are interpreted, and no file is asked for, the others are not even imported."""
+    asked = config.option.file_or_dir or os.environ.get("TRITON_INTERPRET") != "1"
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if not asked and is_test and not may_be_interpreted(collection_path) else None
 
 
 @pytest.fixture
@@ -62,23 +76,55 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # Every kind of loop is compiled, and tried, by the kernel tests: these files are about what is around a loop,
-# and have one rule's.
-ONE_RULES_LOOPS = ("test_contract", "test_chain", "test_plans")  # how their names begin
+# and have one rule's. A kind takes one to five seconds to compile, more than all else that they do.
+ONE_RULES_LOOPS = tuple(
+    f"test_{name}" for name in ("contract", "chain", "plans", "faults", "noise", "properties")
+)
+MOST_KINDS = 8  # of loops, that such a file may compile
+
+
+def is_around_loops(path: Path) -> bool:
+    return path.stem.startswith(ONE_RULES_LOOPS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out loops of other rules than AdamW in files that are not about them."""
+    """Leaves out loops of other rules than AdamW in files that are not about them; the kernels come first."""
 
     def is_wanted(item: pytest.Item) -> bool:
-        params = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
-        rule = params.get("rule", "AdamW")
+        given = getattr(item, "callspec", None)
+        if given is None or not is_around_loops(item.path):
+            return True
+        rule = given.params.get("rule", "AdamW")
         name = rule.name if isinstance(rule, Rule) else rule
-        elsewhere = item.path.stem.startswith(ONE_RULES_LOOPS) and params.get("backend") == "numba"
-        return not elsewhere or name == "AdamW"
+        return name == "AdamW" or "numba" not in given.id.split("-")
 
-    items[:] = filter(is_wanted, items)
+    def comes_late(item: pytest.Item) -> bool:
+        return not item.path.stem.startswith("test_kernels")  # what compiles most comes first
+
+    items[:] = sorted(filter(is_wanted, items), key=comes_late)
+    marked = {item.path for item in items if item.get_closest_marker("interpreted")}
+    assert all(map(may_be_interpreted, marked)), "a file that the interpreted run would leave out"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_loops(request: pytest.FixtureRequest):
+    """Fails where such a file asks for more kinds of loops, whether they were compiled before or not."""
+    if not (is_around_loops(request.path) and FUSED == "numba"):
+        yield
+        return
+    from fusedcalib.executors.numba import run
+
+    asked, compiled = set(), run.kernel_for
+
+    def kernel_for(*kind):
+        asked.add(kind)
+        return compiled(*kind)
+
+    kernel_for.cache_info = compiled.cache_info
+    run.kernel_for = kernel_for
+    yield
+    run.kernel_for = compiled
+    assert len(asked) <= MOST_KINDS, f"{request.path.name} compiles {len(asked)} kinds of loops"
 
 
 @pytest.fixture

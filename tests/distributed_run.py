@@ -22,7 +22,7 @@ from fusedcalib import GradientNoise, WeightNoise
 
 # Even and uneven rows, fewer rows than ranks, a convolution, vectors, a scalar.
 SHAPES = ((8, 8), (5, 7), (1, 6), (4, 3, 2, 2), (9,), (1,), (12, 4))
-STEPS = {"SGD": 20, "AdamW": 20}  # of the others 8
+STEPS = 8
 LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
 CHAIN["centralize"] = True
@@ -72,7 +72,7 @@ def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, 
     runs = [RULES[rule].ours(params, **options) for params in (whole, parts)]
     counted = []
     original = dist.all_reduce
-    for _ in range(STEPS.get(rule, 8)):
+    for _ in range(STEPS):
         gradients = [torch.randn_like(t) for t in start]
         for p, q, g in zip(whole, parts, gradients, strict=True):
             p.grad, q.grad = g, spread(g, mesh, placements)

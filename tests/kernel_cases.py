@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
-import numpy
 import pytest
 import torch
 from kernel_variants import VARIANTS
@@ -32,21 +31,10 @@ FUSED = [NUMBA, TRITON]
 BACKENDS = ["eager", *FUSED]
 
 
-def _convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """fp32 from and to bf16, to nearest even, as every GPU does it."""
-    if target.name == "fp32":
-        return values.astype("uint32") << 16
-    rounded = torch.from_numpy(numpy.array(values)).to(torch.bfloat16)
-    return rounded.view(torch.int16).numpy().view("uint16").reshape(values.shape)
+if INTERPRETED:
+    import kernel_interpreter
 
-
-if INTERPRETED:  # the interpreter drops the bits instead of rounding (triton-lang/triton #8322)
-    from triton.runtime import interpreter
-
-    _original = interpreter._convert_float
-    interpreter._convert_float = lambda values, source, target, rounding: (
-        _convert if {source.name, target.name} == {"fp32", "bf16"} else _original
-    )(values, source, target, rounding)
+    kernel_interpreter.improve()
 
 
 def device_of(backend: str) -> str:

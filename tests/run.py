@@ -1,7 +1,14 @@
-"""Do all set-up, then pass the tests: python3 tests/run.py [arguments of pytest].
+"""Do all set-up, then pass the tests: python3 tests/run.py [--all | --quick] [arguments of pytest].
 
+  --all     also what is marked "slow": whole trainings, papers, frameworks, every rank of a large mesh, of
+            which the rest has one short run each. Without it the run takes some five minutes of two cores.
+  --quick   a smoke test in less than a minute: the contract of a step, the layout in memory, the
+            references, the kernel with two rules. It says that nothing is badly broken, no more.
+  --help    this.
+
+All other arguments are pytest's (`python -m pytest --help`), as -x, -k, --durations=10, a file or a test.
 Triton reads TRITON_INTERPRET when a kernel is decorated, so one process has one mode: where there
-is no GPU, the tests marked "interpreted" run in a process of their own. That is done with -m, which
+is no GPU, the tests marked "interpreted" run in processes of their own. That is done with -m, which
 the arguments can therefore not use. Paths in them start at the root of the repository.
 """
 
@@ -20,10 +27,28 @@ import bootstrap
 OPTIONAL = ("numba", "scikit-learn", "hypothesis", "expecttest", "pytest-timeout", "pytest-benchmark")
 OPTIONAL += ("accelerate", "pytorch-lightning", "pytest-xdist", "matplotlib")
 SELECTED = {"plain": "not interpreted", "interpreted": "interpreted"}
+# What --quick passes to pytest in each mode.
+QUICK = {
+    "plain": [
+        *("tests/test_contract_step.py", "tests/test_plans.py", "tests/test_layout.py"),
+        *("tests/test_reference.py", "tests/test_eager.py", "tests/test_scalars.py", "tests/test_groups.py"),
+    ],
+    "interpreted": ["tests/test_kernels.py", "-k", "recipe and (AdamW or Lion)"],
+}
+# Over two processes each. What one test of a file compiles serves the others; interpreted none does.
+SPREAD = {
+    "plain": ["-n2", "--dist=loadfile", "--no-loadscope-reorder"],
+    "interpreted": ["-n2", "--dist=worksteal"],
+}
 NONE_COLLECTED = 5  # pytest's exit code
 
 
 def work(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
+    whole, quick = "--all" in arguments, "--quick" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--all", "--quick")]
     python, variables = bootstrap.prepare("pytest")
     lacking = bootstrap.missing(*OPTIONAL) if python == sys.executable else []
     if lacking:
@@ -31,41 +56,41 @@ def work(arguments: list[str]) -> int:
     color = ["--color=yes"] if sys.stdout.isatty() else []
     # A file that cannot be imported is one failure, and keeps no other from running.
     command = [python, "-m", "pytest", *color, "--continue-on-collection-errors", *arguments]
-    spread = (
-        [] if "pytest-xdist" in lacking or arguments else ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
-    )
     modes = list(SELECTED)
     if sys.platform != "linux" or bootstrap.gpu():
         print("no interpreted run: on a GPU the kernels run compiled, and only Linux has Triton")
         modes.remove("interpreted")
+    commands = {}
+    for mode in modes:
+        marks = SELECTED[mode] if whole else f"{SELECTED[mode]} and not slow"
+        commands[mode] = [*command, *(QUICK[mode] if quick else []), "-m", marks]
+    spread = not (quick or arguments or "pytest-xdist" in lacking)
     with tempfile.TemporaryDirectory() as folder:
-        codes = run(modes, command, variables, Path(folder), spread)
+        codes = run(commands, variables, Path(folder), spread)
         outcomes = [outcome for mode in modes for outcome in read(Path(folder, f"{mode}.xml"))]
     code, line = verdict(codes, outcomes)
     print(line, flush=True)
     return code
 
 
-def run(
-    modes: list[str], command: list[str], variables: dict[str, str], folder: Path, spread: list[str]
-) -> list[int]:
+def run(commands: dict[str, list[str]], variables: dict[str, str], folder: Path, spread: bool) -> list[int]:
     """The exit codes of pytest in each mode; both modes at the same time if there are two cores.
 
-    The plain run is then the longer one: with the options `spread` it goes over two processes, so that the
-    other core is not idle when the interpreted one has ended.
+    With `spread` each mode has two processes: both cores have work until the last test, whichever mode
+    takes longer.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    together = 1 < len(modes) <= cores
+    together = 1 < len(commands) <= cores
     processes = {}
     try:
-        for mode in modes:
+        for mode, command in commands.items():
             # The interpreter is NumPy and Python, and has no use for more than one thread.
             threads = 1 if mode == "interpreted" else cores - together
-            more = spread if mode == "plain" and together else []
+            more = SPREAD[mode] if spread and together else []
             processes[mode] = start(mode, [*command, *more], threaded(variables, threads), folder)
             if not together:
                 show(mode, processes[mode], folder)
-        for mode in modes if together else []:
+        for mode in commands if together else []:
             show(mode, processes[mode], folder)
         return [process.wait() for process in processes.values()]
     finally:
@@ -80,7 +105,7 @@ def threaded(variables: dict[str, str], threads: int) -> dict[str, str]:
 
 def start(mode: str, command: list[str], variables: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
     """pytest in one mode, which writes what it has to say into a file until its turn comes."""
-    command = [*command, "-m", SELECTED[mode], f"--junitxml={folder / mode}.xml"]
+    command = [*command, f"--junitxml={folder / mode}.xml"]
     variables = variables | ({"TRITON_INTERPRET": "1"} if mode == "interpreted" else {})
     with Path(folder, f"{mode}.txt").open("wb") as output:
         return subprocess.Popen(

@@ -81,6 +81,9 @@ BACKENDS += ["triton"] if torch.cuda.is_available() else []
 FACADES = {name: partial(Facade, name) for name in BACKENDS}
 SUBJECTS: dict[str, Callable[..., Any]] = {"oracle": Oracle, **FACADES}
 each_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS.keys())
+# For what would compile loops of its own: those are the kernel tests', against the same oracles.
+WITHOUT_LOOPS = {name: subject for name, subject in SUBJECTS.items() if name != "numba"}
+each_without_loops = pytest.mark.parametrize("subject", WITHOUT_LOOPS.values(), ids=WITHOUT_LOOPS.keys())
 each_facade = pytest.mark.parametrize("facade", FACADES.values(), ids=FACADES.keys())
 
 MATRICES = ((1, 12), (5, 7), (3, 2), (4, 2, 5), (3, 1, 3, 3), (2, 3, 2, 2))

@@ -5,12 +5,12 @@ import io
 import pytest
 import torch
 from cases import DEVICE, assert_identical, assert_near, parameters, snapshot, tolerance, train
-from chain_cases import Pair, each_backend, each_run
+from chain_cases import Pair, each_backend, each_rule_eager, each_run
 
 import fusedcalib
 
 
-@each_run
+@each_rule_eager
 def test_the_average_is_that_of_foreach_lerp(rule, backend):
     pair = Pair(rule, backend, {"ema_decay": 0.9})
     average = [q.detach().clone() for q in pair.others]
@@ -29,11 +29,13 @@ def test_the_average_is_that_of_foreach_lerp(rule, backend):
 @pytest.mark.parametrize("columns", [40, 20_000, 40_004])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_average_is_of_what_is_stored(backend, columns, dtype):
-    """After projection and rounding to bf16; kept in fp32. On rows of any length."""
+    """After projection and rounding to bf16; kept in fp32. On rows of any length; one is short enough."""
     w = torch.nn.Parameter(torch.randn(3, columns, device=DEVICE).to(dtype))
+    w.data[0] *= 0.5 / columns**0.5
     start = w.detach().float().clone()
     opt = fusedcalib.SGD([w], lr=0.5, ema_decay=0.75, max_row_norm=1.0, centralize=True, backend=backend)
     w.grad = torch.randn_like(w)
+    w.grad[0] = 0.0
     opt.step()
     ema = opt.state[w]["ema"]
     assert ema.dtype == torch.float32
@@ -95,6 +97,8 @@ DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (tor
 @pytest.mark.parametrize("as_name", [False, True])
 def test_state_dtype_survives(rule, backend, dtype, state, as_name):
     """Made, saved, loaded by an optimizer with or without it, and by one that loads another's."""
+    if backend == "numba" and dtype != torch.bfloat16:
+        pytest.skip("of loops one pair of dtypes; all are tried in tests/test_kernels.py")
     wanted = str(state).removeprefix("torch.") if as_name else state
     params = parameters(dtype=dtype)
     opt = rule.ours(params, **rule.options, state_dtype=wanted, ema_decay=0.9, backend=backend)

@@ -29,7 +29,10 @@ def products(optimizer, params):
     return [state_of(optimizer, p).get("mu_product") for p in params]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+DTYPES = [(b, torch.float32) for b in BACKENDS] + [("eager", d) for d in (torch.float64, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES, ids=str)
 def test_c13_the_product_is_a_host_scalar(backend, dtype):
     built = Twin(NADAM, backend, parameters(dtype=dtype), **NADAM.options).step(2)
     for p in built.params:

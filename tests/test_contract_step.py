@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import DEVICE, assert_identical, parameters, snapshot, state_of, tolerance, train
+from cases import BACKENDS, DEVICE, assert_identical, parameters, snapshot, state_of, tolerance, train
 from rule_cases import RULES, each
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -161,10 +161,8 @@ def test_c28_parameters_on_another_device(rule, ours):
     [
         ({}, torch.float32),
         ({}, torch.bfloat16),
-        ({"maximize": True}, torch.float32),
         ({"centralize": True}, torch.float32),
-        ({"centralize": "update"}, torch.float32),
-        ({"l1": 0.1, "max_row_norm": 0.5}, torch.float32),
+        ({"maximize": True, "centralize": "update", "l1": 0.1, "max_row_norm": 0.5}, torch.float32),
     ],
     ids=str,
 )
@@ -203,7 +201,9 @@ def test_c32_every_written_tensor_counts(rule, twin):
     assert all(t._version > v for t, v in zip(written, versions, strict=True))
 
 
-@pytest.mark.parametrize("name", ["SGD", "SGDW", "Signum"])
+@pytest.mark.parametrize(
+    ("name", "backend"), [*(("SGD", b) for b in BACKENDS), ("SGDW", "eager"), ("Signum", "eager")]
+)
 def test_c33_without_momentum_no_state_is_left(name, backend):
     params = parameters()
     optimizer = RULES[name].ours(params, backend=backend, momentum=0)

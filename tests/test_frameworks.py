@@ -176,13 +176,19 @@ def transformers_run(cls, folder, start, by_class=False, **options):
 @pytest.mark.parametrize(
     ("run", "options", "atol"),
     [
-        (lightning_run, {}, 1e-5),
         (lightning_run, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, 1e-5),
-        (lightning_run, {"precision": "bf16-mixed"}, 5e-3),  # what differs by rounding may round apart
         (accelerate_run, {}, 1e-5),
-        (accelerate_run, {"gradient_accumulation_steps": 2, "mixed_precision": "bf16"}, 5e-3),
         (transformers_run, {}, 1e-5),
-        (transformers_run, {"by_class": True, "gradient_accumulation_steps": 2}, 1e-5),
+        *(
+            pytest.param(*setting, marks=pytest.mark.slow)
+            for setting in (
+                (lightning_run, {}, 1e-5),
+                # what differs by rounding may round apart
+                (lightning_run, {"precision": "bf16-mixed"}, 5e-3),
+                (accelerate_run, {"gradient_accumulation_steps": 2, "mixed_precision": "bf16"}, 5e-3),
+                (transformers_run, {"by_class": True, "gradient_accumulation_steps": 2}, 1e-5),
+            )
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", "+".join(value) if isinstance(value, dict) else None),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, FUSED, Case, device_of, matrix
+from kernel_cases import BACKENDS, FUSED, TRITON, Case, device_of, matrix
 from kernel_run import INF, NAN, assert_same_bits, ordinary, run
 from kernel_trial import gradient_values, parameter_values
 
@@ -24,7 +24,6 @@ BY_ROWS = {
     "Lion projected": named("Lion", False, l1=0.05, max_row_norm=2.0),
 }
 TWO = {name: BY_ROWS[name] for name in ("AdamW", "Adam update")}
-by_rows = pytest.mark.parametrize("case", BY_ROWS.values(), ids=BY_ROWS)
 Groups = list[list[dict[str, Any]]]  # param groups of each optimizer
 
 
@@ -56,9 +55,23 @@ def test_grouping_changes_nothing(backend: str, case: Case):
         assert_same_bits(run(backend, case, *numbers, arrange=grouping), expected)
 
 
-@by_rows
-@pytest.mark.parametrize("columns", [64, 200, 4096, 5000, 20000, 40000])
-@pytest.mark.parametrize("backend", FUSED)
+# Rows of every class. Interpreted a long one takes a second: each stage in some of them.
+COLUMNS = (64, 200, 4096, 5000, 20000, 40000)
+OF_TRITON = {
+    "AdamW": COLUMNS,
+    "Adam update": (64, 5000),
+    "SGD": (200, 40000),
+    "Lion projected": (4096, 40000),
+}
+NEIGHBOURS = [
+    pytest.param(*param.values, columns, case, id=f"{param.values[0]}-{columns}-{name}", marks=param.marks)
+    for param in FUSED
+    for name, case in BY_ROWS.items()
+    for columns in (OF_TRITON[name] if param is TRITON else COLUMNS)
+]
+
+
+@pytest.mark.parametrize(("backend", "columns", "case"), NEIGHBOURS)
 def test_a_row_does_not_depend_on_its_neighbours(backend: str, columns: int, case: Case):
     """Five rows in one tensor, or in three: rows are added up in the same order. Some are projected."""
     if "max_row_norm" in case.options:

@@ -135,8 +135,9 @@ def expected_noise(p, step, seed, index, sigma, stage):
     return torch.from_numpy(values).view(p.shape)
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*((b, torch.float32) for b in BACKENDS), ("eager", torch.float64)], ids=str
+)
 def test_gradient_noise_is_added_to_the_gradient(backend, dtype):
     params = parameters(dtype=dtype)
     start = [p.detach().clone() for p in params]
@@ -193,7 +194,7 @@ ARRANGED = {
 
 @each_backend
 @pytest.mark.parametrize("arranged", ARRANGED)
-@pytest.mark.parametrize(("kind", "centralize"), [(NOISES[0], True), (NOISES[1], False)])
+@pytest.mark.parametrize(("kind", "centralize"), [(NOISES[0], "update"), (NOISES[1], False)])
 def test_noise_does_not_depend_on_grouping_or_order(backend, arranged, kind, centralize):
     expected = run(backend, "AdamW", kind, list, centralize)
     assert_identical(run(backend, "AdamW", kind, ARRANGED[arranged], centralize), expected)
@@ -213,7 +214,7 @@ def test_noise_does_not_depend_on_tiling(backend):
 
 
 @pytest.mark.parametrize("kind", NOISES, ids=lambda k: k.kind)
-@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+@pytest.mark.parametrize("rule", ["AdamW"])
 def test_executors_agree(rule, kind):
     """Up to a square root of torch's, which is off by an ulp on a CPU, and what a rule makes of it."""
     found = [run(backend, rule, kind, list, "update") for backend in BACKENDS]
@@ -249,7 +250,7 @@ def test_noise_in_groups_is_plain():
     assert fusedcalib.SGD(parameters()).param_groups[0]["noise"] == {}
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["eager", *(b for b in BACKENDS if b == "triton")])
 def test_noise_may_be_set_in_a_group_and_taken_away(backend):
     """SGD keeps no count of steps without it; a momentum that exists is not taken for a first one."""
     params = parameters()

@@ -27,6 +27,7 @@ from subjects import (
     each_bounded,
     each_rule,
     each_subject,
+    each_without_loops,
     follow,
     path_bound,
     problem,
@@ -110,7 +111,7 @@ def test_decoupled_decay_shrinks_row_sums_by_its_own_product(
     close(row_sums(run.params[0]), expected, DRIFT)
 
 
-@each_subject
+@each_without_loops
 def test_adam_with_a_centred_gradient_moves_row_sums(subject: Any) -> None:
     """The division by the root of v undoes the zero sum; so the tests above can fail."""
     w, grads = problem(0, (5, 7), 50)
@@ -118,7 +119,7 @@ def test_adam_with_a_centred_gradient_moves_row_sums(subject: Any) -> None:
     assert float((row_sums(end) - row_sums(w)).abs().max()) > 1e-3
 
 
-@each_subject
+@each_without_loops
 @pytest.mark.parametrize("options", [PLAIN, MOMENTUM, NESTEROV])
 @LONG
 @given(SEED, st.floats(-2, 2))
@@ -135,7 +136,7 @@ def test_theorem_4_1_with_its_sign_corrected(
     close(change, -gamma * row_sums(w), 2 * DRIFT + 2 * 12 * 12 * 8 * EPS)
 
 
-@each_subject
+@each_without_loops
 @PROPERTY
 @given(SEED, MATRIX)
 def test_centring_commutes_with_momentum(subject: Any, seed: int, shape: tuple[int, ...]) -> None:

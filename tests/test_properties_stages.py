@@ -20,6 +20,7 @@ from subjects import (
     close,
     draw,
     each_subject,
+    each_without_loops,
     follow,
     path_bound,
     problem,
@@ -117,7 +118,7 @@ def test_the_elastic_net_is_part_of_the_gradient(
         assert torch.equal(run.params[0], hand.params[0])
 
 
-@each_subject
+@each_without_loops
 @PROPERTY
 @given(SEED)
 def test_penalties_are_centred_with_the_gradient(subject: Any, seed: int) -> None:
@@ -132,7 +133,7 @@ def test_penalties_are_centred_with_the_gradient(subject: Any, seed: int) -> Non
     close(run.params[0], hand.params[0], path_bound(3 * 7, 4))
 
 
-@each_subject
+@each_without_loops
 @PROPERTY
 @given(SEED, st.floats(0.01, 2))
 def test_l1_pulls_towards_zero_and_leaves_zero_alone(subject: Any, seed: int, l1: float) -> None:

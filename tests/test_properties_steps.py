@@ -27,6 +27,7 @@ from subjects import (
     each_facade,
     each_rule,
     each_subject,
+    each_without_loops,
     follow,
     problem,
     same_bits,
@@ -55,7 +56,7 @@ def test_the_first_step_of_adam_is_the_sign(subject: Any, seed: int, power: int)
     close(end, (1 - 0.5 * 0.1) * w - 0.5 * g.sign(), (0.5 * 8 + 4) * EPS)
 
 
-@each_subject
+@each_without_loops
 @pytest.mark.parametrize("where", [False, "gradient", "update"])
 @PROPERTY
 @given(SEED, st.integers(-10, 10))
@@ -123,7 +124,7 @@ FORMS = [(lecture, MOMENTUM), (lecture_nag, NESTEROV), (average, MOMENTUM), (pol
 FORMS += [(nag_sc, {"lr": SMOOTH, "momentum": NAG_SC, "nesterov": True, "weight_decay": 0.1})]
 
 
-@each_subject
+@each_without_loops
 @pytest.mark.parametrize(("form", "options"), FORMS)
 @PROPERTY
 @given(SEED)

@@ -51,6 +51,8 @@ def test_interpreted():
     assert os.environ["OMP_NUM_THREADS"] == "1"
 @pytest.mark.skip
 def test_skipped(): pass
+@pytest.mark.slow
+def test_slow(): pass
 @pytest.mark.skipif("BREAK" not in os.environ, reason="on demand")
 def test_failing(): raise ValueError("seen " + "it")
 """
@@ -62,6 +64,8 @@ BROKEN = "import os\nif 'BREAK' in os.environ: import no_such_module\n"
     ("gpu", "arguments", "line"),
     [
         ("", [], "2 passed, 0 failed, 2 skipped"),
+        ("", ["--all"], "3 passed, 0 failed, 2 skipped"),
+        ("", ["--quick"], "1 passed, 0 failed, 0 skipped"),
         ("nvidia", [], "1 passed, 0 failed, 2 skipped"),
         ("", ["-k", "test_interpreted"], "1 passed, 0 failed, 0 skipped"),
         ("", ["tests/test_it.py", "-k", "test_failing"], "0 passed, 1 failed, 0 skipped"),
@@ -72,7 +76,7 @@ def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, argum
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     (tmp_path / "tests" / "test_broken.py").write_text(BROKEN)
-    settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["interpreted"]\n'
+    settings = '[tool.pytest.ini_options]\ntestpaths = ["tests"]\nmarkers = ["interpreted", "slow"]\n'
     options = 'addopts = "--strict-markers -p no:cacheprovider"\n'
     (tmp_path / "pyproject.toml").write_text(settings + options)
     # As in a Python that lacks every plugin.
@@ -82,6 +86,7 @@ def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, argum
     fails = "test_failing" in " ".join(arguments)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "QUICK", {"plain": ["-k", "test_plain"], "interpreted": ["-k", "no_test"]})
     monkeypatch.setattr(bootstrap, "gpu", lambda: gpu)
     monkeypatch.setattr(bootstrap, "missing", lambda *names: ["pytest-benchmark", "pytest-xdist"])
     monkeypatch.setattr(
@@ -95,3 +100,17 @@ def test_both_modes_run_and_are_counted(monkeypatch, tmp_path, capfd, gpu, argum
     assert ("ValueError: seen it" in output) == fails
     assert ("no interpreted run" in output) == bool(gpu)
     assert ("\ninterpreted run:" in output) == (not gpu)
+
+
+def test_the_smoke_test_is_of_files_that_are_there():
+    for arguments in runner.QUICK.values():
+        files = [argument for argument in arguments if argument.startswith("tests/")]
+        assert files
+        assert all((bootstrap.ROOT / file).exists() for file in files)
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_names_what_is_not_pytests(argument, monkeypatch, capsys):
+    monkeypatch.setattr(bootstrap, "prepare", None)  # it comes before any set-up
+    assert runner.work([argument]) == 0
+    assert {"--all", "--quick"} <= {*capsys.readouterr().out.split()}
