@@ -56,8 +56,8 @@ def norm_kernel(table, grads, tiles, sums, control, SPEC: tl.constexpr):
     The tiles that the step reads first come last, so that the L2 cache still has them then.
     table, grads, tiles: as of step_kernel; sums: `Sums`; control: `Control`; SPEC: a `NormSpec` of spec.py.
     """
-    TALL: tl.constexpr = SPEC.TALL
-    WIDE: tl.constexpr = SPEC.WIDE
+    TALL: tl.constexpr = SPEC.BLOCK.R
+    WIDE: tl.constexpr = SPEC.BLOCK.C
     AT_ONCE: tl.constexpr = SPEC.AT_ONCE
     LOOP: tl.constexpr = SPEC.SLOTS.REDUCTION == "loop"
     squares = tl.zeros([TALL, WIDE], tl.float64)
@@ -99,7 +99,7 @@ def decide_last(sums, control, SPEC: tl.constexpr):
 
 @jit
 def row_at(table, grads, tiles, index, count, SPEC: tl.constexpr):
-    """The Row of a tile, from where its rows begin: a scalar. Past `count` it has no columns."""
+    """The Row of a tile. Past `count` it has no columns."""
     SLOTS: tl.constexpr = SPEC.SLOTS
     VECTOR: tl.constexpr = SLOTS.VECTOR
     at = tl.minimum(index, count - 1)
@@ -110,23 +110,21 @@ def row_at(table, grads, tiles, index, count, SPEC: tl.constexpr):
     columns = tl.where(index < count, columns_of(base, SLOTS), 0)
     if VECTOR > 1:
         columns = tl.multiple_of(columns, VECTOR)
-    return Row(base, grad, row_block * SLOTS.R, (), piece, columns, ())
+    return Row(base, grad, row_block * SLOTS.R, piece, columns, ())
 
 
 @jit
 def gradients_of(row, start, SPEC: tl.constexpr):
-    """The gradient's tile from the row's and column `start` on, 0 outside: a tuple of blocks [TALL, WIDE]."""
+    """The gradient's tile from the row's and column `start` on, 0 outside: a tuple of blocks."""
     SLOTS: tl.constexpr = SPEC.SLOTS
-    TALL: tl.constexpr = SPEC.TALL
-    WIDE: tl.constexpr = SPEC.WIDE
-    BLOCKS: tl.constexpr = SLOTS.R * SLOTS.C // (TALL * WIDE)
-    DOWN: tl.constexpr = TALL if SLOTS.R > 1 else 0  # to the next block
-    RIGHT: tl.constexpr = 0 if SLOTS.R > 1 else WIDE
+    BLOCK: tl.constexpr = SPEC.BLOCK
+    COUNT: tl.constexpr = SLOTS.R * SLOTS.C // (BLOCK.R * BLOCK.C)
+    DOWN: tl.constexpr = BLOCK.R if SLOTS.R > 1 else 0  # to the next block
+    RIGHT: tl.constexpr = 0 if SLOTS.R > 1 else BLOCK.C
     found = ()
-    for i in tl.static_range(BLOCKS):
-        rows, lane = row.r + i * DOWN + tl.arange(0, TALL), tl.arange(0, WIDE)
-        block = Row(row.base, row.grad, rows, lane, row.piece, row.columns, ())
-        _cells, values = load_tile(block, start + i * RIGHT, SLOTS, "")
+    for i in tl.static_range(COUNT):
+        block = Row(row.base, row.grad, row.first + i * DOWN, row.piece, row.columns, ())
+        _cells, values = load_tile(block, start + i * RIGHT, BLOCK, "")
         found = found + (values[1],)
     return found
 

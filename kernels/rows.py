@@ -88,7 +88,8 @@ def must_finish(row, squares, SPEC: tl.constexpr):
 def finish_tile(row, start, squares, SPEC: tl.constexpr):
     """Projects and finishes a tile [1, C] of a row of which the norm had to be known first."""
     cells, values = load_tile(row, start, SPEC, "")
-    p = rounded(projected(values[0], squares, row.h), rounding_tile(row, start, SPEC), SPEC)
+    bits = rounding_tile(row, start, SPEC)
+    p = rounded(projected(values[0], squares, row.h), bits, SPEC)
     state = ()
     if SPEC.FLAGS.ema:
         state = averaged(p, values[2:3], row.h, SPEC)

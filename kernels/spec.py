@@ -114,8 +114,7 @@ class NormSpec(NamedTuple):
     """One specialisation of norm_kernel."""
 
     SLOTS: Spec  # rule and flags are blank
-    TALL: int  # rows and columns of a block, which are some rows of a tile or columns of its one
-    WIDE: int
+    BLOCK: Spec  # the same, R and C those of a block: some rows of a tile, or columns of its one
     AT_ONCE: int  # tiles that a program reads before it adds any of them up
     DECIDER: DeciderSpec | None  # None where sums are added up elsewhere
 
@@ -128,7 +127,7 @@ def norm_spec(spec: Spec, decider: DeciderSpec | None) -> NormSpec:
     tall, wide = (slots.R // blocks, slots.C) if slots.R > 1 else (1, slots.C // blocks)
     bits = elements * slots.DTYPES[1].primitive_bitwidth
     at_once = max(1, 8 * NORM_BYTES // bits) if slots.VECTOR > 1 else 1
-    return NormSpec(slots, tall, wide, at_once, decider)
+    return NormSpec(slots, slots._replace(R=tall, C=wide), at_once, decider)
 
 
 def tile_for(rows: int, columns: int, by_rows: bool, tensors: int, split: bool = False) -> Tile:

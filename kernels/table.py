@@ -35,8 +35,7 @@ class Row(NamedTuple):
 
     base: Any  # the slot's row of the table
     grad: Any  # address of its gradient
-    r: Any  # rows [R]
-    lane: Any  # 0 ... C - 1
+    first: Any  # row
     piece: Any  # column block of the tile
     columns: Any  # of the slot
     h: Any  # Numbers
@@ -45,19 +44,25 @@ class Row(NamedTuple):
 class Cells(NamedTuple):
     """Where in its rows a program reads and writes."""
 
+    r: Any  # rows [R]
     c: Any  # columns [C]
     mask: Any  # [R, C], which of them there are
 
 
 @jit
 def row_of(table, grads, tiles, scalars, SPEC: tl.constexpr):
-    """The rows of this program's tile. Arguments as step_kernel's."""
+    """What this program works on. Arguments as step_kernel's."""
     slot, row_block, piece = tile_of(tiles, tl.program_id(0))
     base, grad = table + slot * SPEC.FIELDS, tl.load(grads + slot)
     columns = columns_of(base, SPEC)
     h = numbers_of(base, scalars, SPEC)
-    r = row_block * SPEC.R + tl.arange(0, SPEC.R)
-    return Row(base, grad, r, tl.arange(0, SPEC.C), piece, columns, h)
+    return Row(base, grad, row_block * SPEC.R, piece, columns, h)
+
+
+@jit
+def rows_of(row, SPEC: tl.constexpr):
+    """The rows [R]."""
+    return row.first + tl.arange(0, SPEC.R)
 
 
 @jit
@@ -94,12 +99,12 @@ def numbers_of(base, scalars, SPEC: tl.constexpr):
 
 
 @jit
-def offsets_of(row, c, i: tl.constexpr, SPEC: tl.constexpr):
-    """Element offsets [R, C] of a row's columns c [C] in tensor i of the slot."""
+def offsets_of(row, r, c, i: tl.constexpr, SPEC: tl.constexpr):
+    """Element offsets [R, C] of rows r [R] and columns c [C] in tensor i of the slot."""
     K: tl.constexpr = len(SPEC.DTYPES)
     D: tl.constexpr = SPEC.D
     if D == 0:
-        return row.r[:, None] * row.columns + c[None, :]
+        return r[:, None] * row.columns + c[None, :]
     else:
         strides = row.base + K + _GEOMETRY + D
         inner = c * 0
@@ -108,7 +113,7 @@ def offsets_of(row, c, i: tl.constexpr, SPEC: tl.constexpr):
             size = tl.load(row.base + K + _GEOMETRY + d)
             inner = inner + (rest % size) * tl.load(strides + (d + 1) * K + i)
             rest = rest // size
-        return row.r[:, None] * tl.load(strides + i) + inner[None, :]
+        return r[:, None] * tl.load(strides + i) + inner[None, :]
 
 
 @jit
@@ -128,20 +133,20 @@ def load_tile(row, start, SPEC: tl.constexpr, EVICT: tl.constexpr):
     caches let go of what is read, as of tl.load.
     """
     K: tl.constexpr = len(SPEC.DTYPES)
-    c = start + row.lane
-    inside = row.r < tl.load(row.base + K)
+    r, c = rows_of(row, SPEC), start + tl.arange(0, SPEC.C)
+    inside = r < tl.load(row.base + K)
     mask = inside[:, None] & (c < row.columns)[None, :]
     values = ()
     for i in tl.static_range(K):
-        offsets = offsets_of(row, c, i, SPEC)
+        offsets = offsets_of(row, r, c, i, SPEC)
         address = row.grad if i == 1 else tl.load(row.base + i)
         pointer = pointer_of(address, i, SPEC)
         value = decode(tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT), SPEC)
         if SPEC.FACTORED and i == 1:
             factors = tl.load(row.base + K + 11).to(tl.pointer_type(SPEC.COMPUTE))
-            value = value * tl.load(factors + row.r, inside, other=0)[:, None]
+            value = value * tl.load(factors + r, inside, other=0)[:, None]
         values = values + (value,)
-    return Cells(c, mask), values
+    return Cells(r, c, mask), values
 
 
 @jit
@@ -153,7 +158,7 @@ def store_tile(row, cells, p, state, SPEC: tl.constexpr, EVICT: tl.constexpr):
     values = (p, p) + state
     for i in tl.static_range(len(values)):
         if i != 1:
-            offsets = offsets_of(row, cells.c, i, SPEC)
+            offsets = offsets_of(row, cells.r, cells.c, i, SPEC)
             pointer = pointer_of(tl.load(row.base + i), i, SPEC)
             tl.store(pointer + offsets, encode(values[i], i, SPEC), cells.mask, eviction_policy=EVICT)
 
@@ -161,12 +166,13 @@ def store_tile(row, cells, p, state, SPEC: tl.constexpr, EVICT: tl.constexpr):
 @jit
 def totals_of(row, SPEC: tl.constexpr):
     """Addresses [R] of the sums over ranks, fp64, of the rows."""
-    return tl.load(row.base + len(SPEC.DTYPES) + 10).to(tl.pointer_type(tl.float64)) + row.r
+    return tl.load(row.base + len(SPEC.DTYPES) + 10).to(tl.pointer_type(tl.float64)) + rows_of(row, SPEC)
 
 
 @jit
 def noise_tile(row, start, SPEC: tl.constexpr):
     """Noise [R, C] for C columns from `start` on, 0 where there is no noise."""
+    R: tl.constexpr = SPEC.R
     C: tl.constexpr = SPEC.C
     QUADS: tl.constexpr = SPEC.QUADS
     if SPEC.FLAGS.noise == "none":
@@ -177,18 +183,19 @@ def noise_tile(row, start, SPEC: tl.constexpr):
             purpose = word(ON_WEIGHTS)
         words = words_of(row, purpose, SPEC)
         sigma = row.h.sigma.to(tl.float32)
-        z = normal_tile(indices_of(row, start, SPEC), sigma, words, row.r.shape[0], C, QUADS)
+        z = normal_tile(indices_of(row, start, SPEC), sigma, words, R, C, QUADS)
         return z.to(SPEC.COMPUTE)
 
 
 @jit
 def rounding_tile(row, start, SPEC: tl.constexpr):
     """Sixteen random bits [R, C] for C columns from `start` on; 0 for rounding to nearest."""
+    R: tl.constexpr = SPEC.R
     C: tl.constexpr = SPEC.C
     QUADS: tl.constexpr = SPEC.QUADS
     if SPEC.FLAGS.rounding == "stochastic":
         words = words_of(row, word(ON_ROUNDING), SPEC)
-        return bit_tile(indices_of(row, start, SPEC), words, row.r.shape[0], C, QUADS)
+        return bit_tile(indices_of(row, start, SPEC), words, R, C, QUADS)
     else:
         return 0
 
@@ -197,7 +204,7 @@ def rounding_tile(row, start, SPEC: tl.constexpr):
 def indices_of(row, start, SPEC: tl.constexpr):
     """Index [R, 1] in the whole parameter of column `start` of the rows."""
     place = row.base + len(SPEC.DTYPES) + 8
-    return tl.load(place) + row.r[:, None] * tl.load(place + 1) + start
+    return tl.load(place) + rows_of(row, SPEC)[:, None] * tl.load(place + 1) + start
 
 
 @jit
