@@ -100,7 +100,7 @@ def test_without_a_limit_there_is_no_norm(backend):
 def test_a_norm_that_is_not_finite_is_reported(backend, value, left):
     """As torch's, without error_if_nonfinite: the gradient is multiplied by 1 / inf, or by NaN."""
     p = torch.nn.Parameter(torch.zeros(2, device=DEVICE))
-    opt = fusedcalib.SGD([p], lr=1.0, max_grad_norm=1.0, backend=backend)
+    opt = fusedcalib.SGD([p], lr=1.0, weight_decay=0.1, max_grad_norm=1.0, backend=backend)
     p.grad = torch.tensor([value, 1.0], device=DEVICE)
     opt.step()
     assert not torch.isfinite(opt.grad_norm)
