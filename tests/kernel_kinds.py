@@ -1,7 +1,9 @@
 """What is compiled to be looked at: every rule in its variants and storage, for every row class."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 import fusedcalib
@@ -67,6 +69,12 @@ CLASSES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "loop, all stages": ((8, 32768), ALL_STAGES),
     "pieces": ((2, 40000), CENTRED),
 }
+
+
+def slow_unless(often: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Cases for parametrize: each compiles for half a second, so those that say least are marked "slow"."""
+    marks = pytest.mark.slow
+    return [case if often(*case) else pytest.param(*case, marks=marks) for case in cases]
 
 
 def config(kind: str, row_class: str = "flat", **options: Any) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kernel_cases import INTERPRETED
 from kernel_compiled import TARGETS, compiled, compiled_for, sass, spec_of, spilled
-from kernel_kinds import ALL_STAGES, KINDS, Config, config
+from kernel_kinds import ALL_STAGES, KINDS, Config, config, slow_unless
 
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise
@@ -181,7 +181,12 @@ UNEVEN += [(t, kind, *how) for t in ("sm_80", "sm_90", "gfx942") for kind in WID
 UNEVEN += [("sm_90", "AdamW plain", (8, 1023), "transposed")]
 
 
-@pytest.mark.parametrize(("target", "kind", "shape", "slicing"), UNEVEN)
+def says_most(target: str, kind: str, shape: tuple[int, ...], slicing: str) -> bool:
+    """Of most kinds the longest row that a tile holds; on other GPUs what lies worst in memory."""
+    return bool(slicing) or (target == "sm_90" and (kind in WIDEST or shape[1] == 8191))
+
+
+@pytest.mark.parametrize(("target", "kind", "shape", "slicing"), slow_unless(says_most, UNEVEN))
 def test_noise_on_hostile_rows_spills_no_register(
     target: str, kind: str, shape: tuple[int, ...], slicing: str
 ):
