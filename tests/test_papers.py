@@ -131,7 +131,7 @@ def test_a_comparison():
         (papers.learns(5.5, 9.0), False),
         (papers.learns(4.5, 8.0), False),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "words", str(value)),
 )
 def test_judgement(expected, holds):
     assert papers.Comparison("a, b", *PAIR, expected).holds is holds

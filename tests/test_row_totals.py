@@ -55,7 +55,7 @@ class Rank:
     def run(self, part: str) -> torch.Tensor:
         """Runs it; the totals of the rows."""
         self.bucket.key.executor.prepare([self.bucket])
-        self.bucket.key.executor.run(self.bucket, part)
+        self.bucket.key.executor.step_bucket(self.bucket, part)
         (part_of_rows,) = self.bucket.totals
         return part_of_rows
 
