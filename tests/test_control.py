@@ -96,13 +96,13 @@ def test_skipped_steps(rule, backend):
     for step in range(4):
         runs.gradients()
         if step in (0, 2):
-            runs.params[0].grad[1, 1] = math.nan
+            runs.params[0].grad[1, 1] = math.inf if step else math.nan
             before = snapshot(runs.ours)
             runs.ours.step()
             assert_identical([p for p, _ in snapshot(runs.ours)], [p for p, _ in before])
             if step:
                 assert_identical(snapshot(runs.ours), before)
-            assert runs.ours.grad_norm.isnan()
+            assert not runs.ours.grad_norm.isfinite()
         else:
             runs.ours.step()
             runs.theirs.step()
