@@ -70,7 +70,7 @@ def test_lanes_are_those_of_all_tiles():
     lanes = {variant.spec.tile: variant.lanes for variant in variants if variant.kernel == "step"}
     assert lanes[launch.Tile(16, 256, 8, "tile")] == 2 * 16 * 256
     assert lanes[launch.Tile(1, 4096, 8, "loop")] == 2 * 3 * 4096
-    assert lanes[launch.Tile(64, 64, 8, "tile")] == 64 * 64
+    assert lanes[launch.Tile(64, 64, 16, "tile")] == 64 * 64
     assert lanes[launch.Tile(1, 4096, 8, "none")] == 2 * 4096  # 1536 and 96 elements
     assert lanes[launch.Tile(1, 4096, 8, "pieces")] == 2 * 10 * 4096
 

@@ -10,7 +10,6 @@ from fusedcalib.bench.models import architectures
 from fusedcalib.bench.predict import profile_kept, profile_static, profile_steps
 from fusedcalib.bench.predict.gpus import GPUS
 from fusedcalib.bench.predict.profile_steps import ProfileCase
-from fusedcalib.kernels import launch
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
@@ -44,7 +43,7 @@ def test_no_kernel_became_heavier():
 
 
 def test_scalar_accesses_are_heavier():
-    before, now = planted(vector=1)
+    before, now = planted(VECTOR=1)
     found = profile_kept.heavier(before, now)
     assert any("accesses of 4 bytes, none below 16 before" in line for line in found)
     assert any("instructions an element" in line for line in found)
@@ -52,7 +51,7 @@ def test_scalar_accesses_are_heavier():
 
 
 def test_a_tile_that_spills_is_heavier():
-    before, now = planted(tile=launch.Tile(1, 16_384, 8, "none"))
+    before, now = planted(R=1, C=16_384)
     found = profile_kept.heavier(before, now)
     assert any(re.search(r"step: \d+ bytes are spilled, 0 were", line) for line in found)
     assert any("leave room for fewer warps" in line for line in found)

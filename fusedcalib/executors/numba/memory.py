@@ -153,95 +153,120 @@ class Memory:
         self.real, self.inner = real, inner
         self.geometry = 8 * tensors  # bytes into a row of the table
         self.strides = 8 * (tensors + GEOMETRY + inner)
+        self.load, self.store = _elements(stored, real, llvm_real, inner)
+        self.as_stored, self.stochastic = _roundings(stored[0], real, llvm_real)
+        self.shift, self.spread = _moves(sizes)
+        self.integers, self.factor_at, self.scalars_at = _readings(tensors, real, llvm_real, count)
 
-        def pointer(builder: Any, args: Any, k: int) -> Any:
-            addresses, strides, i = args[:3]
-            index = i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
-            return _element(builder, stored[k], builder.extract_value(addresses, k), index)
 
-        @intrinsic
-        def load(typing, addresses, strides, i):
-            def codegen(context, builder, signature, args):
-                _wide(builder)
-                loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
-                values = [_decode(builder, value, llvm_real) for value in loaded]
-                return context.make_tuple(builder, signature.return_type, values)
+def _elements(stored: list[Any], real: Any, llvm_real: Any, inner: int) -> tuple[Any, Any]:
+    """`load(addresses, strides, i)` and `store(..., p, state)` of element i of all tensors."""
+    tensors = len(stored)
 
-            return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
+    def pointer(builder: Any, args: Any, k: int) -> Any:
+        addresses, strides, i = args[:3]
+        index = i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
+        return _element(builder, stored[k], builder.extract_value(addresses, k), index)
 
-        @intrinsic
-        def store(typing, addresses, strides, i, p, state):
-            def codegen(context, builder, signature, args):
-                states = cgutils.unpack_tuple(builder, args[4]) if len(state) else []
-                for k, value in [(0, args[3]), *enumerate(states, start=2)]:
-                    builder.store(_encode(builder, value, stored[k]), pointer(builder, args, k))
-                return context.get_dummy_value()
+    @intrinsic
+    def load(typing, addresses, strides, i):
+        def codegen(context, builder, signature, args):
+            _wide(builder)
+            loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
+            values = [_decode(builder, value, llvm_real) for value in loaded]
+            return context.make_tuple(builder, signature.return_type, values)
 
-            return types.void(addresses, strides, types.int64, real, state), codegen
+        return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
 
-        @intrinsic
-        def as_stored(typing, x):
-            """x as the parameter's memory holds it."""
+    @intrinsic
+    def store(typing, addresses, strides, i, p, state):
+        def codegen(context, builder, signature, args):
+            states = cgutils.unpack_tuple(builder, args[4]) if len(state) else []
+            for k, value in [(0, args[3]), *enumerate(states, start=2)]:
+                builder.store(_encode(builder, value, stored[k]), pointer(builder, args, k))
+            return context.get_dummy_value()
 
-            def codegen(context, builder, signature, args):
-                return _decode(builder, _encode(builder, args[0], stored[0]), llvm_real)
+        return types.void(addresses, strides, types.int64, real, state), codegen
 
-            return real(real), codegen
+    return load, store
 
-        @intrinsic
-        def stochastic(typing, x, bits):
-            """As kernels/ops.py has it, of the parameter's dtype."""
 
-            def codegen(context, builder, signature, args):
-                if stored[0] != _I16:
-                    return args[0]
-                moved = builder.add(builder.bitcast(args[0], _I32), args[1])
-                cut = builder.bitcast(builder.and_(moved, _I32(0xFFFF0000)), _F32)
-                return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], cut)
+def _roundings(kept: Any, real: Any, llvm_real: Any) -> tuple[Any, Any]:
+    """What kernels/storage.py calls `stored` and `stochastic`, of parameters that are kept in such a type."""
 
-            return real(real, types.uint32), codegen
+    @intrinsic
+    def as_stored(typing, x):
+        """x as the parameter's memory holds it."""
 
-        @intrinsic
-        def shift(typing, addresses, strides, n):
-            """Addresses moved on by n strides each."""
+        def codegen(context, builder, signature, args):
+            return _decode(builder, _encode(builder, args[0], kept), llvm_real)
 
-            def codegen(context, builder, signature, args):
-                moved = []
-                for k, size in enumerate(sizes):
-                    elements = builder.mul(builder.extract_value(args[1], k), args[2])
-                    offset = builder.mul(elements, _I64(size))
-                    moved.append(builder.add(builder.extract_value(args[0], k), offset))
-                return context.make_tuple(builder, signature.return_type, moved)
+        return real(real), codegen
 
-            return addresses(addresses, strides, types.int64), codegen
+    @intrinsic
+    def stochastic(typing, x, bits):
+        """x as one of the two numbers around it."""
 
-        @intrinsic
-        def spread(typing, value):
-            """The same stride for every tensor."""
+        def codegen(context, builder, signature, args):
+            if kept != _I16:
+                return args[0]
+            moved = builder.add(builder.bitcast(args[0], _I32), args[1])
+            cut = builder.bitcast(builder.and_(moved, _I32(0xFFFF0000)), _F32)
+            return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], cut)
 
-            def codegen(context, builder, signature, args):
-                return context.make_tuple(builder, signature.return_type, [args[0]] * tensors)
+        return real(real, types.uint32), codegen
 
-            return types.UniTuple(types.int64, tensors)(types.int64), codegen
+    return as_stored, stochastic
 
-        @intrinsic
-        def integers(typing, address):
-            """K integers of the table: addresses, or strides along one dimension."""
-            return _reader(types.int64, tensors, _I64)
 
-        @intrinsic
-        def factor_at(typing, factors, row):
-            """(The factor of a row,)."""
-            return _reader(real, 1, llvm_real, indexed=True)
+def _moves(sizes: list[int]) -> tuple[Any, Any]:
+    """`shift` of the addresses of tensors whose elements have these sizes; `spread` of one stride to all."""
+    tensors = len(sizes)
 
-        @intrinsic
-        def scalars_at(typing, scalars, row):
-            """The Numbers of a slot."""
-            own = types.BaseTuple.from_types((real,) * (count - SHARED))
-            numbers = types.NamedTuple((real,) * SHARED + (own,), Numbers)
-            return _reader(real, count, llvm_real, indexed=True, named=numbers)
+    @intrinsic
+    def shift(typing, addresses, strides, n):
+        """Addresses moved on by n strides each."""
 
-        self.load, self.store, self.shift = load, store, shift
-        self.as_stored, self.stochastic = as_stored, stochastic
-        self.spread, self.integers = spread, integers
-        self.scalars_at, self.factor_at = scalars_at, factor_at
+        def codegen(context, builder, signature, args):
+            moved = []
+            for k, size in enumerate(sizes):
+                elements = builder.mul(builder.extract_value(args[1], k), args[2])
+                offset = builder.mul(elements, _I64(size))
+                moved.append(builder.add(builder.extract_value(args[0], k), offset))
+            return context.make_tuple(builder, signature.return_type, moved)
+
+        return addresses(addresses, strides, types.int64), codegen
+
+    @intrinsic
+    def spread(typing, value):
+        """The same stride for every tensor."""
+
+        def codegen(context, builder, signature, args):
+            return context.make_tuple(builder, signature.return_type, [args[0]] * tensors)
+
+        return types.UniTuple(types.int64, tensors)(types.int64), codegen
+
+    return shift, spread
+
+
+def _readings(tensors: int, real: Any, llvm_real: Any, count: int) -> tuple[Any, Any, Any]:
+    """Of the tables: K integers, the factor of a row, the Numbers of a slot."""
+
+    @intrinsic
+    def integers(typing, address):
+        """K integers of the table: addresses, or strides along one dimension."""
+        return _reader(types.int64, tensors, _I64)
+
+    @intrinsic
+    def factor_at(typing, factors, row):
+        """(The factor of a row,)."""
+        return _reader(real, 1, llvm_real, indexed=True)
+
+    @intrinsic
+    def scalars_at(typing, scalars, row):
+        """The Numbers of a slot."""
+        own = types.BaseTuple.from_types((real,) * (count - SHARED))
+        numbers = types.NamedTuple((real,) * SHARED + (own,), Numbers)
+        return _reader(real, count, llvm_real, indexed=True, named=numbers)
+
+    return integers, factor_at, scalars_at

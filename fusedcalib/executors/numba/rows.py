@@ -1,185 +1,18 @@
-"""The loops over a row, compiled by numba: the rule's own source between loads and stores.
-
-Three things keep them at the speed of memory: addresses are dereferenced directly (an array view would
-bring index checks), division follows IEEE instead of raising, and no scalar is of another type than the
-values. Without fast-math NaN and infinity keep their meaning and every element is rounded as on a GPU.
-"""
+"""The loops over a row, compiled by numba: its runs of constant stride, one after the other."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import numpy as np
 from numba import njit
-from numba.extending import overload
 
-from ...kernels import stages
 from ...layout.buckets import GEOMETRY
 from ...layout.recipe import Recipe
-from ..source import Function, folded
+from ..source import Function
 from .memory import INNER, Memory, double_at
-from .noise import BLOCK, KEPT, bits_maker, noise_maker
-
-_ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
-
-
-@njit(**INNER)
-def _divide(x, y):
-    return x / y
-
-
-@njit(**INNER)
-def _sqrt(x):
-    return np.sqrt(x)
-
-
-@njit(**INNER)
-def _negative(x):
-    return -x
-
-
-@njit(**INNER)
-def _absolute(x):
-    return abs(x)
-
-
-@njit(**INNER)
-def _minimum(x, y):
-    return x if (x < y or x != x) else y
-
-
-@njit(**INNER)
-def _maximum(x, y):
-    return x if (x > y or x != x) else y
-
-
-@njit(**INNER)
-def _where(condition, x, y):
-    return x if condition else y
-
-
-def _sign(x):
-    """Stands for its overload: -1, 0 or 1 in the type of x."""
-
-
-@overload(_sign, jit_options=cast(Any, INNER))
-def _sign_in(x):
-    real = {32: np.float32, 64: np.float64}[x.bitwidth]
-    minus, zero, one = real(-1), real(0), real(1)
-    return lambda x: one if x > 0 else (minus if x < 0 else zero)
-
-
-# The names of kernels/ops.py, for single elements.
-NAMES = {
-    "divide": _divide,
-    "sqrt": _sqrt,
-    "negative": _negative,
-    "absolute": _absolute,
-    "sign": _sign,
-    "maximum": _maximum,
-    "minimum": _minimum,
-    "where": _where,
-}
-
-
-def _stages(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
-    """`measured`, `stepped`, `projected`, `rounded`, `averaged` of kernels/stages.py for single elements."""
-    constants = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
-
-    def compiled(function: Any, **names: Any) -> Function:
-        own = {"stored": memory.as_stored, "stochastic": memory.stochastic}
-        function = njit(folded(function, {**NAMES, **own, **names}, constants), **INNER)
-        return cast(Function, function)
-
-    rule = compiled(recipe.rule.update)
-    prepared = compiled(stages.prepared)
-    return (
-        compiled(stages.measured, RULE=rule, prepared=prepared),
-        compiled(stages.stepped, RULE=rule, prepared=prepared),
-        compiled(stages.projected),
-        compiled(stages.rounded),
-        compiled(stages.averaged),
-    )
-
-
-class _Passes(NamedTuple):
-    """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection."""
-
-    total: Function
-    squares: Function
-    step: Function
-    project: Function
-
-
-def _passes(recipe: Recipe, memory: Memory, scaled: Function) -> _Passes:
-    """Those of a recipe.
-
-    A run is walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
-    accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
-    """
-    measured, stepped, projected, rounded, averaged = _stages(recipe, memory)
-    load, store, real, flags = memory.load, memory.store, memory.real, recipe.flags
-    project = flags.project
-    room, filled, noise = noise_maker(flags.noise, real)
-    # What a row mean is taken of knows only noise on the gradient.
-    sum_filled, sum_noise = noise_maker(flags.noise if flags.noise == "gradient" else "none", real)[1:]
-    bit_room, bits_filled, bits = bits_maker(flags.rounding)
-    size = BLOCK if flags.random else 1 << 62  # a step without chance needs no blocks
-
-    @njit(**INNER, fastmath=_ADD_FREELY)
-    def run_sum(addresses, strides, length, h, factor, at, words, kept):
-        total, space = 0.0, room()
-        for first in range(0, length, BLOCK):
-            part, last = real(0.0), min(first + BLOCK, length)
-            place = kept + 4 * first
-            if kept == 0:
-                place = sum_filled(space, at + first, last - first, h, words)
-            for i in range(first, last):
-                values = load(addresses, strides, i)
-                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
-            total += part
-        return total
-
-    @njit(**INNER, fastmath=_ADD_FREELY)
-    def run_squares(addresses, strides, length):
-        total = 0.0
-        for first in range(0, length, BLOCK):
-            part = real(0.0)
-            for i in range(first, min(first + BLOCK, length)):
-                p = load(addresses, strides, i)[0]
-                part += p * p
-            total += part
-        return total
-
-    @njit(**INNER)
-    def run_step(addresses, strides, length, h, factor, mean, at, words, kept):
-        space, bit_space = room(), bit_room()
-        for first in range(0, length, size):
-            last = min(first + size, length)
-            place = kept + 4 * first
-            if kept == 0:
-                place = filled(space, at + first, last - first, h, words)
-            bit_place = bits_filled(bit_space, at + first, last - first, h, words)
-            for i in range(first, last):
-                values = load(addresses, strides, i)
-                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean)
-                p = rounded(p, bits(bit_place, i - first))
-                if not project:
-                    state = averaged(p, state, h)
-                store(addresses, strides, i, p, state)
-
-    @njit(**INNER)
-    def run_project(addresses, strides, length, squares, h, at, words):
-        bit_space = bit_room()
-        for first in range(0, length, BLOCK):
-            last = min(first + BLOCK, length)
-            bit_place = bits_filled(bit_space, at + first, last - first, h, words)
-            for i in range(first, last):
-                values = load(addresses, strides, i)
-                p = rounded(projected(values[0], squares, h), bits(bit_place, i - first))
-                store(addresses, strides, i, p, averaged(p, values[2:], h))
-
-    return _Passes(run_sum, run_squares, run_step, run_project)
+from .noise import KEPT, noise_maker
+from .runs import ADD_FREELY, passes_of
 
 
 def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Function:
@@ -187,7 +20,7 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     "step" does all of it; "partial" takes its mean from the row's total and leaves its squares there.
     """
-    total, squares, step, project = _passes(recipe, memory, scaled)
+    total, squares, step, project = passes_of(recipe, memory, scaled)
     real, flags, split = memory.real, recipe.flags, part == "partial"
     centred, projects, ema = flags.centralize != "none", flags.project, flags.ema
     room, filled, _ = noise_maker(flags.noise, real)
@@ -267,7 +100,7 @@ def row_squares(memory: Memory, scaled: Function) -> Function:
     """Sum of the squares of a row's gradients, in double. Arguments as those of the other loops."""
     load, start_of_run = memory.load, _run_starter(memory)
 
-    @njit(**INNER, fastmath=_ADD_FREELY)
+    @njit(**INNER, fastmath=ADD_FREELY)
     def run_squares(addresses, strides, length, factor):
         total = 0.0
         for i in range(length):

@@ -1,0 +1,202 @@
+"""The loops over a run of a row, compiled by numba: the rule's own source between loads and stores.
+
+Three things keep them at the speed of memory: addresses are dereferenced directly (an array view would
+bring index checks), division follows IEEE instead of raising, and no scalar is of another type than the
+values. Without fast-math NaN and infinity keep their meaning and every element is rounded as on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from ...kernels import stages
+from ...layout.recipe import Recipe
+from ..source import Function, folded
+from .memory import INNER, Memory
+from .noise import BLOCK, bits_maker, noise_maker
+
+ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
+
+
+@njit(**INNER)
+def _divide(x, y):
+    return x / y
+
+
+@njit(**INNER)
+def _sqrt(x):
+    return np.sqrt(x)
+
+
+@njit(**INNER)
+def _negative(x):
+    return -x
+
+
+@njit(**INNER)
+def _absolute(x):
+    return abs(x)
+
+
+@njit(**INNER)
+def _minimum(x, y):
+    return x if (x < y or x != x) else y
+
+
+@njit(**INNER)
+def _maximum(x, y):
+    return x if (x > y or x != x) else y
+
+
+@njit(**INNER)
+def _where(condition, x, y):
+    return x if condition else y
+
+
+def _sign(x):
+    """Stands for its overload: -1, 0 or 1 in the type of x."""
+
+
+@overload(_sign, jit_options=cast(Any, INNER))
+def _sign_in(x):
+    real = {32: np.float32, 64: np.float64}[x.bitwidth]
+    minus, zero, one = real(-1), real(0), real(1)
+    return lambda x: one if x > 0 else (minus if x < 0 else zero)
+
+
+# The names of kernels/ops.py, for single elements.
+NAMES = {
+    "divide": _divide,
+    "sqrt": _sqrt,
+    "negative": _negative,
+    "absolute": _absolute,
+    "sign": _sign,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "where": _where,
+}
+
+
+def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
+    """`measured`, `stepped`, `projected`, `rounded`, `averaged` of kernels/stages.py for single elements."""
+    constants = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
+
+    def compiled(function: Any, **names: Any) -> Function:
+        own = {"stored": memory.as_stored, "stochastic": memory.stochastic}
+        function = njit(folded(function, {**NAMES, **own, **names}, constants), **INNER)
+        return cast(Function, function)
+
+    rule = compiled(recipe.rule.update)
+    prepared = compiled(stages.prepared)
+    return (
+        compiled(stages.measured, RULE=rule, prepared=prepared),
+        compiled(stages.stepped, RULE=rule, prepared=prepared),
+        compiled(stages.projected),
+        compiled(stages.rounded),
+        compiled(stages.averaged),
+    )
+
+
+class Passes(NamedTuple):
+    """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection."""
+
+    total: Function
+    squares: Function
+    step: Function
+    project: Function
+
+
+def passes_of(recipe: Recipe, memory: Memory, scaled: Function) -> Passes:
+    """The loops of a recipe.
+
+    A run is walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
+    accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
+    """
+    measured, *others = stages_of(recipe, memory)
+    return Passes(*_sums(recipe, memory, scaled, measured), *_steps(recipe, memory, scaled, *others))
+
+
+def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> tuple[Function, Function]:
+    """What the mean of a row is taken of, and the squares of its parameters, added up."""
+    load, real, noise = memory.load, memory.real, recipe.flags.noise
+    room = noise_maker(noise, real)[0]
+    # What a row mean is taken of knows only noise on the gradient.
+    sum_filled, sum_noise = noise_maker(noise if noise == "gradient" else "none", real)[1:]
+
+    @njit(**INNER, fastmath=ADD_FREELY)
+    def run_sum(addresses, strides, length, h, factor, at, words, kept):
+        total, space = 0.0, room()
+        for first in range(0, length, BLOCK):
+            part, last = real(0.0), min(first + BLOCK, length)
+            place = kept + 4 * first
+            if kept == 0:
+                place = sum_filled(space, at + first, last - first, h, words)
+            for i in range(first, last):
+                values = load(addresses, strides, i)
+                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
+            total += part
+        return total
+
+    @njit(**INNER, fastmath=ADD_FREELY)
+    def run_squares(addresses, strides, length):
+        total = 0.0
+        for first in range(0, length, BLOCK):
+            part = real(0.0)
+            for i in range(first, min(first + BLOCK, length)):
+                p = load(addresses, strides, i)[0]
+                part += p * p
+            total += part
+        return total
+
+    return cast(Function, run_sum), cast(Function, run_squares)
+
+
+def _steps(
+    recipe: Recipe,
+    memory: Memory,
+    scaled: Function,
+    stepped: Function,
+    projected: Function,
+    rounded: Function,
+    averaged: Function,
+) -> tuple[Function, Function]:
+    """The step, and the projection of rows that are too long."""
+    load, store, flags = memory.load, memory.store, recipe.flags
+    project = flags.project
+    room, filled, noise = noise_maker(flags.noise, memory.real)
+    bit_room, bits_filled, bits = bits_maker(flags.rounding)
+    size = BLOCK if flags.random else 1 << 62  # a step without chance needs no blocks
+
+    @njit(**INNER)
+    def run_step(addresses, strides, length, h, factor, mean, at, words, kept):
+        space, bit_space = room(), bit_room()
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            place = kept + 4 * first
+            if kept == 0:
+                place = filled(space, at + first, last - first, h, words)
+            bit_place = bits_filled(bit_space, at + first, last - first, h, words)
+            for i in range(first, last):
+                values = load(addresses, strides, i)
+                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean)
+                p = rounded(p, bits(bit_place, i - first))
+                if not project:
+                    state = averaged(p, state, h)
+                store(addresses, strides, i, p, state)
+
+    @njit(**INNER)
+    def run_project(addresses, strides, length, squares, h, at, words):
+        bit_space = bit_room()
+        for first in range(0, length, BLOCK):
+            last = min(first + BLOCK, length)
+            bit_place = bits_filled(bit_space, at + first, last - first, h, words)
+            for i in range(first, last):
+                values = load(addresses, strides, i)
+                p = rounded(projected(values[0], squares, h), bits(bit_place, i - first))
+                store(addresses, strides, i, p, averaged(p, values[2:], h))
+
+    return cast(Function, run_step), cast(Function, run_project)
