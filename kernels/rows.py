@@ -12,7 +12,7 @@ What `measured` does not use is never loaded: the compiler drops loads without a
 SPEC is a `Spec` of spec.py throughout.
 """
 
-from .language import jit, tl
+from .language import constexpr_function, jit, tl
 from .ops import divide, sqrt
 from .stages import averaged, measured, projected, rounded
 from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile, totals_of
@@ -22,14 +22,11 @@ from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile, tot
 HINTS = tl.constexpr(True)
 
 
-@jit
-def hinted(EVICT: tl.constexpr, SPEC: tl.constexpr):
+@constexpr_function
+def hinted(evict, spec, hints):
     """A hint for the caches, where a row is walked twice; not where strides take the registers it needs."""
-    FLAGS: tl.constexpr = SPEC.FLAGS
-    if HINTS and SPEC.REDUCTION == "loop" and FLAGS.centralize != "none" and SPEC.D == 0:
-        return EVICT
-    else:
-        return ""
+    walked_twice = spec.REDUCTION == "loop" and spec.FLAGS.centralize != "none"
+    return evict if hints and walked_twice and spec.D == 0 else ""
 
 
 @jit
@@ -42,7 +39,7 @@ def row_total(x, mask):
 def sum_of_loop(row, SPEC: tl.constexpr):
     """Sum of the measured quantity over a row [1], C columns at a time: a scalar."""
     C: tl.constexpr = SPEC.C
-    KEEP: tl.constexpr = hinted("evict_last", SPEC)
+    KEEP: tl.constexpr = hinted("evict_last", SPEC, HINTS)
     totals = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, KEEP)

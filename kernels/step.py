@@ -6,6 +6,7 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 from .language import jit, tl
 from .ops import divide
 from .rows import (
+    HINTS,
     hinted,
     leave_total,
     mean_of_pieces,
@@ -44,7 +45,7 @@ def step_rows(row, SPEC: tl.constexpr):
     """Steps a row [1] piece by piece, C columns at a time."""
     C: tl.constexpr = SPEC.C
     FLAGS: tl.constexpr = SPEC.FLAGS
-    DONE: tl.constexpr = hinted("evict_first", SPEC)
+    DONE: tl.constexpr = hinted("evict_first", SPEC, HINTS)
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
     mean = 0.0
     if FLAGS.centralize != "none":

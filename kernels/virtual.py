@@ -48,8 +48,9 @@ def virtual_kernel(
         by = tl.load(gain)
         total = tl.zeros([M, P], tl.float32)
         for start in range(0, n.examples, M):
-            at, mask = elements_of(start, place, n, SPEC)
-            q = tl.load(grad + at, mask=mask, other=0).to(tl.float32) * by
+            example = examples_of(start, SPEC)
+            mask = (example < n.examples) & inside[None, :]
+            q = tl.load(grad + example * n.places + place[None, :], mask=mask, other=0).to(tl.float32) * by
             total += q * q
         mean = divide(tl.sum(total, axis=0), (n.examples + tl.zeros([P], tl.int32)).to(tl.float32))
         new = n.rho * squares + n.fresh * mean
@@ -58,13 +59,14 @@ def virtual_kernel(
     under = squares + n.eps
     factor = tl.where(under > 0, divide(n.scale + tl.zeros([P], tl.float32), sqrt(under)), 0)
     for start in range(0, n.examples, M):
-        at, mask = elements_of(start, place, n, SPEC)
+        example = examples_of(start, SPEC)
+        mask = (example < n.examples) & inside[None, :]
+        at = example * n.places + place[None, :]
         g = tl.load(grad + at, mask=mask, other=0)
         tl.store(scaled + at, (g.to(tl.float32) * factor[None, :]).to(g.dtype), mask=mask)
 
 
 @jit
-def elements_of(start, place, n, SPEC: tl.constexpr):
-    """Where M examples from `start` on lie at some places [P]: offsets [M, P], and which there are."""
-    example = (start + tl.arange(0, SPEC.M)).to(tl.int64)[:, None]
-    return example * n.places + place[None, :], (example < n.examples) & (place < n.places)[None, :]
+def examples_of(start, SPEC: tl.constexpr):
+    """M examples [M, 1] from `start` on."""
+    return (start + tl.arange(0, SPEC.M)).to(tl.int64)[:, None]

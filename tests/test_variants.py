@@ -284,7 +284,7 @@ def test_what_to_keep_is_said(capsys):
 def test_rows_are_chosen_by_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(machine, "describe", lambda device: {"schema": 1})
+    monkeypatch.setattr(machine, "describe", lambda device: machine.Head(1, "", None, None, None, {}, {}))
     monkeypatch.setattr(Worker, "call", lambda self, work, name, each: row(name))
     assert cli.main(["variants", "--out", str(tmp_path), "--only", "^Adan"]) == 0
     names = [r["name"] for r in json.loads((tmp_path / "variants.json").read_text())["rows"]]
