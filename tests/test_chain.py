@@ -51,6 +51,17 @@ def test_the_norm_is_of_all_gradients(backend, centralize):
 
 
 @each_backend
+def test_every_tile_has_its_part(backend):
+    """Of more tiles than a thread takes at once, in the norm and in the step; none outweighs the others."""
+    w = torch.nn.Parameter(torch.zeros(1_000_003, device=DEVICE))
+    w.grad = torch.randn_like(w)
+    opt = fusedcalib.SGD([w], lr=1.0, weight_decay=0.1, max_grad_norm=math.inf, backend=backend)
+    opt.step()
+    assert opt.grad_norm.item() == pytest.approx(w.grad.double().norm().item(), rel=1e-6)
+    assert_identical(w.detach(), -w.grad)
+
+
+@each_backend
 def test_the_norm_alone_changes_nothing(backend):
     plain, measured = (parameters((((5, 7)), (33,))) for _ in range(2))
     for p, q in zip(plain, measured, strict=True):

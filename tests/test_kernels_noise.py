@@ -77,6 +77,7 @@ PLACED += [((6, 10), "transposed"), ((3, 1001), "transposed"), ((33,), "every ot
 PLACED += [((6, 10), "every other row"), ((6, 12), "unaligned"), ((4, 6, 3, 3), "channels last")]
 
 
+# Loops with noise take five seconds to compile for each number of inner dimensions: once for all of those.
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize(
     ("kind", "centralize"), [(GradientNoise(1.0), True), (WeightNoise(1.0), False)], ids=str
@@ -84,23 +85,28 @@ PLACED += [((6, 10), "every other row"), ((6, 12), "unaligned"), ((4, 6, 3, 3), 
 def test_steps_agree(backend: str, kind: GradientNoise | WeightNoise, centralize: bool):
     """From rest and without a gradient only the noise is left: parameters are sums of it, below 16."""
     steps = 2
-    found = stepped(backend, kind, centralize, steps)
+    where = PLACED[: len(SHAPES)] if centralize and backend == "numba" else PLACED
+    found = stepped(backend, kind, centralize, steps, where)
     # A row mean is off by what its terms are and, of up to 32 additions in a row, half a unit each.
     of_mean = APART + 32 * EPS / 2 if centralize and isinstance(kind, GradientNoise) else 0.0
     limit = steps * (APART + of_mean + 8 * EPS)
-    expected = stepped("eager", kind, centralize, steps)
-    for (shape, view), p, q in zip(PLACED, found, expected, strict=True):
+    expected = stepped("eager", kind, centralize, steps, where)
+    for (shape, view), p, q in zip(where, found, expected, strict=True):
         error = (p - q).abs().max().item()
         assert error <= limit, f"{shape} {view}: off by {error}"
         assert q.numel() < 64 or q.std() > 0.5
 
 
 def stepped(
-    backend: str, kind: GradientNoise | WeightNoise, centralize: bool, steps: int
+    backend: str,
+    kind: GradientNoise | WeightNoise,
+    centralize: bool,
+    steps: int,
+    where: list[tuple[tuple[int, ...], str]],
 ) -> list[torch.Tensor]:
     """Parameters after some steps of SGD whose gradients are zero and lie in memory in one piece."""
     device = device_of(backend)
-    zeros = [placed(torch.zeros(shape), view, torch.float32, device) for shape, view in PLACED]
+    zeros = [placed(torch.zeros(shape), view, torch.float32, device) for shape, view in where]
     params = [torch.nn.Parameter(z) for z in zeros]
     for p in params:
         p.grad = torch.zeros(p.shape, device=device)
