@@ -223,6 +223,19 @@ def test_executors_agree(rule, kind):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_executors_agree_on_images_whose_channels_come_last():
+    """Parameter and gradient lie alike, so all walk them in the order of memory."""
+    found = []
+    for backend in BACKENDS:
+        zeros = torch.zeros(4, 3, 2, 2, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        p = torch.nn.Parameter(zeros)
+        p.grad = torch.zeros_like(p)
+        fusedcalib.SGD([p], lr=1.0, noise=WeightNoise(1.0), backend=backend).step()
+        found.append(p.detach())
+    for a, b in itertools.pairwise(found):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 @each_backend
 @pytest.mark.parametrize("rule", ["SGD", "AdamW", "Lion"])
 @pytest.mark.parametrize("kind", NOISES, ids=lambda k: k.kind)
