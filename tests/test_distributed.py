@@ -52,13 +52,13 @@ FOUR = pytest.param(4, marks=pytest.mark.slow)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, FOUR])
 def test_ranks_step_as_one_process(results, ranks):
-    """Eight steps in fp64: noise is the same, sums are in another order.
+    """Five steps in fp64: noise is the same, sums are in another order.
 
     They amplify a rounding of 1e-16 by less than a million: quotients are by eps of 1e-3 at least.
     """
     errors = {name: case["error"] for name, case in results(ranks)["trials"].items()}
     assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
-    assert len(errors) >= {2: 50, 4: 45}[ranks]
+    assert len(errors) >= {2: 38, 4: 45}[ranks]
     exact = {name: error for name, error in errors.items() if "AdamW bits" in name}  # bf16, and no sum
     assert set(exact.values()) == {0.0}
 
