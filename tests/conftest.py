@@ -117,7 +117,8 @@ def few_loops(request: pytest.FixtureRequest):
     asked, compiled = set(), run.kernel_for
 
     def kernel_for(*kind):
-        asked.add(kind)
+        if kind[0] is not None:  # the sum of squares, which has no recipe, compiles in a moment
+            asked.add(kind)
         return compiled(*kind)
 
     kernel_for.cache_info = compiled.cache_info
