@@ -28,9 +28,10 @@ KERNELS = """
     kernels_special 8, nn_branch 2, nn_virtual_kernel 2, nn_virtual_step 1
 """
 AROUND = """
-    faults 4, plans 2, chain 3, chain_skips 2, chain_states 3, chain_rounding 2, noise 3, contract 4,
-    contract_step 4, contract_dtypes 3, contract_gradients 1, contract_checkpoints 3, contract_changes 3,
-    contract_options 3, contract_rules 1, contract_schedulers 2, contract_errors 2, contract_arguments 3
+    faults 4, plans 2, resident 1, chain 3, chain_skips 2, chain_states 3, chain_rounding 2, noise 3,
+    contract 4, contract_step 4, contract_dtypes 3, contract_gradients 1, contract_checkpoints 3,
+    contract_changes 3, contract_options 3, contract_rules 1, contract_schedulers 2, contract_errors 2,
+    contract_arguments 3
 """
 # With the other executors alone the tests are no news on a GPU; those of no executor may need one.
 HERE = "triton or not (numba or eager)"
