@@ -112,7 +112,7 @@ def signed_code(x, inverse):
     """E4M3 (0 to 255) of x times the inverse of its block's scale, rounded once, to nearest even."""
     bits = bits_of(x)
     sign = where(x == x, bits >> 24, 0) & 0x80
-    y = at_most(float_of(bits & 0x7FFFFFFF) * inverse, _top)
+    y = at_most(float_of(magnitude(x)) * inverse, _top)
     bits = bits_of(y)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
     small = bits_of(y + _shift) - 0x46800000
@@ -142,6 +142,12 @@ def nonnegative_code(x, inverse):
 def nonnegative_level(code):
     """The value of such a code (int32), yet to be multiplied by its block's unit."""
     return float_of(code * 699050 + 0x34E000AA)
+
+
+@jit
+def magnitude(x):
+    """The bits of |x|, in the order of magnitudes: those of NaN are the largest."""
+    return bits_of(x) & 0x7FFFFFFF
 
 
 @jit
@@ -177,7 +183,7 @@ def scales_of(x, mask, SPEC: tl.constexpr):
     """The scales [R, C // 64] of the blocks of x [R, C] where the mask is."""
     R: tl.constexpr = SPEC.R
     C: tl.constexpr = SPEC.C
-    bits = tl.where(mask, bits_of(x) & 0x7FFFFFFF, 0)  # of NaN they are the largest
+    bits = tl.where(mask, magnitude(x), 0)
     return scale_of(tl.max(bits.reshape([R, C // _BLOCK, _BLOCK]), axis=2))
 
 

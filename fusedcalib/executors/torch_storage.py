@@ -30,6 +30,7 @@ ELEMENTARY: dict[str, Any] = {
     **storage.SINGLES,
     "where": where,
 }
+ELEMENTARY["magnitude"] = rebound(storage.magnitude, ELEMENTARY)
 
 
 @cache

@@ -231,7 +231,7 @@ def _elements(
         value = builder.load(pointer(builder, args, k))
         if k not in whole:
             return _decode(builder, value, llvm_real)
-        return (builder.sext if whole[k] else builder.zext)(value, _I64)
+        return (builder.sext if whole[k] else builder.zext)(value, _I32)
 
     @intrinsic
     def load(typing, addresses, strides, i):
@@ -240,7 +240,7 @@ def _elements(
             values = [loaded(builder, args, k) for k in range(tensors)]
             return context.make_tuple(builder, signature.return_type, values)
 
-        kinds = [types.int64 if k in whole else real for k in range(tensors)]
+        kinds = [types.int32 if k in whole else real for k in range(tensors)]
         return types.BaseTuple.from_types(kinds)(addresses, strides, types.int64), codegen
 
     @intrinsic

@@ -6,6 +6,7 @@ blocks: new values of a block are left in a scratch of floats, which is turned i
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,20 +35,64 @@ def float_of(typing, bits):
     """The float of these bits."""
 
     def codegen(context, builder, signature, args):
-        width = args[0].type.width
-        return builder.bitcast(builder.trunc(args[0], _I32) if width > 32 else args[0], _F32)
+        return builder.bitcast(_narrow(builder, args[0]), _F32)
 
     return types.float32(bits), codegen
 
 
 @intrinsic
 def bits_of(typing, x):
-    """The bits of a float, sign-extended."""
+    """The bits of a float."""
 
     def codegen(context, builder, signature, args):
-        return builder.sext(builder.bitcast(args[0], _I32), _I64)
+        return builder.bitcast(args[0], _I32)
 
-    return types.int64(types.float32), codegen
+    return types.int32(types.float32), codegen
+
+
+def _operation(of_whole: str, of_floats: str = "") -> Any:
+    """An operation of integers of 32 bits, which stay so, or of floats."""
+
+    @intrinsic
+    def operation(typing, x, y):
+        whole = isinstance(x, types.Integer) and isinstance(y, types.Integer)
+
+        def codegen(context, builder, signature, args):
+            if not whole:
+                return getattr(builder, of_floats)(*args)
+            return getattr(builder, of_whole)(*(_narrow(builder, value) for value in args))
+
+        return types.int32(x, y) if whole else types.float32(types.float32, types.float32), codegen
+
+    return operation
+
+
+def _narrow(builder: Any, value: Any) -> Any:
+    return builder.trunc(value, _I32) if value.type.width > 32 else value
+
+
+# numba makes 64 bits of every integer, which halves what a vector holds.
+OPERATIONS: dict[type, tuple[str, Any]] = {
+    ast.Add: ("add_", _operation("add", "fadd")),
+    ast.Sub: ("sub_", _operation("sub", "fsub")),
+    ast.Mult: ("mul_", _operation("mul", "fmul")),
+    ast.BitAnd: ("and_", _operation("and_")),
+    ast.BitOr: ("or_", _operation("or_")),
+    ast.BitXor: ("xor_", _operation("xor")),
+    ast.LShift: ("shl_", _operation("shl")),
+    ast.RShift: ("shr_", _operation("ashr")),
+}
+
+
+class _Narrow(ast.NodeTransformer):
+    """Has integers keep 32 bits, as they have on a GPU."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        name = ast.Name(OPERATIONS[type(node.op)][0], ast.Load())
+        return ast.Call(name, [self.visit(node.left), self.visit(node.right)], [])
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return ast.Call(ast.Name("int32", ast.Load()), [node], []) if type(node.value) is int else node
 
 
 @intrinsic
@@ -89,7 +134,7 @@ def set_byte(typing, address, i, x):
         builder.store(builder.trunc(args[2], _I8), _place(builder, _I8, *args[:2]))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int32), codegen
 
 
 def _place(builder: Any, stored: Any, address: Any, index: Any) -> Any:
@@ -128,16 +173,19 @@ NAMES: dict[str, Any] = {
     "at_most": _at_most,
     "at_least": _at_least,
     "where": _where,
+    "int32": np.int32,
+    **dict(OPERATIONS.values()),
     **{name: np.float32(value) for name, value in device.SINGLES.items()},
 }
 
 
 def element(name: str) -> Function:
     """A function of elements of kernels/storage.py, compiled."""
-    compiled: Function = njit(**INLINE)(folded(getattr(device, name), NAMES, {}))
+    compiled: Function = njit(**INLINE)(folded(getattr(device, name), NAMES, {}, _Narrow()))
     return compiled
 
 
+magnitude = NAMES["magnitude"] = element("magnitude")
 trimmed, split, joined, scale_of = map(element, ("trimmed", "split", "joined", "scale_of"))
 signed_code, signed_level = element("signed_code"), element("signed_level")
 nonnegative_code, nonnegative_level = element("nonnegative_code"), element("nonnegative_level")
@@ -181,44 +229,38 @@ def storage_of(kept: Sequence[str], count: int, load: Any, store: Any, stochasti
     kinds = kept or ("cast",) * count
     assert len(kinds) + bool(beside) == count
     names: dict[str, Any] = {
-        "load": load, "store": store, "stochastic": stochastic, "joined": joined, "split": split,
-        "signed_level": signed_level, "nonnegative_level": nonnegative_level,
-        "single_at": single_at, "set_single": set_single, "whole_at": whole_at, "scratch": scratch,
+        "load": load,
+        "store": store,
+        "stochastic": stochastic,
+        "joined": joined,
+        "split": split,
+        "signed_level": signed_level,
+        "nonnegative_level": nonnegative_level,
+        "single_at": single_at,
+        "set_single": set_single,
+        "whole_at": whole_at,
+        "scratch": scratch,
     }
     coded = [i for i, kind in enumerate(kinds) if kind in CODED]
+    names |= {f"unit{n}": UNIT[kinds[i]] for n, i in enumerate(coded)}
     units = {i: f"units[{n}]" for n, i in enumerate(coded)}
     values = [_value(kind, i, count - 1, units.get(i, "")) for i, kind in enumerate(kinds)]
-    scales = range(len(coded))
+    addresses = [f"whole_at(last, {n}) + 4 * offset" for n in range(len(coded))]
+    scales = [f"single_at(places[{n}], block) * unit{n}" for n in range(len(coded))]
+    kept_back = [f"set_single(space, {BLOCK * n} + j, state[{i - 2}])" for n, i in enumerate(coded)]
 
-    def made(text: str) -> Function:
-        return _function(text, names)
+    def made(arguments: str, *lines: str) -> Function:
+        return _function(arguments, lines, names)
 
     return Storage(
+        made("addresses, strides, i, units", "v = load(addresses, strides, i)", f"return {_tuple(values)}"),
+        made("addresses, strides, i, p, state, bits", *_storing(kinds, beside)),
         made(
-            f"def f(addresses, strides, i, units):\n v = load(addresses, strides, i)\n return {_tuple(values)}"
+            "row, fields, offset", f"last = row + 8 * (fields - {len(coded)})", f"return {_tuple(addresses)}"
         ),
-        made(_storing(kinds, beside)),
-        made(
-            "def f(row, fields, offset):\n"
-            f" last = row + 8 * (fields - {len(coded)})\n"
-            f" return {_tuple([f'whole_at(last, {n}) + 4 * offset' for n in scales])}"
-        ),
-        made(
-            "def f(places, block):\n"
-            f" return {_tuple([f'single_at(places[{n}], block) * unit{n}' for n in scales])}"
-        )
-        if not coded
-        else _function(
-            "def f(places, block):\n"
-            f" return {_tuple([f'single_at(places[{n}], block) * unit{n}' for n in scales])}",
-            {**names, **{f"unit{n}": UNIT[kinds[i]] for n, i in enumerate(coded)}},
-        ),
-        made("def f():\n return scratch()" if coded else "def f():\n return 0"),
-        made(
-            "def f(space, j, state):\n"
-            + "".join(f" set_single(space, {BLOCK * n} + j, state[{i - 2}])\n" for n, i in enumerate(coded))
-            + " return"
-        ),
+        made("places, block", f"return {_tuple(scales)}"),
+        made("", f"return {'scratch()' if coded else 0}"),
+        made("space, j, state", *kept_back, "return"),
         _encoding(kinds, coded),
     )
 
@@ -229,39 +271,31 @@ def _value(kind: str, i: int, beside: int, unit: str) -> str:
         "signed": f"signed_level(v[{i}]) * {unit}",
         "nonnegative": f"nonnegative_level(v[{i}]) * {unit}",
         "split16": f"joined(v[{i}], v[{beside}])",
-        "split8": f"joined(v[{i}], v[{beside}] << 8)",
+        "split8": f"joined(v[{i}], v[{beside}] * 256)",
         "float32": f"v[{beside}]",
     }.get(kind, f"v[{i}]")
 
 
-def _storing(kinds: Sequence[str], beside: str) -> str:
-    """The source of what keeps new values that are not in bytes; None stands for what is not written."""
-    lines = ["def f(addresses, strides, i, p, state, bits):"]
-    kept = ["p", "None"]
+def _storing(kinds: Sequence[str], beside: str) -> list[str]:
+    """The lines that keep new values which are not in bytes; None stands for what is not written."""
+    lines, kept, more = [], ["p", "None"], ["p"] if beside else []
     if beside.startswith("split"):
-        lines.append(" high, low = split(p)")
-        kept[0], low = "high", "low" if beside == "split16" else "low >> 8"
-    else:
-        low = "p"
+        lines = ["high, low = split(p)"]
+        kept[0], more = "high", ["low" if beside == "split16" else "low >> 8"]
     for n, kind in enumerate(kinds[2:]):
-        value = f"state[{n}]"
-        kept.append(
-            "None" if kind in CODED else f"stochastic({value}, bits >> 16)" if kind == "stochastic" else value
-        )
-    values = [*kept, low] if beside else kept
-    # A projection hands on an average alone.
-    return "\n".join([*lines, f" store(addresses, strides, i, {_tuple(values)})", " return"])
+        value = "None" if kind in CODED else f"state[{n}]"
+        kept.append(f"stochastic({value}, bits >> 16)" if kind == "stochastic" else value)
+    return [*lines, f"store(addresses, strides, i, {_tuple([*kept, *more])})"]
 
 
 def _encoding(kinds: Sequence[str], coded: Sequence[int]) -> Function:
-    """What makes bytes of the scratch of a block: its largest, its scale, its codes, for one state after another."""
-    encoders = [_encoder(kinds[i]) for i in coded]
+    """What makes bytes of the scratch of a block, of one state after another."""
     calls = [
-        f" e{n}(space + {4 * BLOCK * n}, addresses[{i}] + first, count, places[{n}], block)"
+        f"e{n}(space + {4 * BLOCK * n}, addresses[{i}] + first, count, places[{n}], block)"
         for n, i in enumerate(coded)
     ]
-    text = "\n".join(["def f(space, addresses, first, count, places, block):", *calls, " return"])
-    return _function(text, {f"e{n}": encoder for n, encoder in enumerate(encoders)})
+    encoders = {f"e{n}": _encoder(kinds[i]) for n, i in enumerate(coded)}
+    return _function("space, addresses, first, count, places, block", [*calls, "return"], encoders)
 
 
 def _encoder(kind: str) -> Function:
@@ -269,9 +303,10 @@ def _encoder(kind: str) -> Function:
 
     @njit(**INLINE)
     def encode(space, codes, count, place, block):
-        largest = 0
+        largest = np.int32(0)
         for j in range(count):
-            largest = max(largest, bits_of(single_at(space, j)) & 0x7FFFFFFF)
+            bits = magnitude(single_at(space, j))
+            largest = bits if bits > largest else largest
         scale = scale_of(largest)
         inverse = top / scale if scale > zero else zero
         for j in range(count):
@@ -285,8 +320,9 @@ def _tuple(items: Sequence[str]) -> str:
     return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
-def _function(text: str, names: dict[str, Any]) -> Function:
+def _function(arguments: str, lines: Sequence[str], names: dict[str, Any]) -> Function:
+    """A function of some lines over names, compiled."""
     space: dict[str, Any] = {}
-    exec(text, dict(names), space)
-    compiled: Function = njit(**INLINE)(space["f"])
+    exec("\n    ".join([f"def made({arguments}):", *lines]), dict(names), space)
+    compiled: Function = njit(**INLINE)(space["made"])
     return compiled
