@@ -140,7 +140,7 @@ executors
 layout
 signature
 options rule
-noise
+noise storage
 hostmath
 kernels
 """
