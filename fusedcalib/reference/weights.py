@@ -20,6 +20,11 @@ def _floats(bits: Tensor) -> Tensor:
     return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
 
 
+def _bf16(bits: Tensor) -> Tensor:
+    """Numbers of bf16 of bits given as int64 in [0, 2^16); a cast would give NaN other bits."""
+    return torch.where(bits >= 2**15, bits - 2**16, bits).to(torch.int16).view(torch.bfloat16)
+
+
 def split(x: Tensor, bits: int = 16, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Split fp32 weights into the nearest bf16 numbers and the signed remainders.
 
@@ -67,7 +72,7 @@ def split(x: Tensor, bits: int = 16, random: Tensor | None = None) -> tuple[Tens
         magnitude = torch.where(x.isnan(), magnitude, rounded)
     upper = (magnitude + 2**15) // 2**16
     rest = magnitude - upper * 2**16
-    param = _floats((sign * 2**15 + upper) * 2**16).to(torch.bfloat16)
+    param = _bf16(sign * 2**15 + upper)
     return param, rest.to(torch.int16) if bits == 16 else (rest // 256).to(torch.int8)
 
 
@@ -136,6 +141,5 @@ def stochastic_bf16(x: Tensor, bits16: Tensor) -> Tensor:
     """
     whole = _bits(x)
     sign, magnitude = whole // 2**31, whole % 2**31
-    rounded = (magnitude + bits16.to(torch.int64)) // 2**16 * 2**16
-    kept = torch.where(x.isnan(), magnitude, rounded)
-    return _floats(sign * 2**31 + kept).to(torch.bfloat16)
+    added = torch.where(x.isnan(), 0, bits16.to(torch.int64))
+    return _bf16(sign * 2**15 + (magnitude + added) // 2**16)
