@@ -198,7 +198,8 @@ def _bitsandbytes(entry: StateDict, i: int, where: str) -> Tensor:
     if f"absmax{i}" in entry:
         return _by_blocks(values, entry[f"absmax{i}"].float(), where).reshape(codes.shape)
     if f"max{i}" in entry:
-        return (values * entry[f"max{i}"].float()).reshape(codes.shape)
+        whole: Tensor = entry[f"max{i}"].float()
+        return (values * whole).reshape(codes.shape)
     raise ValueError(f"{where} has codes, but neither absmax{i} nor max{i} to scale them")
 
 

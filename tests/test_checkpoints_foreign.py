@@ -66,7 +66,7 @@ def test_one_state_of_bitsandbytes_is_that_of_the_optimizer_named(name: str, for
     found = from_bitsandbytes(given, name)
     for i, (x,) in enumerate(values):
         assert torch.equal(found["state"][i].pop(ONE[name]), x)
-        assert found["state"][i].keys() <= {"step"}
+        assert found["state"][i].keys() == ({"step"} if name in ("RMSprop", "Adagrad") else set())
     (group,) = found["param_groups"]
     assert group.items() >= OPTIONS[name].items()
 
@@ -113,6 +113,7 @@ def test_states_of_torchao_are_decoded(kind: str) -> None:
         assert found["state"][i]["step"].item() == 3
     assert found["param_groups"][0]["lr"] == 0.25
     assert isinstance(given["param_groups"][0]["lr"], Tensor)
+    assert isinstance(found["param_groups"][0]["lr"], float)
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit", "fp8"])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from storage_cases import CODES, bits_of, fp32, largest_of, of_bits, roundtrip
@@ -22,8 +23,15 @@ def with_largest(values: Tensor, largest: float) -> Tensor:
 
 
 def test_signed_codes_are_torchs_cast() -> None:
-    """Of blocks whose largest is 256, such that nothing is scaled; every 521st number from 0 to it."""
-    x = with_largest(fp32(0, bits_of(torch.tensor([256.0])).item() + 1, 521), 256.0)
+    """Of blocks whose largest is 256, such that nothing is scaled.
+
+    Every 521st number from 0 to it, and the ties with what is next to them.
+    """
+    grid = torch.arange(121, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = bits_of((grid[1:] + grid[:-1]) / 2)
+    near = of_bits(torch.cat([ties - 1, ties, ties + 1]))
+    every = fp32(0, 0x43800001, 521)
+    x = with_largest(torch.cat([near, every]), 256.0)
     for sign in (1, -1):
         codes, scales = encode_signed(sign * x)
         assert torch.equal(codes, (sign * x).to(torch.float8_e4m3fn).view(torch.uint8))
@@ -191,6 +199,16 @@ def test_scales_near_the_largest_fp32(kind: str, largest: float) -> None:
     assert ((found / x - 1).abs() < 1 / 16.9).all()
 
 
+@pytest.mark.parametrize("top", [256.0, 1.0])
+def test_the_scaling_rounds_the_quotient_once(top: float) -> None:
+    """As numpy's division does, also where the reciprocal of the scale is denormal."""
+    largest = torch.cat([torch.rand(512) + 1, torch.rand(512) * 1.7e38 + 1.7e38])
+    x = torch.rand(1024, 64) * largest[:, None]
+    x[:, 0] = largest
+    expected = x.numpy() * (np.float32(top) / largest.numpy())[:, None]
+    assert torch.equal(storage._scaled(x, top)[1][:, 0], torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_blocks_are_those_of_the_row_whatever_the_shape_and_layout(kind: str) -> None:
     """Columns are row-major over the other dimensions, a vector is one row; codes are contiguous."""
@@ -206,6 +224,7 @@ def test_blocks_are_those_of_the_row_whatever_the_shape_and_layout(kind: str) ->
     assert torch.equal(strided[0], codes)
     assert torch.equal(decode(*strided), decode(codes, scales))
     assert encode(x.flatten())[1].shape == (1, 14)
+    assert decode(*encode(x.flatten(1))).is_contiguous()
     for shape in ((), (0,), (0, 3), (3, 0)):
         codes, scales = encode(torch.rand(shape))
         assert decode(codes, scales).shape == codes.shape == shape

@@ -10,7 +10,10 @@ _CANONICAL_NAN = 0x7FC00000
 
 
 def _bits(x: Tensor) -> Tensor:
-    """Bits of fp32 numbers as int64 in [0, 2^32); every NaN has the same ones, 0x7FC00000."""
+    """Bits of fp32 numbers as int64 in [0, 2^32); every NaN has the same ones, 0x7FC00000.
+
+    Its lower 16 bits are 0, so that nothing added to them for rounding changes it.
+    """
     bits = x.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64) % 2**32
     return torch.where(x.isnan(), _CANONICAL_NAN, bits)
 
@@ -68,8 +71,7 @@ def split(x: Tensor, bits: int = 16, random: Tensor | None = None) -> tuple[Tens
     sign, magnitude = whole // 2**31, whole % 2**31
     if bits == 8:
         added = 128 if random is None else random.to(torch.int64)
-        rounded = (magnitude + added) // 256 * 256
-        magnitude = torch.where(x.isnan(), magnitude, rounded)
+        magnitude = (magnitude + added) // 256 * 256
     upper = (magnitude + 2**15) // 2**16
     rest = magnitude - upper * 2**16
     param = _bf16(sign * 2**15 + upper)
@@ -141,5 +143,4 @@ def stochastic_bf16(x: Tensor, bits16: Tensor) -> Tensor:
     """
     whole = _bits(x)
     sign, magnitude = whole // 2**31, whole % 2**31
-    added = torch.where(x.isnan(), 0, bits16.to(torch.int64))
-    return _bf16(sign * 2**15 + (magnitude + added) // 2**16)
+    return _bf16(sign * 2**15 + (magnitude + bits16.to(torch.int64)) // 2**16)
