@@ -110,7 +110,7 @@ def encode_signed(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Codes, uint8, x's shape, row-major, and scales a, fp32, ``[rows, ceil(columns / 64)]``.
 
-    Source: OCP 8-bit Floating Point Specification (OFP8), revision 1.0, section 5.2; blocks as in Dettmers et
+    Source: OCP 8-bit Floating Point Specification (OFP8), revision 1.0; blocks as in Dettmers et
     al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022.
 
     >>> import torch
@@ -180,7 +180,7 @@ def encode_nonnegative(x: Tensor) -> tuple[Tensor, Tensor]:
         Codes, uint8, x's shape, row-major, and scales a, fp32, ``[rows, ceil(columns / 64)]``.
 
     Source: blocks as in Dettmers et al. 2022; a code without zero for second moments as in Li et al., Memory
-    Efficient Optimizers with 4-bit States, NeurIPS 2023, section 3.
+    Efficient Optimizers with 4-bit States, NeurIPS 2023.
 
     >>> import torch
     >>> codes, scales = encode_nonnegative(torch.tensor([4.0, 2.0, 0.0]))

@@ -134,7 +134,7 @@ def stochastic_bf16(x: Tensor, bits16: Tensor) -> Tensor:
     Returns:
         bf16, x's shape.
 
-    Source: Zamirai et al., Revisiting BFloat16 Training, 2020 (arXiv 2010.06192), section 4.1.
+    Source: Zamirai et al., Revisiting BFloat16 Training, 2020 (arXiv 2010.06192).
 
     >>> import torch
     >>> x = torch.full((4,), 1.0 + 2**-9)
