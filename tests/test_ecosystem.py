@@ -141,7 +141,7 @@ layout
 signature
 options rule
 noise storage
-hostmath
+hostmath checkpoints
 kernels
 """
 FLOOR = {name: number for number, line in enumerate(ORDER.split("\n")) for name in line.split()}
