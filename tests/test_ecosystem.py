@@ -140,7 +140,7 @@ executors
 layout
 signature
 options rule
-noise storage
+noise option storage
 hostmath checkpoints
 kernels
 """
