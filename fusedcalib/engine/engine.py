@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ class Engine:
             raise
         if not plan.taken and self._undo is not None:  # the state it would have begun with
             self._take_back()
+        self._undo = None
         return plan.taken
 
     def prepare(self, groups: Groups, state: State, scaling: Scaling = UNSCALED) -> Plan:
@@ -129,11 +131,13 @@ class Engine:
         return plan
 
     def make_states(self, groups: Groups, state: State) -> None:
-        """Makes the states of all parameters, before any has been stepped."""
+        """Makes the states of all parameters, before any has been stepped; not what is beside them."""
         for group in groups:
             self._check_options(group)
+            recipe = recipe_of(self._rule, group)
+            recipe = replace(recipe, storage=recipe.storage._replace(master="none"))
             for param in group["params"]:
-                make_state(state, self.versions, param, recipe_of(self._rule, group), group)
+                make_state(state, self.versions, param, recipe, group)
 
     def executor_of(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
@@ -266,6 +270,8 @@ class Engine:
             if slot is not None:
                 fresh.append(not recipe.own_states)
             else:
+                if self._undo is not None:
+                    self._undo.remember_values(param, recipe.storage.of(param).master)
                 fresh.append(make_state(state, self.versions, param, recipe, groups[group]))
                 states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
                 place = place_of(param) if is_spread(param) else None
