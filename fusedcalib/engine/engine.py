@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..layout.shards import is_spread, local_of, place_of, redistribute_gradient
 from ..layout.tables import Laid
 from ..noise import words_for
 from ..rule import Rule
+from .check_storage import check_storage
 from .checks import check_parameter, check_slots, describe, warn_of_flat
 from .decide import decider_of
 from .guards import OptionGuards
@@ -131,12 +131,12 @@ class Engine:
         return plan
 
     def make_states(self, groups: Groups, state: State) -> None:
-        """Makes the states of all parameters, before any has been stepped; not what is beside them."""
-        for group in groups:
+        """Makes the states of all parameters, before any has been stepped."""
+        for number, group in enumerate(groups):
             self._check_options(group)
             recipe = recipe_of(self._rule, group)
-            recipe = replace(recipe, storage=recipe.storage._replace(master="none"))
-            for param in group["params"]:
+            for index, param in enumerate(group["params"]):
+                check_storage(describe(self._name, groups, number, index), param, recipe)
                 make_state(state, self.versions, param, recipe, group)
 
     def executor_of(self, param: Tensor) -> Executor:
