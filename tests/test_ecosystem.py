@@ -135,6 +135,7 @@ __init__
 nn registry
 rules
 optimizer groups
+masters
 engine
 executors
 layout
