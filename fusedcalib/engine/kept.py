@@ -33,7 +33,7 @@ def is_storage(name: str) -> bool:
 
 def is_there(entry: Entry, name: str) -> bool:
     """Whether there is a state of a name, in whatever form."""
-    return entry.get(name) is not None or names_of(name, "signed")[0] in entry
+    return entry.get(name) is not None or any(key in entry for key in names_of(name, "signed"))
 
 
 # -- states -----------------------------------------------------------------------------------
