@@ -177,3 +177,27 @@ def test_small_steps_are_not_lost_at_random(backend):
         # A step is 1/16 of a place of 2^-16 below 1: of n 4096 draws the mean has this standard error.
         error = 2.0**-16 * (steps / 16 * 15 / 16 / 4096) ** 0.5
         assert abs(distance - moved) <= 4 * error if stochastic else distance == 0
+
+
+@pytest.mark.parametrize("form", ["exact", "seven", "six"])
+def test_bytes_are_those_of_the_form(form):
+    """Of a matrix, with its gradient: 14, 7.125, 6.125 bytes a parameter, and two counters of 4 bytes."""
+    p = torch.nn.Parameter(torch.randn(64, 512).to(BF16))
+    p.grad = torch.randn(64, 512).to(BF16)
+    optimizer = fusedcalib.AdamW([p], **STORAGES[form], backend="eager")
+    optimizer.step()
+    wanted = {"exact": 14, "seven": 7 + 2 * 4 / 64, "six": 6 + 2 * 4 / 64}[form] * p.numel() + 4
+    assert optimizer.state_bytes()["total"] == wanted
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_small_parameters_take_one_more_launch(backend):
+    """Matrices in bytes are a launch, biases and small matrices with fp32 states another: two for a model."""
+    device = device_of(backend)
+    shapes = [(64, 128), (128,), (128, 64), (64,), (8, 16), (256, 64)] * 5
+    params = [torch.nn.Parameter(torch.randn(s, device=device).to(BF16)) for s in shapes]
+    optimizer = fusedcalib.AdamW(params, **STORAGES["seven"], backend=backend)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    plan = optimizer._engine.prepare(optimizer.param_groups, optimizer.state)
+    assert plan.step() == 2
