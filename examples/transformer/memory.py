@@ -3,7 +3,7 @@
 python examples/transformer/memory.py --run [--seeds 4]   trains in every way and seed, then draws
 python examples/transformer/memory.py                     draws what results/ has
 
-Weights in bf16 are turned to fp32 for the forward pass, so that only what is kept differs, not the arithmetic.
+Weights in bf16 are turned to fp32 for the forward pass: only what is kept differs, not the arithmetic.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ WAYS = {
     "sgd eight": Way("SGD, split16, 8 bit momentum", "SGD", 7.06, {"master_weights": "split16", **EIGHT}),
     "sgd bf16": Way("SGD, split16, bf16 momentum", "SGD", 8, {"master_weights": "split16"}),
 }
-RATES = {"AdamW": {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}, "SGD": {"lr": 0.1, "momentum": 0.9}}
+RATES: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1},
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+}
 
 
 def train(way: Way, seed: int, text: data.Text) -> float:
@@ -122,8 +125,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("held-out loss minus that of fp32 with the same seed (bits/byte); bars are means")
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         title = f"Fewer bytes a parameter, {len(found['fp32'])} seeds of a byte transformer"
-        axes.set_title(f"{title}\n", fontweight="bold", fontsize=13)
-        axes.set_title(f"{title}\n{results['setting']['steps']} steps, {results['device']}, {versions}", fontsize=11)
+        about = f"{results['setting']['steps']} steps, {results['device']}, {versions}"
+        axes.set_title(f"{title}\n{about}", fontsize=11)
         figure.savefig(path, dpi=100)
 
 

@@ -148,7 +148,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=float, default=rate_or_limit, help=about)
     add("--centralize", action="store_true", help="remove the mean of each row of the gradient")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")
-    add("--master-weights", choices=("split16", "split8", "float32"), help="what bf16 weights have beside them")
+    add("--master-weights", choices=("split16", "split8", "float32"), help="beside bf16 weights")
     add("--state-dtype", help="of the states: float32, bfloat16, 8bit, bfloat16_stochastic; the weights' own")
     add("--stochastic-rounding", action="store_true", help="of bf16 weights, or of the last bit of split8")
     add("--backend", default="auto", help="of the optimizer: auto, triton, numba or eager")

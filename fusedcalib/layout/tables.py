@@ -17,7 +17,6 @@ from .geometry import Geometry, geometry_of
 from .scalars import Scalars
 from .shards import Place, local_of
 
-
 # Where every byte has an address of its own, which takes registers too, a thread has fewer elements.
 UNALIGNED_BYTES = 8
 
