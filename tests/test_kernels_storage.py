@@ -31,6 +31,21 @@ def test_every_rule_keeps_the_same_bits(backend, name):
     assert_same_bits(*runs)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_says_which_of_its_states_cannot_be_negative(name):
+    """Random gradients of both signs: a state that stays above zero has the code without a zero."""
+    rule = RULES[name]
+    p = torch.nn.Parameter(torch.zeros(4, 64))
+    optimizer = rule.ours([p], **rule.options, backend="eager")
+    lowest = {}
+    for _ in range(5):
+        p.grad = torch.randn(4, 64)
+        optimizer.step()
+        for state in optimizer.rule.states[optimizer.rule.variant(optimizer.param_groups[0])]:
+            lowest[state] = min(lowest.get(state, 0.0), float(optimizer.state[p][state].min()))
+    assert {state for state, least in lowest.items() if least >= 0} == optimizer.rule.nonnegative & {*lowest}
+
+
 def decoded(entry, name, nonnegative):
     """A state in fp32."""
     if f"{name}_codes" not in entry:
