@@ -113,13 +113,13 @@ def test_a_chain_has_a_table_and_a_figure(data_of_chain, tmp_path):
 
 
 def test_goals_know_a_chain_from_a_step(data_of_chain):
-    values = {row["goal"]: row for row in goals.judge(data_of_chain)}
-    assert values["C8"]["value"] == 0.25
-    assert values["C8"]["met"] == "stretch"
-    assert values["C6"]["met"] == "not measured"
+    values = {row.goal: row for row in goals.judge(data_of_chain)}
+    assert values["C8"].value == 0.25
+    assert values["C8"].met == "stretch"
+    assert values["C6"].met == "not measured"
     assert data_of_chain.find("gpt2-124m", "own_plain") is None
     one = replace(data_of_chain, device={"name": "x"})
-    values = {row["what"]: row["value"] for row in goals.judge(one)}
+    values = {row.what: row.value for row in goals.judge(one)}
     assert values["clip, noise, GC, EMA / plain"] == 0.9
     assert values["EMA / plain"] is None
     assert values["plain / torch fused, gpt2-124m"] is None
@@ -228,11 +228,11 @@ def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
 def test_disturbed_numbers_are_marked_and_reach_no_goal(data):
     own = data.cases[0].methods[1].ratio_to["torch_fused"]
     own.median = 0.5
-    met = {row["what"]: row["met"] for row in goals.judge(data)}
+    met = {row.what: row.met for row in goals.judge(data)}
     assert met["plain / torch fused, small-1000"] == "stretch"
     assert met["% of stream, GC, gpt2-small-cpu"] == "not measured"
     own.disturbed = True
-    met = {row["what"]: row["met"] for row in goals.judge(data)}
+    met = {row.what: row.met for row in goals.judge(data)}
     assert met["plain / torch fused, small-1000"] == "not measured"
     assert tables.spread_text(own) == "~0.50 (0.80-1.10)"
     assert data.cases[0].disturbed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
-from ..models.traffic import DTYPES
+from ..models.traffic import CACHED, DTYPES
 from ..report.results import Measured, Row
 from . import clocks, gate, spare
 from .baselines import METHODS
@@ -28,19 +28,14 @@ SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short 
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure. Lists, methods and subjects are given by their names, or as they are.
-
-    Attributes:
-        extras: what the case is about besides its rule: a name of method.EXTRAS, or one like it.
-        bases: to one of these, the first that was measured, tables give the ratios of the others.
-    """
+    """What to measure. Lists, methods and subjects are given by their names, or as they are."""
 
     list: str | ParamList
     methods: tuple[str | Method, ...]
     dtypes: str = "fp32"
     subject: str | Subject = "AdamW"
-    extras: str = ""
-    bases: tuple[str, ...] = ANCHORS
+    extras: str = ""  # what the case is about besides its rule: a name of method.EXTRAS, or one like it
+    bases: tuple[str, ...] = ANCHORS  # the first that was measured is what tables give the ratios to
 
     @property
     def title(self) -> str:
@@ -83,8 +78,6 @@ class Prepared:
             params = shapes.build(self.spec, self.device, self.dtype, source)
             try:
                 built[name] = (params, method.make(self.spec, params, self._subject_of(method)))
-            except NotAvailableError as error:
-                self.reasons[name] = str(error)
             except Exception as error:  # of another library: it costs that method only
                 self.reasons[name] = sentence(error)
             else:
@@ -104,13 +97,7 @@ class Prepared:
         every = max(1, self.spec.params // SAMPLE)
         verdicts = gate.check(self.spec, gated, self.subject, every) if built else {}
         for name, verdict in verdicts.items():
-            if not verdict.passed:
-                self.reasons[name] = verdict.reason or (
-                    f"wrong result: {verdict.of_bound:.3g} times the bound away from float64"
-                )
-                del built[name]
-        for name in [name for name in built if self.rows[name].extras.any]:
-            if fault := self._fault(self.rows[name], built[name][1]):
+            if fault := verdict.fault or self._fault(self.rows[name], built[name][1]):
                 self.reasons[name] = fault
                 del built[name]
         return verdicts
@@ -140,7 +127,7 @@ def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda wh
     work = Prepared(case, device, tell)
     gpu = machine.on_gpu(device)
     width = work.width(*work.rows.values())
-    flush = gpu and work.spec.params * width < 400e6
+    flush = gpu and work.spec.params * width < CACHED
     built = work.build()
     verdicts = work.judge(built)
     methods = _refreshed(work.spec, built)
@@ -155,7 +142,7 @@ def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda wh
     for name, row in rows.items():
         row.reason = reasons.get(name)
         if name in work.rows:
-            row.title, row.options = work.rows[name].title, work.rows[name].options
+            row.title, row.options = work.rows[name].title, asdict(work.rows[name].extras)
         if name in timed.rows and name in verdicts:
             row.max_err_vs_fp64, row.first_steps_s = verdicts[name].max_err, verdicts[name].seconds
             row.note, row.bytes_per_param = methods[name].note, work.width(work.rows[name])
@@ -193,7 +180,7 @@ def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
     torch_norm = built.spoils and extras.clip is not None
-    kind = gate.Kind(method.gc, extras, torch_norm, method.narrow)
+    kind = gate.Kind(extras, torch_norm, method.narrow)
     return gate.Entry(kind, params, built.step, built.averages)
 
 
@@ -219,4 +206,6 @@ def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Buil
 def empty_row(method: str | Method) -> Row:
     """A method's row before anything is known."""
     known = METHODS.get(method) if isinstance(method, str) else method
-    return Row(known.name, known.title, known.options) if known else Row(str(method), "memory stream", {})
+    return (
+        Row(known.name, known.title, asdict(known.extras)) if known else Row(str(method), "memory stream", {})
+    )

@@ -10,7 +10,8 @@ import torch
 
 from ..env import machine
 from ..models.shapes import ParamList
-from ..report.results import Row, Spread
+from ..report.records import Spread
+from ..report.results import Row
 from . import probe
 from .ceilings import stream_of
 from .method import Built
@@ -31,19 +32,12 @@ class Effort:
 
 @dataclass(frozen=True)
 class TimingPlan:
-    """How the methods of a case are timed.
+    """How the methods of a case are timed."""
 
-    Attributes:
-        flush: whether caches are emptied before each step on a GPU.
-        reads: arrays of the memory stream beside them, if there is to be one.
-        anchors: on a CPU every sample stands beside one of these, the first that there is.
-        references: the ratios to these are written.
-    """
-
-    flush: bool
-    reads: int | None
-    anchors: tuple[str, ...]
-    references: tuple[str, ...]
+    flush: bool  # whether caches are emptied before each step on a GPU
+    reads: int | None  # arrays of the memory stream beside them, if there is to be one
+    anchors: tuple[str, ...]  # on a CPU every sample stands beside one of these, the first that there is
+    references: tuple[str, ...]  # the ratios to these are written
 
 
 @dataclass

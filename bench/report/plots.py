@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from . import tables
-from .results import Measured, Results, Spread
+from .records import Band, Spread, Training
+from .results import Measured, Results
 from .style import COLOURS, INK, SOFT, bar, dot, figure, name_lines, ratio_axis
 
 NAMES = {
@@ -24,36 +25,38 @@ BUSY = "Step times on a busy machine: do not rely on them"
 
 def training(results: Results, path: Path) -> Path:
     """E1: test accuracy and training loss by epoch; bands are 10-90 % of the seeds."""
-    e1 = results.e1 or {}
-    curves = e1["curves"]
-    epochs = len(curves["gc"]["loss"]["median"])
+    e1 = results.e1
+    assert e1 is not None
+    curves = e1.curves
+    epochs = len(curves["gc"].loss.median)
     subtitle = (
-        f"AdamW, small CNN without batch norm, {e1['setting']['train']} training images; line: "
-        f"median, band: 10-90 % of {len(e1['seeds'])} seeds\n{results.measured_on}"
+        f"AdamW, small CNN without batch norm, {e1.setting['train']} training images; line: "
+        f"median, band: 10-90 % of {len(e1.seeds)} seeds\n{results.measured_on}"
     )
     with figure(path, 4.2, (_training_title(e1), subtitle), (1, 2), wspace=0.22, top=0.97) as (left, right):
-        for axes, key in ((left, "accuracy"), (right, "loss")):
-            for name in NAMES:
-                _curve(axes, name, curves[name][key])
+        for name in NAMES:
+            _curve(left, name, curves[name].accuracy)
+            _curve(right, name, curves[name].loss)
+        for axes in (left, right):
             axes.set(xlabel="epoch", xlim=(1, epochs))
             axes.set_xticks([1, *range(5, epochs + 1, 5)])
-        floor = min(min(curve["accuracy"]["p10"]) for curve in curves.values())
+        floor = min(min(curve.accuracy.p10) for curve in curves.values())
         left.set(ylabel="test accuracy (%)", ylim=(10 * (floor // 10), 100))
         right.set(ylabel="training loss (nats, log scale)", yscale="log")
         right.yaxis.set_major_formatter("{x:g}")
-        _end_labels(right, epochs, {name: curves[name]["loss"]["median"][-1] for name in NAMES})
+        _end_labels(right, epochs, {name: curves[name].loss.median[-1] for name in NAMES})
     return path
 
 
-def _curve(axes: Axes, name: str, band: dict[str, list[float]]) -> None:
+def _curve(axes: Axes, name: str, band: Band) -> None:
     """A median in its band; the plain fusedcalib is dashed, to show the torch line beneath it."""
-    epochs = range(1, len(band["median"]) + 1)
+    epochs = range(1, len(band.median) + 1)
     colour = COLOURS[name]
     if name != "plain":
-        axes.fill_between(epochs, band["p10"], band["p90"], color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(epochs, band.p10, band.p90, color=colour, alpha=0.13, linewidth=0)
     width = {"torch": 3.2, "plain": 1.6, "gc": 2.4}[name]
     style = (0, (2.5, 2)) if name == "plain" else "-"
-    axes.plot(epochs, band["median"], color=colour, linewidth=width, linestyle=style)
+    axes.plot(epochs, band.median, color=colour, linewidth=width, linestyle=style)
 
 
 def _end_labels(axes: Axes, x: float, ends: dict[str, float]) -> None:
@@ -73,13 +76,13 @@ def _end_labels(axes: Axes, x: float, ends: dict[str, float]) -> None:
         free = height - 15 * (1 + NAMES[name].count("\n"))
 
 
-def _training_title(e1: dict[str, Any]) -> str:
-    finals = {name: e1["curves"][name]["accuracy"]["median"][-1] for name in ("torch", "gc")}
-    gain, seeds = e1["gain"], len(e1["seeds"])
-    if gain["mean"] > 0:
+def _training_title(e1: Training) -> str:
+    finals = {name: e1.curves[name].accuracy.median[-1] for name in ("torch", "gc")}
+    gain, seeds = e1.gain, len(e1.seeds)
+    if gain.mean > 0:
         return (
             f"Centralized gradients: {finals['gc']:.1f} % of digits right instead of "
-            f"{finals['torch']:.1f} %, better on {gain['wins']} of {seeds} seeds"
+            f"{finals['torch']:.1f} %, better on {gain.wins} of {seeds} seeds"
         )
     return f"Centralized gradients: no gain in accuracy here ({seeds} seeds)"
 

@@ -34,19 +34,14 @@ GPU = (
 
 
 class Work:
-    """A run of one or more parts.
-
-    Attributes:
-        wrong: what is, in sentences.
-        stop: set when the user ends it.
-    """
+    """A run of one or more parts."""
 
     def __init__(self, out: Path, python: str, only: str = "", interpreted: bool = False) -> None:
         """`only`: a regular expression for groups of tests; `interpreted`: a trial without a GPU."""
         self.out, self.python, self.only, self.interpreted = out, python, only, interpreted
         self.log = gpu_log.Log(out / "gpu.log")
-        self.wrong: list[str] = []
-        self.stop = Event()
+        self.wrong: list[str] = []  # what is, in sentences
+        self.stop = Event()  # set when the user ends it
 
     def fault(self, sentence: str) -> None:
         self.wrong.append(sentence)

@@ -118,12 +118,12 @@ def _suite(
     effort = Effort(rounds=30, seconds=5) if machine.on_gpu(device) else Effort(40, 40)
     work = Run(head, device, out / head.file_name, log, finish=_finish, worker=worker)
     work.ceilings()
-    log(f"memory: {work.ceil}")
+    log(f"memory: {work.results.ceil}")
     work.host()
     for case in cases:
         title = f"{case.title} ({len(case.methods)} methods)"
         if work.interrupted or log.seconds > seconds:
-            work.more["left_out"].append(title)
+            work.results.left_out.append(title)
             continue
         log(title)
         short = replace(effort, seconds=effort.seconds / 4) if case.subject != "AdamW" else effort
@@ -146,13 +146,13 @@ def _say(work: Run, log: Log) -> int:
     """The goals, what is missing and what is wrong; returns the exit status."""
     whole = work.save()
     for goal in whole.goals:
-        value = tables.number(goal["value"])
-        log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
+        value = tables.number(goal.value)
+        log(f"{goal.goal:>4} {goal.what:<48} {value:>8} target {goal.target:g}: {goal.met}")
     if whole.of_chains:
         tables.show(tables.chain_table(whole))
-    for title in work.more["left_out"]:
+    for title in whole.left_out:
         log(f"left out{' by the interrupt' if work.interrupted else ' for want of time'}: {title}")
-    for line in work.wrong():
+    for line in whole.wrong:
         log(f"FAILED: {line}")
     log(f"wrote {work.path}")
     return work.status()
