@@ -212,7 +212,7 @@ def test_suite_keeps_what_it_has_when_a_case_breaks(measured, monkeypatch, tmp_p
     (file,) = (tmp_path / "broken").iterdir()
     written = results.load(file)
     assert [one.list for one in written.cases] == ["little"]
-    assert "KeyError" in written.failures[0]["error"]
+    assert "KeyError" in written.failures[0].error
     assert suite._suite((good,), CPU, tmp_path / "late", -1) == 1
     assert "left out for want of time" in capsys.readouterr().out
 

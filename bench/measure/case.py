@@ -17,12 +17,10 @@ from ..models.traffic import CACHED, DTYPES
 from ..report.results import Measured, Row
 from . import clocks, gate, spare
 from .baselines import METHODS
-from .clocks import Effort, Tell
+from .clocks import ANCHORS, Effort, Tell
 from .method import ADAMW, SUBJECTS, Built, Method, NotAvailableError, Subject
 from .rivals import sentence
 
-# Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
-ANCHORS = ("torch_fused", "torch_foreach", "own_plain")
 SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short list, some of a long one
 
 
@@ -133,9 +131,12 @@ def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda wh
     methods = _refreshed(work.spec, built)
     # What has extras moves more than the stream beside it would.
     streams = case.dtypes == "fp32" and work.spec.params >= 2**20 and not case.extras
-    references = tuple(name for name, method in work.rows.items() if method.reference)
-    plan = clocks.TimingPlan(flush, 2 + work.states if streams else None, ANCHORS, references)
-    timed = clocks.measure(work.spec, methods, device, effort, plan, tell) if methods else clocks.Timed()
+    timed = clocks.measure(
+        *(work.spec, methods, device, effort, tell),
+        flush=flush,
+        reads=2 + work.states if streams else None,
+        references=tuple(name for name, method in work.rows.items() if method.reference),
+    )
     reasons = work.reasons | timed.reasons
     names = [*work.rows, *(name for name in timed.rows if name not in work.rows)]
     rows = {name: timed.rows.get(name) or empty_row(work.rows[name]) for name in names}

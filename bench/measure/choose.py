@@ -12,7 +12,8 @@ from ..models import architectures, shapes
 from ..models.shapes import ParamList, list_of
 from ..models.traffic import DTYPES
 from .baselines import METHODS, RIVALS, composed, own
-from .case import ANCHORS, Case
+from .case import Case
+from .clocks import ANCHORS
 from .method import EXTRAS, SUBJECTS, Extras, Method, Subject, reference_options
 
 AGAINST = {  # what a user calls the methods that ours is compared with

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from . import tables
 from .records import Band, Spread, Training
-from .results import Measured, Results
+from .results import Measured, Results, Row
 from .style import COLOURS, INK, SOFT, bar, dot, figure, name_lines, ratio_axis
 
 NAMES = {
@@ -164,55 +164,54 @@ def _ratios_on(axes: Axes, spreads: list[Spread], label: str) -> None:
 # -- a panel for each case
 
 Shown = tuple[Measured, str, str]  # case, what is compared with, title
-Line = tuple[str, str, Spread]  # method, title, spread
 
 
 def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
     fp32 = [case for case in results.cases if case.kind == ("fp32", "AdamW", "")]
     cases = [case for case in fp32 if names is None or case.list in names]
-    of = "torch.optim.AdamW(fused=True)"
-    return _panels(
-        results, path, [(case, "torch_fused", case.title) for case in cases], of, _steps_title(cases)
-    )
+    shown = [(case, "torch_fused", case.title) for case in cases]
+    return _panels(results, path, shown, "torch.optim.AdamW(fused=True)", _steps_title(cases))
 
 
 def compared(results: Results, path: Path) -> Path:
     """Every case of a run, each method over the one that its table compares with."""
-    shown: list[Shown] = []
-    for case in results.cases:
-        if case.base:
-            title = next(row.title for row in case.methods if row.name == case.base)
-            shown.append((case, case.base, f"{case.title}; 1 is {title}"))
+    shown = [
+        (case, case.base, f"{case.title}; 1 is {case.base_title}") for case in results.cases if case.base
+    ]
     return _panels(results, path, shown, "the method named above the panel", _compared_title(shown))
 
 
 def _panels(results: Results, path: Path, shown: list[Shown], of: str, title: str) -> Path:
     lines = [_lines(case, base) for case, base, _ in shown]
-    heights = [len(of_case) + 1.2 for of_case in lines]
+    heights = [len(rows) + 1.2 for rows in lines]
     height = 0.5 + 0.34 * sum(heights)
     top = min(0.93, 1 - 0.4 / height)  # room for the title of the first panel
     grid = {"height_ratios": heights, "hspace": 0.3, "top": top, "left": 0.2, "sharex": True}
     titles = (title, _subtitle(results, any(case.disturbed for case, _, _ in shown)))
+    spreads = []
     with figure(path, height, titles, (len(shown), 1), **grid) as panels:
-        for axes, (_, _, name), of_case in zip(panels, shown, lines, strict=True):
-            _panel(axes, of_case, name)
+        for axes, (_, base, name), rows in zip(panels, shown, lines, strict=True):
+            spreads += _panel(axes, rows, base)
+            axes.set_title(name, color=SOFT)
         clock = "on the device" if results.device else "of a step"
-        spreads = [spread for of_case in lines for _, _, spread in of_case]
         _ratios_on(panels[-1], spreads, f"time {clock} / time of {of}, log scale")
     return path
 
 
-def _lines(case: Measured, base: str = "torch_fused") -> list[Line]:
+def _lines(case: Measured, base: str) -> list[Row]:
     """The measured methods of a case but the one compared with, slowest first."""
     rows = [row for row in case.methods if base in row.ratio_to and not row.name.startswith("stream_")]
-    found = [(row.name, row.title, row.ratio_to[base]) for row in rows]
-    return sorted(found, key=lambda line: -line[2].median)
+    return sorted(rows, key=lambda row: -row.ratio_to[base].median)
 
 
-def _panel(axes: Axes, lines: list[Line], title: str) -> None:
-    colours = [COLOURS.get(n, COLOURS["own_gc"] if n.startswith("own") else SOFT) for n, _, _ in lines]
-    for y, ((_, _, spread), colour) in enumerate(zip(lines, colours, strict=True)):
+def _panel(axes: Axes, rows: list[Row], base: str) -> list[Spread]:
+    """A line for each method; returns the ratios that are shown."""
+    name_lines(axes, [row.title for row in rows])
+    spreads = [row.ratio_to[base] for row in rows]
+    for y, (row, spread, tick) in enumerate(zip(rows, spreads, axes.get_yticklabels(), strict=True)):
+        colour = COLOURS.get(row.name, COLOURS["own_gc"] if row.own else SOFT)
+        tick.set(color=colour if row.own else INK, fontweight="bold" if row.own else "normal")
         bar(axes, y, (spread.p10, spread.p90), colour)
         dot(axes, y, spread.median, colour, 8)
         place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
@@ -220,20 +219,16 @@ def _panel(axes: Axes, lines: list[Line], title: str) -> None:
         text = axes.annotate(said, (spread.p90, y), **place)
         text.set(color=colour, fontweight="bold")
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.2})
-    axes.set_title(title, color=SOFT)
-    name_lines(axes, [title for _, title, _ in lines])
-    for tick, (name, _, _), colour in zip(axes.get_yticklabels(), lines, colours, strict=True):
-        own = name.startswith("own")
-        tick.set(color=colour if own else INK, fontweight="bold" if own else "normal")
+    return spreads
 
 
 def _compared_title(shown: list[Shown]) -> str:
     """The finding of the first panel."""
     for case, base, _ in shown:
-        for name, title, spread in _lines(case, base):
-            if name.startswith("own"):
-                names = {row.name: row.title for row in case.methods}
-                finding = f"{title} / {names[base]}: {spread.median:.2f} on {case.list}"
+        for row in _lines(case, base):
+            if row.own:
+                spread = row.ratio_to[base]
+                finding = f"{row.title} / {case.base_title}: {spread.median:.2f} on {case.list}"
                 return BUSY if spread.disturbed else finding
     return "Step times"
 

@@ -91,6 +91,11 @@ class Measured:
         return f"{self.subject}, {self.list}: {self.tensors} tensors, {millions}, {self.dtypes}"
 
     @property
+    def base_title(self) -> str:
+        """What tables call the method that the others are compared with."""
+        return next((row.title for row in self.methods if row.name == self.base), "-")
+
+    @property
     def disturbed(self) -> bool:
         """Whether one of our own numbers was."""
         return any(spread.disturbed for row in self.methods if row.own for spread in row.ratio_to.values())

@@ -118,11 +118,10 @@ def case_table(case: Measured, to: str = "torch_fused") -> Table:
 def full_table(case: Measured) -> Table:
     """One case with all that was measured of it."""
     ratio, rounds = _over(case.base)
-    base = case.row(case.base or "")
     columns: Columns[Row] = {
         "step": lambda row: row.title,
         "ms": lambda row: number(row.device_ms_median if case.on_gpu else row.wall_ms),
-        f"/ {base.title if base else '-'} (10-90 %)": ratio,
+        f"/ {case.base_title} (10-90 %)": ratio,
         "n": lambda row: rounds(row) if row.name != case.base else "-",
         "GB/s": lambda row: number(row.gbs),
         "% of copy": lambda row: number(row.pct_copy),
