@@ -209,10 +209,13 @@ def normals(
     return flat[first % 4 : first % 4 + count]
 
 
-def rounding_bits(first: int, count: int, step: int, words: tuple[int, int, int]) -> Array:
-    """Sixteen random bits, uint64 [count], of elements `first` and on: the lower half of a word each."""
-    flat = np.stack(_words(first, count, step, words, "rounding"), axis=1).reshape(-1)
-    return flat[first % 4 : first % 4 + count] & np.uint64(0xFFFF)
+def rounding_words(first: int, count: int, step: int, words: tuple[int, int, int]) -> Array:
+    """Random words, uint64 [count] below 2^32, of elements `first` and on.
+
+    The lower half rounds the parameter, the upper half states.
+    """
+    flat: Array = np.stack(_words(first, count, step, words, "rounding"), axis=1).reshape(-1)
+    return flat[first % 4 : first % 4 + count]
 
 
 def _words(first: int, count: int, step: int, words: tuple[int, int, int], purpose: str) -> tuple[Array, ...]:

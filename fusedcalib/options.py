@@ -14,14 +14,8 @@ from torch.optim import Optimizer
 
 from .hostmath import is_remote
 from .noise import GradientNoise, LangevinNoise, WeightNoise, as_dict, parsed
+from .storage import FORMATS, MASTERS, check_storage, format_name, is_format, is_master
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STATE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
-    None: None,
-    "parameter": None,
-    **{dtype: dtype for dtype in _DTYPES},
-    **{str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES},
-}
 CENTRALIZE = (False, True, "gradient", "update")
 Backend = Literal["auto", "triton", "numba", "eager"]  # executors/ has the last three, here by preference
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -78,10 +72,6 @@ def _number(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
-
-
-def _name_of(dtype: Any) -> Any:
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 # Arguments of torch.optim's classes; `fused` and `capturable` are also taken where torch's class does not.
@@ -209,14 +199,38 @@ OURS = (
     Option(
         "state_dtype",
         None,
-        torch.dtype | str | None,
+        torch.dtype | str | dict[str, Any] | None,
         "of the states that are like the parameter: torch.float32, bfloat16, float16 or float64; kept by "
-        "load_state_dict.",
-        lambda value: value in STATE_DTYPES,
-        ", ".join(map(str, _DTYPES)) + " or None",
+        'load_state_dict. "8bit" keeps a byte an element and a scale for each 64 of a row, in parameters of '
+        'two dimensions that are not small; "bfloat16_stochastic" rounds second moments at random. A dict '
+        "says it for each state by its name.",
+        is_format,
+        FORMATS,
         none="parameter",
         means="the parameter's, as torch.optim",
-        stored=_name_of,
+        stored=format_name,
+    ),
+    Option(
+        "master_weights",
+        None,
+        bool | int | str | None,
+        'what bf16 parameters have beside them, so that small steps are not lost: "split16" (True, 32) 16 '
+        'bits more, which make them fp32 to the last bit; "split8" (24) 8 bits more; "float32" a copy, also '
+        "of fp16 parameters. Parameters of 32 and more bits are not affected.",
+        is_master,
+        'None, "split16", "split8" or "float32"',
+        none="none",
+        means="nothing",
+        stored=lambda value: MASTERS[value],
+    ),
+    Option(
+        "min_8bit_size",
+        4096,
+        int,
+        'elements of a parameter, from which on `state_dtype="8bit"` keeps bytes; smaller ones have fp32 '
+        "states.",
+        lambda value: type(value) is int and value >= 0,
+        "an int >= 0",
     ),
 )
 BACKEND = Option(
@@ -246,6 +260,7 @@ def check_group(cls: type[Any], group: Mapping[str, Any]) -> None:
     """Raises ValueError for an option of a param group that is out of range or not supported by a class."""
     for option in OURS:
         option.check(group[option.name])
+    check_storage(cls, group)
     if group.get("differentiable"):
         other = f"use torch.optim.{cls.__name__}(differentiable=True)"
         instead = other if hasattr(torch.optim, cls.__name__) else "set it to False"

@@ -28,6 +28,8 @@ class Rule:
         variant: the variant that a param group asks for.
         counts: whether `step` is kept per parameter in the state. Where it is not, `step` is 1 for a
             parameter whose state is new and 2 afterwards.
+        nonnegative: the states that cannot be negative: in bytes they have a code of their own.
+        wide: states that bytes are too coarse for. A variant that has one keeps none of its states in bytes.
         starts: group keys that hold the initial value of a state; others start at zero.
         product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
             it; `scalars` gets its new value as a third argument.
@@ -42,6 +44,8 @@ class Rule:
     states: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"plain": ()})
     variant: Callable[[Group], str] = lambda group: "plain"
     counts: bool = True
+    nonnegative: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
     starts: Mapping[str, str] = field(default_factory=dict)
     product: tuple[str, Callable[[Group, float], float]] | None = None
     decay: Callable[[Group], str] = lambda group: "coupled"

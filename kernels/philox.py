@@ -112,14 +112,14 @@ def normal_tile(first, sigma, words, R: tl.constexpr, C: tl.constexpr, QUADS: tl
 
 
 @jit
-def bit_tile(first, words, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
-    """The lower 16 bits [R, C] of each element's word. Arguments as of normal_tile."""
+def word_tile(first, words, R: tl.constexpr, C: tl.constexpr, QUADS: tl.constexpr):
+    """The word [R, C] of each element. Arguments as of normal_tile."""
     a0, a1, b0, b1, d0, _ = words_from(first, words, C, QUADS)
     if not QUADS:
         odd = (first & 1) != 0
         a0, a1 = tl.where(odd, a1, a0), tl.where(odd, b0, a1)
         b0, b1 = tl.where(odd, b1, b0), tl.where(odd, d0, b1)
-    return interleaved(a0, a1, b0, b1, R, C) & word(0xFFFF)
+    return interleaved(a0, a1, b0, b1, R, C)
 
 
 @jit

@@ -90,7 +90,7 @@ def finish_tile(row, start, squares, SPEC: tl.constexpr):
     state = ()
     if SPEC.FLAGS.ema:
         state = averaged(p, values[2:3], row.h, SPEC)
-    store_tile(row, cells, p, state, SPEC, "")
+    store_tile(row, cells, (p,) + state, bits, SPEC, "")
 
 
 @jit

@@ -57,6 +57,9 @@ class Spec(NamedTuple):
     QUADS: bool = False  # rows are multiples of four elements, or there is one
     VECTOR: int = 1  # addresses are 16-byte aligned, rows multiples of VECTOR elements; else 1
     FACTORED: bool = False  # rows of the gradient have factors
+    KEPT: tuple[
+        str, ...
+    ] = ()  # how each tensor that rules see is kept, see storage.py; () where all are cast
     RULE: Any = None  # device function
     FLAGS: Flags | None = None
     # Hash of the rule's source: on disk Triton tells kernels apart by how their constants print, and a

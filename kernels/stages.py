@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .language import jit, tl
 from .ops import divide, negative, sign, sqrt, where
-from .storage import stochastic, stored
+from .storage import stochastic, stored, trimmed
 
 
 class Flags(NamedTuple):
@@ -30,11 +30,18 @@ class Flags(NamedTuple):
     skips: bool = False  # whether a step may turn out to be left out
     ema: bool = False  # an average of the parameter is kept
     rounding: str = "nearest"  # "nearest" | "stochastic", of the parameter
+    master: str = "none"  # "none" | "split16" | "split8" | "float32", what a parameter has beside it
+    dithered: bool = False  # states are rounded at random
 
     @property
     def random(self) -> bool:
         """Whether random numbers are drawn."""
-        return self.noise != "none" or self.rounding != "nearest"
+        return self.noise != "none" or self.rounds
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded at random."""
+        return self.rounding != "nearest" or self.dithered
 
     @property
     def by_rows(self) -> bool:
@@ -142,20 +149,30 @@ def projected(p, squares, h):
 
 @jit
 def rounded(p, bits, SPEC: tl.constexpr):
-    """p [R, C] as its dtype has it where that is chosen at random; else the store rounds, to nearest."""
+    """p [R, C] as it will be kept where that is not what a store rounds to, to nearest.
+
+    bits: random words, of which the lower half is used.
+    """
     FLAGS: tl.constexpr = SPEC.FLAGS
     DTYPE: tl.constexpr = SPEC.DTYPES[0]
-    if FLAGS.rounding == "stochastic":
-        p = stochastic(p, bits, DTYPE)
+    if FLAGS.master == "split8":
+        if FLAGS.rounding == "stochastic":
+            p = trimmed(p, bits & 0xFF)
+        else:
+            p = trimmed(p, 128)
+    elif FLAGS.rounding == "stochastic":
+        p = stochastic(p, bits & 0xFFFF, DTYPE)
     return p
 
 
 @jit
 def averaged(p, state, h, SPEC: tl.constexpr):
-    """The state with the average of the parameter brought up to date: of what its dtype holds of it."""
+    """The state with the average of the parameter brought up to date: of what is kept of it."""
     FLAGS: tl.constexpr = SPEC.FLAGS
     DTYPE: tl.constexpr = SPEC.DTYPES[0]
     if FLAGS.ema:
         average = state[0]
-        state = (average + h.share * (stored(p, DTYPE) - average),) + state[1:]
+        if FLAGS.master == "none":
+            p = stored(p, DTYPE)
+        state = (average + h.share * (p - average),) + state[1:]
     return state

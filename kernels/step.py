@@ -59,10 +59,11 @@ def step_rows(row, SPEC: tl.constexpr):
         p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, SPEC)
         if FLAGS.project:
             squares += tl.where(cells.mask, p * p, 0)
-        p = rounded(p, rounding_tile(row, start, SPEC), SPEC)
+        bits = rounding_tile(row, start, SPEC)
+        p = rounded(p, bits, SPEC)
         if not FLAGS.project:
             state = averaged(p, state, row.h, SPEC)
-        store_tile(row, cells, p, state, SPEC, WRITTEN)
+        store_tile(row, cells, (p,) + state, bits, SPEC, WRITTEN)
     if FLAGS.project:
         total = tl.sum(tl.sum(squares, axis=1), axis=0)
         if SPEC.REDUCTION == "ranks":
@@ -91,7 +92,8 @@ def step_tile(row, sums, SPEC: tl.constexpr):
             p = projected(p, row_total(p * p, cells.mask), row.h)
         else:
             square_total(sums, p, cells.mask)
-    p = rounded(p, rounding_tile(row, start, SPEC), SPEC)
+    bits = rounding_tile(row, start, SPEC)
+    p = rounded(p, bits, SPEC)
     if not FLAGS.project or SPEC.REDUCTION == "tile":
         state = averaged(p, state, row.h, SPEC)
-    store_tile(row, cells, p, state, SPEC, "")
+    store_tile(row, cells, (p,) + state, bits, SPEC, "")

@@ -1,10 +1,32 @@
-"""How values are kept in memory, device side: `decode` makes of them what rules see, `encode` undoes it.
+"""How values are kept in memory: the forms a tensor may have, and what makes them of values and back.
 
-Nothing else knows how a tensor is stored. So far that is in one floating-point type: a cast. Its twins are in
-fusedcalib/executors/numba/memory.py and fusedcalib/executors/eager.py.
+A tensor of a slot is kept in one of these kinds:
+
+    cast         one floating-point type, rounded to nearest
+    stochastic   bf16, rounded at random: a state that is not negative
+    signed       a byte an element, E4M3, and an fp32 scale for each 64 columns of a row: a state
+    nonnegative  the same, twelve levels an octave and no zero: a state
+    split16      bf16 and 16 bits more, which together are fp32 to the last bit: a parameter
+    split8       bf16 and 8 bits more: a parameter of 24 bits
+    float32      bf16 or fp16, and beside it the fp32 number that it is rounded from: a parameter
+
+The functions of elements use the names of ops.py and `ELEMENTARY`, integers of 32 bits and correctly rounded
+fp32: as with rules, all executors run this one source, and keep the same bits. The formulas are in
+fusedcalib/reference/storage.py, which is independent of it.
 """
 
-from .language import jit, tl
+from .language import constexpr_function, jit, tl
+from .ops import divide, where
+
+COMPANIONS = ("split16", "split8", "float32")  # have a second tensor like the parameter
+CODED = ("signed", "nonnegative")  # have scales
+BLOCK = 64  # columns that share a scale
+_BLOCK = tl.constexpr(BLOCK)
+# What who runs the functions of elements elsewhere has to supply: four functions, and these as fp32.
+ELEMENTARY = ("bits_of", "float_of", "at_most", "at_least")
+SINGLES = {"_top": 256.0, "_shift": 16384.0, "_normal": 2.0**-6, "_lowest": 4.1723734511833754e-07}
+_top, _shift = tl.constexpr(SINGLES["_top"]), tl.constexpr(SINGLES["_shift"])
+_normal, _lowest = tl.constexpr(SINGLES["_normal"]), tl.constexpr(SINGLES["_lowest"])
 
 
 @jit
@@ -36,3 +58,159 @@ def stochastic(x, bits, DTYPE: tl.constexpr):
         return tl.where(x == x, cut.to(tl.float32, bitcast=True), x)
     else:
         return x
+
+
+# -- of elements ------------------------------------------------------------------------------
+
+
+@jit
+def bits_of(x):
+    """The bits of fp32 as int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@jit
+def float_of(bits):
+    """The fp32 number of some bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def at_most(x, top):
+    """The smaller of x and `top`; `top` where x is NaN."""
+    return tl.minimum(x, top)
+
+
+@jit
+def at_least(x, bottom):
+    """The larger of x and `bottom`; `bottom` where x is NaN."""
+    return tl.maximum(x, bottom)
+
+
+@jit
+def trimmed(x, bits):
+    """fp32 x with its lowest 8 bits 0: `bits` (0 to 255) of 128 round it to nearest, random ones at random."""
+    return where(x == x, float_of((bits_of(x) + bits) >> 8 << 8), x)
+
+
+@jit
+def split(x):
+    """fp32 x as the bits of bf16 (to nearest, ties away from zero) and the 16 that are left, signed."""
+    bits = where(x == x, bits_of(x), 0x7FC00000)
+    return (bits + 0x8000) >> 16, ((bits & 0xFFFF) ^ 0x8000) - 0x8000
+
+
+@jit
+def joined(high, low):
+    """The fp32 number that was split into these; where bf16 was set to another, a number next to that."""
+    magnitude = ((high & 0x7FFF) << 16) + low
+    return float_of(((high & 0x8000) << 16) | where(magnitude > 0, magnitude, 0))
+
+
+@jit
+def signed_code(x, inverse):
+    """E4M3 (0 to 255) of x times the inverse of its block's scale, rounded once, to nearest even."""
+    bits = bits_of(x)
+    sign = where(x == x, bits >> 24, 0) & 0x80
+    y = at_most(float_of(magnitude(x)) * inverse, _top)
+    bits = bits_of(y)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    small = bits_of(y + _shift) - 0x46800000
+    return where(y < _normal, small, normal) | sign
+
+
+@jit
+def signed_level(code):
+    """The value of an E4M3 code (int32), yet to be multiplied by its block's unit."""
+    low = code & 0x7F
+    normal = float_of((low << 20) + 0x3C000000)
+    small = float_of((low << 20) + 0x3C800000) - _normal
+    return float_of(bits_of(where(low < 8, small, normal)) | ((code & 0x80) << 24))
+
+
+@jit
+def nonnegative_code(x, inverse):
+    """The place (0 to 255) of x, times the inverse of its block's scale, among 12 levels an octave.
+
+    The bits of a float are a piecewise linear logarithm. A level is 2^23 // 12 = 699050 of them; code 0 is
+    255 levels below 1, `_lowest`, and stands for all that is smaller: nothing in a block becomes zero.
+    """
+    return ((bits_of(at_least(x * inverse, _lowest)) - 0x34E000AA) * 12 + 0x400000) >> 23
+
+
+@jit
+def nonnegative_level(code):
+    """The value of such a code (int32), yet to be multiplied by its block's unit."""
+    return float_of(code * 699050 + 0x34E000AA)
+
+
+@jit
+def magnitude(x):
+    """The bits of |x|, in the order of magnitudes: those of NaN are the largest."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@jit
+def scale_of(bits):
+    """The scale of a block, of the bits (int32) of its largest magnitude: NaN if one is, 0 below 2^-110."""
+    return float_of(where(bits > 0x7F800000, 0x7FC00000, where(bits < 0x08800000, 0, bits)))
+
+
+# -- of blocks --------------------------------------------------------------------------------
+
+
+@constexpr_function
+def kind_of(i, spec):
+    """How tensor i of a slot is kept."""
+    return spec.KEPT[i] if i < len(spec.KEPT) else "cast"
+
+
+@constexpr_function
+def values_of(spec):
+    """How many tensors rules see: what a parameter has beside it comes last, and is none of them."""
+    return len(spec.DTYPES) - (kind_of(0, spec) in ("split16", "split8", "float32"))
+
+
+@constexpr_function
+def scales_at(i, spec):
+    """Where a row of the table has the address of the scales of tensor i: such addresses come last."""
+    coded = [kind in ("signed", "nonnegative") for kind in spec.KEPT]
+    return spec.FIELDS - sum(coded[i:])
+
+
+@jit
+def scales_of(x, mask, SPEC: tl.constexpr):
+    """The scales [R, C // 64] of the blocks of x [R, C] where the mask is."""
+    R: tl.constexpr = SPEC.R
+    C: tl.constexpr = SPEC.C
+    bits = tl.where(mask, magnitude(x), 0)
+    return scale_of(tl.max(bits.reshape([R, C // _BLOCK, _BLOCK]), axis=2))
+
+
+@jit
+def along_blocks(numbers, SPEC: tl.constexpr):
+    """A number for each block [R, C // 64] as one for each element [R, C]."""
+    R: tl.constexpr = SPEC.R
+    C: tl.constexpr = SPEC.C
+    return tl.broadcast_to(numbers[:, :, None], [R, C // _BLOCK, _BLOCK]).reshape([R, C])
+
+
+@jit
+def coded(x, scales, KIND: tl.constexpr, SPEC: tl.constexpr):
+    """The bytes [R, C] of x and its scales [R, C // 64]."""
+    top = tl.full(scales.shape, 256.0 if KIND == "signed" else 1.0, tl.float32)
+    inverse = along_blocks(where(scales > 0, divide(top, scales), 0.0), SPEC)
+    if KIND == "signed":
+        return signed_code(x, inverse).to(tl.uint8)
+    else:
+        return nonnegative_code(x, inverse).to(tl.uint8)
+
+
+@jit
+def decoded(codes, scales, KIND: tl.constexpr, SPEC: tl.constexpr):
+    """What bytes [R, C] and their scales [R, C // 64] stand for."""
+    code = codes.to(tl.int32)
+    if KIND == "signed":
+        return signed_level(code) * along_blocks(scales * 0.00390625, SPEC)
+    else:
+        return nonnegative_level(code) * along_blocks(scales, SPEC)

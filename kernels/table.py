@@ -12,6 +12,7 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K + 10             where its rows lie on several ranks: the address of fp64 [rows], sums over those
     K + 11             where its rows have factors: the address of COMPUTE [rows]
     K + 12 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+    ...                addresses of fp32 scales [rows, blocks] of the states that have such, see storage.py
 
 A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
 row * columns + column in each. Otherwise a column is an index over the inner dimensions.
@@ -21,12 +22,26 @@ A tile is int32 (slot, row block, column block). SPEC is a `Spec` of spec.py thr
 from typing import Any, NamedTuple
 
 from .language import jit, tl
-from .philox import ON_ROUNDING, ON_WEIGHTS, Words, bit_tile, normal_tile, word
+from .philox import ON_ROUNDING, ON_WEIGHTS, Words, normal_tile, word, word_tile
 from .stages import SHARED, Numbers
-from .storage import decode, encode
+from .storage import (
+    BLOCK,
+    coded,
+    decode,
+    decoded,
+    encode,
+    joined,
+    kind_of,
+    scales_at,
+    scales_of,
+    split,
+    stochastic,
+    values_of,
+)
 
 GEOMETRY = 12
 _GEOMETRY = tl.constexpr(GEOMETRY)
+_BLOCK = tl.constexpr(BLOCK)
 _SHARED = tl.constexpr(SHARED)
 
 
@@ -47,6 +62,7 @@ class Cells(NamedTuple):
     r: Any  # rows [R]
     c: Any  # columns [C]
     mask: Any  # [R, C], which of them there are
+    start: Any  # the first column
 
 
 @jit
@@ -119,48 +135,114 @@ def offsets_of(row, r, c, i: tl.constexpr, SPEC: tl.constexpr):
 @jit
 def pointer_of(address, i: tl.constexpr, SPEC: tl.constexpr):
     """The address of tensor i as a pointer. Alignment is said here: unknown, loads would stay scalar."""
+    BYTES: tl.constexpr = SPEC.DTYPES[i].primitive_bitwidth // 8
     pointer = address.to(tl.pointer_type(SPEC.DTYPES[i]))
     if SPEC.VECTOR > 1:
-        pointer = tl.multiple_of(pointer, 16)
+        # A thread that took 16 elements where they are bytes could not take as many of wider ones at once.
+        pointer = tl.multiple_of(pointer, 16 if BYTES > 1 else 8)
     return pointer
 
 
 @jit
 def load_tile(row, start, SPEC: tl.constexpr, EVICT: tl.constexpr):
-    """Cells from column `start` on, and the slot's K tensors there: blocks [R, C], 0 outside.
+    """Cells from column `start` on, and the slot's tensors there as rules see them: blocks [R, C], 0 outside.
 
     Rows of the gradient (tensor 1) come multiplied by their factors, where they have such. EVICT: when
     caches let go of what is read, as of tl.load.
     """
-    K: tl.constexpr = len(SPEC.DTYPES)
+    COUNT: tl.constexpr = values_of(SPEC)
     r, c = rows_of(row, SPEC), start + tl.arange(0, SPEC.C)
-    inside = r < tl.load(row.base + K)
-    mask = inside[:, None] & (c < row.columns)[None, :]
+    inside = r < tl.load(row.base + len(SPEC.DTYPES))
+    cells = Cells(r, c, inside[:, None] & (c < row.columns)[None, :], start)
     values = ()
-    for i in tl.static_range(K):
-        offsets = offsets_of(row, r, c, i, SPEC)
-        address = row.grad if i == 1 else tl.load(row.base + i)
-        pointer = pointer_of(address, i, SPEC)
-        value = decode(tl.load(pointer + offsets, mask, other=0, eviction_policy=EVICT), SPEC)
+    for i in tl.static_range(COUNT):
+        value = value_of(row, cells, i, SPEC, EVICT)
         if SPEC.FACTORED and i == 1:
-            factors = tl.load(row.base + K + 11).to(tl.pointer_type(SPEC.COMPUTE))
+            factors = tl.load(row.base + len(SPEC.DTYPES) + 11).to(tl.pointer_type(SPEC.COMPUTE))
             value = value * tl.load(factors + r, inside, other=0)[:, None]
         values = values + (value,)
-    return Cells(r, c, mask), values
+    return cells, values
 
 
 @jit
-def store_tile(row, cells, p, state, SPEC: tl.constexpr, EVICT: tl.constexpr):
-    """Writes parameter and state [R, C] back, rounded to nearest; the gradient (tensor 1) never.
+def value_of(row, cells, i: tl.constexpr, SPEC: tl.constexpr, EVICT: tl.constexpr):
+    """Tensor i of the slot at some cells [R, C], as rules see it."""
+    KIND: tl.constexpr = kind_of(i, SPEC)
+    BESIDE: tl.constexpr = len(SPEC.DTYPES) - 1  # what a parameter has beside it
+    if KIND == "signed" or KIND == "nonnegative":
+        places, inside = scale_places(row, cells, i, SPEC)
+        scales = tl.load(places, inside, other=0)
+        value = decoded(read(row, cells, i, SPEC, EVICT), scales, KIND, SPEC)
+    elif KIND == "split16" or KIND == "split8":
+        high = read(row, cells, i, SPEC, EVICT).to(tl.int16, bitcast=True).to(tl.int32)
+        low = read(row, cells, BESIDE, SPEC, EVICT).to(tl.int32)
+        value = joined(high, low if KIND == "split16" else low << 8)
+    elif KIND == "float32":
+        value = read(row, cells, BESIDE, SPEC, EVICT)
+    else:
+        value = decode(read(row, cells, i, SPEC, EVICT), SPEC)
+    return value
 
-    With no state only the parameter is written.
+
+@jit
+def read(row, cells, i: tl.constexpr, SPEC: tl.constexpr, EVICT: tl.constexpr):
+    """Tensor i of the slot at some cells [R, C], as it is kept."""
+    offsets = offsets_of(row, cells.r, cells.c, i, SPEC)
+    address = row.grad if i == 1 else tl.load(row.base + i)
+    return tl.load(pointer_of(address, i, SPEC) + offsets, cells.mask, other=0, eviction_policy=EVICT)
+
+
+@jit
+def scale_places(row, cells, i: tl.constexpr, SPEC: tl.constexpr):
+    """Where the scales [R, C // 64] of tensor i lie at some cells, and which of them there are."""
+    AT: tl.constexpr = scales_at(i, SPEC)
+    block = cells.start // _BLOCK + tl.arange(0, SPEC.C // _BLOCK)
+    blocks = (row.columns + (_BLOCK - 1)) // _BLOCK
+    place = tl.load(row.base + AT).to(tl.pointer_type(tl.float32))
+    inside = (cells.r < tl.load(row.base + len(SPEC.DTYPES)))[:, None] & (block < blocks)[None, :]
+    return place + (cells.r[:, None] * blocks + block[None, :]), inside
+
+
+@jit
+def store_tile(row, cells, values, bits, SPEC: tl.constexpr, EVICT: tl.constexpr):
+    """Writes a parameter and states (p, *state) [R, C] back; the gradient (tensor 1) never.
+
+    bits: as of `rounding_tile`. With no state only the parameter is written.
     """
-    values = (p, p) + state
     for i in tl.static_range(len(values)):
-        if i != 1:
-            offsets = offsets_of(row, cells.r, cells.c, i, SPEC)
-            pointer = pointer_of(tl.load(row.base + i), i, SPEC)
-            tl.store(pointer + offsets, encode(values[i], i, SPEC), cells.mask, eviction_policy=EVICT)
+        keep(row, cells, 0 if i == 0 else i + 1, (values[i], bits), SPEC, EVICT)
+
+
+@jit
+def keep(row, cells, i: tl.constexpr, value, SPEC: tl.constexpr, EVICT: tl.constexpr):
+    """Writes tensor i of the slot at some cells. value: (values [R, C], random bits)."""
+    KIND: tl.constexpr = kind_of(i, SPEC)
+    BESIDE: tl.constexpr = len(SPEC.DTYPES) - 1
+    x = value[0]
+    if KIND == "signed" or KIND == "nonnegative":
+        scales = scales_of(x, cells.mask, SPEC)
+        places, inside = scale_places(row, cells, i, SPEC)
+        write(row, cells, i, coded(x, scales, KIND, SPEC), SPEC, EVICT)
+        tl.store(places, scales, inside)
+    elif KIND == "split16" or KIND == "split8":
+        high, low = split(x)
+        write(row, cells, i, high.to(tl.int16).to(tl.bfloat16, bitcast=True), SPEC, EVICT)
+        write(row, cells, BESIDE, encode(low if KIND == "split16" else low >> 8, BESIDE, SPEC), SPEC, EVICT)
+    elif KIND == "float32":
+        write(row, cells, i, encode(x, i, SPEC), SPEC, EVICT)
+        write(row, cells, BESIDE, x, SPEC, EVICT)
+    elif KIND == "stochastic":
+        write(row, cells, i, encode(stochastic(x, value[1] >> 16, tl.bfloat16), i, SPEC), SPEC, EVICT)
+    else:
+        write(row, cells, i, encode(x, i, SPEC), SPEC, EVICT)
+
+
+@jit
+def write(row, cells, i: tl.constexpr, x, SPEC: tl.constexpr, EVICT: tl.constexpr):
+    """Writes tensor i of the slot at some cells, as it is kept."""
+    offsets = offsets_of(row, cells.r, cells.c, i, SPEC)
+    pointer = pointer_of(tl.load(row.base + i), i, SPEC)
+    tl.store(pointer + offsets, x, cells.mask, eviction_policy=EVICT)
 
 
 @jit
@@ -189,13 +271,16 @@ def noise_tile(row, start, SPEC: tl.constexpr):
 
 @jit
 def rounding_tile(row, start, SPEC: tl.constexpr):
-    """Sixteen random bits [R, C] for C columns from `start` on; 0 for rounding to nearest."""
+    """Random words [R, C], uint32, for C columns from `start` on; 0 where all is rounded to nearest.
+
+    The lower half is for the parameter, the upper half for states.
+    """
     R: tl.constexpr = SPEC.R
     C: tl.constexpr = SPEC.C
     QUADS: tl.constexpr = SPEC.QUADS
-    if SPEC.FLAGS.rounding == "stochastic":
+    if SPEC.FLAGS.rounding == "stochastic" or SPEC.FLAGS.dithered:
         words = words_of(row, word(ON_ROUNDING), SPEC)
-        return bit_tile(indices_of(row, start, SPEC), words, R, C, QUADS)
+        return word_tile(indices_of(row, start, SPEC), words, R, C, QUADS)
     else:
         return 0
 

@@ -140,8 +140,8 @@ executors
 layout
 signature
 options rule
-noise
-hostmath
+noise storage
+hostmath checkpoints
 kernels
 """
 FLOOR = {name: number for number, line in enumerate(ORDER.split("\n")) for name in line.split()}

@@ -11,7 +11,8 @@ import torch
 
 import fusedcalib
 from fusedcalib import GradientNoise, LangevinNoise, WeightNoise, noise
-from fusedcalib.options import BACKENDS, OURS, SHARED, STATE_DTYPES, check_group, plain
+from fusedcalib.options import BACKENDS, OURS, SHARED, check_group, plain
+from fusedcalib.storage import STATE_DTYPES
 
 OPTIONS = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 each_option = pytest.mark.parametrize("option", SHARED, ids=lambda option: option.name)

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..layout.geometry import overlaps_itself
 from ..layout.recipe import Recipe
 from ..layout.shards import Place, local_of, place_of
+from .check_storage import check_kept, check_storage
+from .kept import is_there
 
 PARAMETERS = (
     torch.float32,
@@ -35,6 +37,7 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
     grad = param.grad
     assert grad is not None
     place = _check_spread(owner, param, recipe)
+    check_storage(owner, param, recipe)
     param, grad = local_of(param), local_of(grad)
     state = {k: local_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
     if grad.is_sparse or param.is_sparse:
@@ -71,7 +74,7 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
         )
     _check_like(f"{owner}: its gradient", grad, param)
     for name in (*recipe.own_states, *(recipe.rule.product or ())[:1]):
-        if recipe.rule.counts and name not in state and state.get("step", 0) > 0:
+        if recipe.rule.counts and not is_there(state, name) and state.get("step", 0) > 0:
             raise KeyError(
                 f"{owner} has been stepped without the state {name!r}: an option was switched on late "
                 "or another optimizer's checkpoint was loaded; clear its state to start anew"
@@ -81,6 +84,7 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
             _check_like(f"{owner}: its state {name!r}", state[name], param)
             if overlaps_itself(state[name]):
                 raise RuntimeError(f"{owner}: its state {name!r} overlaps itself in memory")
+    check_kept(owner, param, recipe, state)
 
 
 def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:

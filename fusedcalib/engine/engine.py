@@ -26,7 +26,8 @@ from .guards import OptionGuards
 from .plan import Plan
 from .plans import Plans
 from .slots import Live, live_of
-from .state import StateBefore, VersionCounters, make_state, states_of
+from .state import StateBefore, make_state, scales_of, states_of
+from .versions import VersionCounters
 
 Groups = Sequence[dict[str, Any]]
 State = MutableMapping[Tensor, Any]
@@ -266,10 +267,10 @@ class Engine:
                 fresh.append(not recipe.own_states)
             else:
                 fresh.append(make_state(state, self.versions, param, recipe, groups[group]))
-                states = states_of(state, param, recipe)
+                states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
                 place = place_of(param) if is_spread(param) else None
                 stream = words.get(param, (0, 0, 0))
-                slot = Slot(param, states, group, recipe, executor, stream, place, factor)
+                slot = Slot(param, states, group, recipe, executor, stream, place, factor, scales)
             slots.append(slot)
         return slots, fresh
 

@@ -17,7 +17,7 @@ from ..layout.split_rows import RowTotals
 from ..layout.tables import Laid, build_buckets
 from .decide import HostDecider, MakeDecider
 from .guards import Guards
-from .state import VersionCounters
+from .versions import VersionCounters
 
 
 class Plan:

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
     asked: Recipe  # of its group
     entry: dict[str, Any] | None  # of the state
     pointers: tuple[int, ...]  # of parameter and states
-    names: tuple[str, ...]  # of the states
+    tensors: dict[str, Tensor]  # of the entry
     kinds: tuple[Any, ...]  # how parameter, gradient and states lie
 
 
@@ -65,8 +65,8 @@ class Shelf:
             and kept.asked is asked
             and kept.entry is entry
             and _kinds(param, grad, slot.states) == kept.kinds
-            and (param.data_ptr(), *map(Tensor.data_ptr, slot.states)) == kept.pointers
-            and (entry is None or all(map(is_, map(entry.get, kept.names), slot.states)))
+            and (param.data_ptr(), *map(Tensor.data_ptr, (*slot.states, *slot.scales))) == kept.pointers
+            and (entry is None or all(map(is_, map(entry.get, kept.tensors), kept.tensors.values())))
             and kept.laid.alignable <= (kept.laid.aligned == (grad.data_ptr() % 16 == 0))
         )
         return slot if fits else None
@@ -83,9 +83,10 @@ class Shelf:
         grad = slot.param.grad
         # Parts of a whole are laid out by what other ranks have, complex ones through views.
         if slot.place is None and _is_plain(grad) and not slot.param.is_complex():
-            pointers = (slot.param.data_ptr(), *map(Tensor.data_ptr, slot.states))
+            pointers = (slot.param.data_ptr(), *map(Tensor.data_ptr, (*slot.states, *slot.scales)))
             entry, kinds = state.get(slot.param), _kinds(slot.param, grad, slot.states)
-            self._kept[id(slot.param)] = Kept(laid, asked, entry, pointers, slot.recipe.states, kinds)
+            tensors = {key: entry[key] for key in laid.key.recipe.keys} if entry else {}
+            self._kept[id(slot.param)] = Kept(laid, asked, entry, pointers, tensors, kinds)
         return laid
 
 

@@ -8,47 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.storage import CODED
 from ..layout.recipe import Recipe
 from ..layout.shards import like, local_of
-from ..options import STATE_DTYPES
+from ..layout.storage import MASTER, REMAINDER, names_of, remainder_view
+from ..storage import FORMS, STATE_DTYPES, state_format
+from .kept import is_storage, is_there, keep_state, keep_weights, make_bytes, weights_of
 
 if TYPE_CHECKING:
-    from ..layout.buckets import Slot
+    from .versions import VersionCounters
 
 # Of a parameter's average; else fp32.
 AVERAGE_DTYPES = {d: d for d in (torch.float64, torch.complex64, torch.complex128)}
-
-
-class VersionCounters:
-    """One version counter for all states that an optimizer makes on a device.
-
-    Autograd must be told of every tensor that a kernel writes; so it is told of all states at once.
-    """
-
-    def __init__(self) -> None:
-        self._anchors: dict[torch.device, Tensor] = {}
-
-    def new_state(self, param: Tensor, value: float, dtype: torch.dtype) -> Tensor:
-        """A state like the parameter's local part, in memory of its own, filled with a value."""
-        local = local_of(param)
-        if param.device not in self._anchors:
-            with torch.inference_mode(False):
-                self._anchors[param.device] = torch.empty(0, device=param.device)
-        state = self._anchors[param.device].detach()
-        fill = complex(value, value) if param.is_complex() else value  # as torch.optim
-        state.data = torch.full_like(
-            local, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
-        return state
-
-    def to_count(self, slots: list[Slot]) -> list[Tensor]:
-        """The tensors whose counters a step must count up: one of those that share one."""
-        states = [t for slot in slots for t in slot.states]
-        before = [t._version for t in states]
-        anchors = list(self._anchors.values())
-        torch.autograd.graph.increment_version(anchors)
-        own = [t for t, version in zip(states, before, strict=True) if t._version == version]
-        return [*anchors, *own, *(slot.param for slot in slots)]
 
 
 def make_state(
@@ -58,34 +29,47 @@ def make_state(
     recipe: Recipe,
     group: Mapping[str, Any],
 ) -> bool:
-    """Makes the state of a parameter that is missing; returns whether all of it was."""
-    rule = recipe.rule
-    if not recipe.states and not recipe.counts:
+    """Makes the state of a parameter that is missing; returns whether all of it was.
+
+    What is kept otherwise than the group asks is converted.
+    """
+    rule, storage = recipe.rule, recipe.storage.of(param)
+    if not recipe.states and not recipe.counts and storage.master == "none":
         return True
     entry = state[param]
-    missing = [name for name in recipe.own_states if entry.get(name) is None]
+    missing = [name for name in recipe.own_states if not is_there(entry, name)]
     fresh = len(missing) == len(recipe.own_states)
     if recipe.counts and "step" not in entry:
         # Noise that is switched on late begins to count where a rule that does not would stand.
         entry["step"] = torch.tensor(0.0 if fresh or rule.counts else 1.0, dtype=torch.float32)
     if rule.product and rule.product[0] not in entry:
         entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
-    for name in missing:
-        value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
+    kinds = storage.states or ("cast",) * len(recipe.own_states)
+    for name, kind in zip(recipe.own_states, kinds, strict=True):
         dtype = state_dtype(group, name, param) or param.dtype
-        entry[name] = like(param, versions.new_state(param, value, dtype))
+        if name not in missing:
+            keep_state(entry, versions, param, name, kind, dtype, name in rule.nonnegative)
+        elif kind in CODED:
+            make_bytes(entry, versions, param, name)
+        else:
+            value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
+            entry[name] = like(param, versions.new_state(param, value, dtype))
+    keep_weights(entry, versions, param, storage.master)
     if recipe.flags.ema and entry.get("ema") is None:
         dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)
         average = versions.new_state(param, 0.0, dtype)
-        entry["ema"] = like(param, average.copy_(local_of(param)))
+        entry["ema"] = like(param, average.copy_(weights_of(param, entry)))
     return fresh
 
 
 def state_dtype(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype | None:
-    """The dtype that a group asks for, for a state; None where it does not."""
+    """The dtype that a group asks for, for a state that is not kept in bytes; None where it does not."""
     if name == "ema" or param.is_complex():
         return None
-    return STATE_DTYPES[group["state_dtype"]]
+    form = state_format(group["state_dtype"], name)
+    if form in FORMS:  # small parameters have fp32 states where others have bytes
+        return torch.bfloat16 if form == "bfloat16_stochastic" else torch.float32
+    return STATE_DTYPES[form]
 
 
 def load_state(
@@ -102,14 +86,36 @@ def load_state(
         if name == "step" or not isinstance(value, Tensor):
             continue
         loaded = entry[name].dtype
-        dtype = state_dtype(group, name, param) or torch.promote_types(loaded, value.dtype)
+        if is_storage(name):
+            dtype = value.dtype
+        else:
+            dtype = state_dtype(group, name, param) or torch.promote_types(loaded, value.dtype)
         if dtype != loaded:
             entry[name] = value.to(param.device, dtype)
 
 
 def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-    """What of a parameter's states lies here, in the order the device functions take them."""
-    return tuple(local_of(state[param][name]) for name in recipe.states)
+    """What of a parameter's states lies here, in the order the device functions take them.
+
+    What the parameter has beside it comes last.
+    """
+    entry, storage = state.get(param, {}), recipe.storage.of(param)
+    names = ["ema"] if recipe.flags.ema else []
+    kinds = storage.states or ("cast",) * len(recipe.own_states)
+    names += [names_of(name, kind)[0] for name, kind in zip(recipe.own_states, kinds, strict=True)]
+    found = [local_of(entry[name]) for name in names]
+    if storage.master == "float32":
+        found.append(local_of(entry[MASTER]))
+    elif storage.master != "none":
+        found.append(remainder_view(local_of(entry[REMAINDER]), storage.master))
+    return tuple(found)
+
+
+def scales_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    """The scales here of a parameter's states that are kept in bytes."""
+    kinds = recipe.storage.of(param).states
+    named = zip(recipe.own_states, kinds, strict=False)
+    return tuple(local_of(state[param][names_of(name, kind)[1]]) for name, kind in named if kind in CODED)
 
 
 class StateBefore:

@@ -13,20 +13,23 @@ from torch import Tensor
 
 from ..kernels import stages
 from ..kernels.spec import Spec
+from ..kernels.storage import BLOCK, CODED, COMPANIONS
 from ..layout.buckets import Bucket, Slot, TileShape
 from ..layout.geometry import Geometry
 from ..layout.recipe import Recipe
 from ..layout.shards import Place
-from ..noise import normals, rounding_bits
-from . import branches
+from ..noise import normals, rounding_words
+from . import branches, torch_storage
 from .source import Function, rebound
+from .torch_storage import stochastic, trimmed, where
 from .triton.resident import sent
 
 
-def _where(condition: Any, x: Any, y: Any) -> Any:
-    if isinstance(condition, bool):
-        return x if condition else y
-    return torch.where(condition, x, y)
+def _sqrt(x: Tensor) -> Tensor:
+    """The root, correctly rounded: torch's on a CPU is off by one in the last place for a fifth of fp32."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return x.to(torch.float64).sqrt().to(torch.float32)
+    return x.sqrt()
 
 
 def _over(function: Any) -> Any:
@@ -40,40 +43,24 @@ def _over(function: Any) -> Any:
     return of_both
 
 
-def _decode(t: Tensor, compute: torch.dtype) -> Tensor:
-    """What rules see of a tensor as it is kept."""
-    return t.to(compute)
-
-
-def _encode(target: Tensor, x: Tensor) -> None:
-    """Keeps values in a tensor, rounded to nearest."""
-    target.copy_(x)
-
-
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as a tensor of a dtype would keep it."""
     return x.to(dtype).to(x.dtype)
 
 
-def _stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype != torch.bfloat16:
-        return x
-    cut = (x.view(torch.int32) + bits) & -0x10000
-    return torch.where(x == x, cut.view(torch.float32), x)
-
-
 # The names of kernels/ops.py, in plain torch.
 NAMES = {
     "divide": operator.truediv,
-    "sqrt": torch.sqrt,
+    "sqrt": _sqrt,
     "negative": torch.neg,
     "absolute": torch.abs,
     "sign": torch.sign,
     "maximum": _over(torch.maximum),
     "minimum": _over(torch.minimum),
     "stored": _stored,
-    "stochastic": _stochastic,
-    "where": _where,
+    "stochastic": stochastic,
+    "trimmed": trimmed,
+    "where": where,
 }
 
 
@@ -93,8 +80,8 @@ def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> tuple
 
 # Elements stepped at once: on a CPU few enough for the temporaries to stay in the cache, on a GPU few
 # enough for them not to matter. Rows are never divided.
-BLOCK = {"cpu": 1 << 16}
-LARGE_BLOCK = 1 << 24
+SMALL = {"cpu": 1 << 16}
+LARGE = 1 << 24
 
 
 class EagerExecutor:
@@ -114,7 +101,7 @@ class EagerExecutor:
 
     def step_bucket(self, bucket: Bucket, part: str = "step") -> int:
         """Steps every slot of the bucket."""
-        elements = BLOCK.get(bucket.key.device.type, LARGE_BLOCK)
+        elements = SMALL.get(bucket.key.device.type, LARGE)
         flags = bucket.key.recipe.flags
         if not flags.needs(part):
             return 0
@@ -128,13 +115,14 @@ class EagerExecutor:
             if flags.noise != "none":
                 drawn = [normals(*run, int(h.step), slot.words, h.sigma, flags.noise) for run in runs]
                 noise = _laid_out(bucket, param, np.concatenate(drawn))
-            if flags.rounding == "stochastic":
-                drawn = [rounding_bits(*run, int(h.step), slot.words) for run in runs]
-                bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.int32))
+            if flags.rounds:
+                drawn = [rounding_words(*run, int(h.step), slot.words) for run in runs]
+                bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.uint32).view(np.int32))
             of_rows = (param if t is None else t for t in (totals, slot.factors))
             pitch = slot.place.pitch if slot.place else 0
-            for *block, z, b, total, factors in _blocks((*tensors, noise, bits, *of_rows), elements):
-                _step(bucket, tuple(block), h, z, b, _Rows(part, total, pitch, factors))
+            for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
+                *block, z, b, total, factors = block
+                _step(bucket, (tuple(block), scales), h, z, b, _Rows(part, total, pitch, factors))
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -142,13 +130,20 @@ class EagerExecutor:
         return squares(bucket)
 
 
-def _blocks(tensors: tuple[Tensor, ...], elements: int) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors of a slot in pieces of about so many elements, along their rows."""
+def _blocks(
+    tensors: tuple[Tensor, ...], scales: tuple[Tensor, ...], elements: int
+) -> Iterable[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """The tensors of a slot and its scales in pieces of about so many elements, along their rows."""
     param = tensors[0]
     if param.ndim == 0 or param.numel() <= elements:
-        return [tensors]
+        return [(tensors, scales)]
     rows = max(1, elements * param.shape[0] // param.numel())
-    return zip(*(torch.split(t, rows) for t in tensors), strict=True)
+    along = 0 if param.ndim > 1 else 1  # a vector is one row of scales
+    of_scales = rows if param.ndim > 1 else rows // BLOCK
+    pieces = zip(*(torch.split(t, rows) for t in tensors), strict=True)
+    if not scales:
+        return ((piece, ()) for piece in pieces)
+    return zip(pieces, zip(*(torch.split(t, of_scales, along) for t in scales), strict=True), strict=True)
 
 
 def _runs(slot: Slot, param: Tensor) -> list[tuple[int, int]]:
@@ -177,12 +172,18 @@ class _Rows(NamedTuple):
 
 
 def _step(
-    bucket: Bucket, tensors: tuple[Tensor, ...], h: stages.Numbers, z: Tensor, bits: Tensor, rows: _Rows
+    bucket: Bucket,
+    kept: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+    h: stages.Numbers,
+    z: Tensor,
+    bits: Tensor,
+    rows: _Rows,
 ) -> None:
     recipe, split = bucket.key.recipe, bucket.key.split
-    measured, stepped, projected, rounded, averaged = _pipeline(recipe, tensors[0].dtype, bucket.compute)
+    measured, stepped, projected, rounded, averaged = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
     flags = recipe.flags
-    p, g, *state = (_decode(t, bucket.compute) for t in tensors)
+    places = _places(recipe, *kept)
+    p, g, *state = (torch_storage.decode(tensors, kind, bucket.compute) for tensors, kind in places)
     z = z.to(bucket.compute)
     if bucket.key.factored:
         g = _along_rows(rows.factors, g) * g
@@ -208,8 +209,23 @@ def _step(
     p = rounded(p, bits)
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
         new = averaged(p, new, h)
-    for target, value in zip((tensors[0], *tensors[2:]), (p, *new), strict=True):
-        _encode(target, value)
+    for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
+        torch_storage.encode(tensors, value, kind, bits)
+
+
+def _places(
+    recipe: Recipe, tensors: tuple[Tensor, ...], scales: tuple[Tensor, ...]
+) -> list[tuple[tuple[Tensor, ...], str]]:
+    """Of parameter, gradient and states: what keeps them, and the kind of that."""
+    kinds = recipe.kept
+    if not kinds:
+        return [((t,), "cast") for t in tensors]
+    beside, of_codes = iter(tensors[len(tensors) - (kinds[0] in COMPANIONS) :]), iter(scales)
+    with_more = {**dict.fromkeys(COMPANIONS, beside), **dict.fromkeys(CODED, of_codes)}
+    return [
+        ((t, next(with_more[kind])) if kind in with_more else (t,), kind)
+        for t, kind in zip(tensors, kinds, strict=False)  # what is beside the parameter comes last
+    ]
 
 
 def _along_rows(values: Tensor, t: Tensor) -> Tensor:

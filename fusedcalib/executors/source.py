@@ -28,12 +28,21 @@ def rebound(device_function: Any, names: Mapping[str, Any]) -> Function:
     return types.FunctionType(fn.__code__, {**fn.__globals__, **names}, fn.__name__)
 
 
-def folded(device_function: Any, names: Mapping[str, Any], constants: Mapping[str, Any]) -> Function:
-    """The device function over other `names`, its compile-time arguments replaced by `constants`."""
+def folded(
+    device_function: Any,
+    names: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    changes: ast.NodeTransformer | None = None,
+) -> Function:
+    """The device function over other `names`, its compile-time arguments replaced by `constants`.
+
+    changes: what else is done to its source.
+    """
     fn = source_of(device_function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
     ast.increment_lineno(tree, fn.__code__.co_firstlineno - 1)
-    tree = ast.fix_missing_locations(_Fold(constants).visit(tree))
+    tree = _Fold(constants).visit(tree)
+    tree = ast.fix_missing_locations(changes.visit(tree) if changes else tree)
     namespace = {**fn.__globals__, **names}
     exec(compile(tree, fn.__code__.co_filename, "exec"), namespace)
     return namespace[fn.__name__]  # type: ignore[no-any-return]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +19,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Slot(NamedTuple):
-    """One parameter to step, its local states. It does not hold the gradient: `zero_grad` must free it."""
+    """One parameter to step, its local states. It does not hold the gradient: `zero_grad` must free it.
+
+    `states` are what the rule's states are kept in and, last, what the parameter has beside it.
+    """
 
     param: Tensor
     states: tuple[Tensor, ...]
@@ -30,14 +32,17 @@ class Slot(NamedTuple):
     words: tuple[int, int, int] = (0, 0, 0)  # stream and key of its noise
     place: Place | None = None  # where its local part lies, if it is spread over ranks
     factors: Tensor | None = None  # [rows], by which its gradient's rows are multiplied first
+    scales: tuple[Tensor, ...] = ()  # of the states in bytes
 
     def compiled(self) -> Recipe:
         """What is compiled of its recipe; the same on every rank."""
-        shape = self.param.shape
-        return self.recipe.for_tensor(len(shape), prod(shape[1:]))
+        return self.recipe.for_tensor(self.param)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Parameter, gradient, state...; complex ones as pairs of reals, as torch.optim's rules see them."""
+        """Parameter, gradient, state..., what the parameter has beside it: all of one shape.
+
+        Complex ones are pairs of reals, as torch.optim's rules see them.
+        """
         assert self.param.grad is not None
         param, grad = (local_of(t).detach() for t in (self.param, self.param.grad))
         tensors = (param, grad.resolve_conj().resolve_neg(), *self.states)  # copies only where it is lazy

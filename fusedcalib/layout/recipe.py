@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from ..hostmath import Group, is_on, is_remote
 from ..kernels.stages import Flags
 from ..noise import parsed
 from ..rule import Rule
+from ..storage import state_format
+from .storage import BESIDE, CAST, Storage, names_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Recipe:
     flags: Flags
     min_ndim: int = 2  # fewest dimensions of a tensor that is centred
     seed: int = 0  # of the noise; not compiled, but a plan is made for one
+    storage: Storage = CAST  # of parameters and states, as asked for
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -35,16 +39,45 @@ class Recipe:
         return self.rule.states[self.flags.variant]
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """How the rule's own states are kept."""
+        return self.storage.states or ("cast",) * len(self.own_states)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """How parameter, gradient and states are kept, in their order; () if all are cast."""
+        if self.storage == CAST:
+            return ()
+        return (self.storage.master, "cast", *["cast"] * self.flags.ema, *self.kinds)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of the state of a parameter that are like it, or keep what is."""
+        named = zip(self.own_states, self.kinds, strict=True)
+        own = (key for name, kind in named for key in names_of(name, kind))
+        beside = BESIDE.get(self.storage.master)
+        return (*(("ema",) if self.flags.ema else ()), *own, *((beside,) if beside else ()))
+
+    @property
     def counts(self) -> bool:
         """Whether a parameter's state has its steps: the rule wants them, or chance."""
         return self.rule.counts or self.flags.random
 
-    def for_tensor(self, ndim: int, columns: int) -> Recipe:
-        """What is compiled for one tensor: vectors and scalars have no rows, rows of one element no mean."""
+    def for_tensor(self, param: Tensor) -> Recipe:
+        """What is compiled for one tensor, the same on every rank.
+
+        Vectors and scalars have no rows, rows of one element no mean; small ones are not kept in bytes.
+        """
+        ndim, columns, storage = param.ndim, prod(param.shape[1:]), self.storage
         centred = ndim >= max(2, self.min_ndim) and columns >= 2
-        centralize = self.flags.centralize if centred else "none"
-        flags = self.flags._replace(centralize=centralize, project=self.flags.project and ndim >= 2)
-        return Recipe(self.rule, flags)  # what is compiled does not depend on the rest
+        flags = self.flags._replace(
+            centralize=self.flags.centralize if centred else "none",
+            project=self.flags.project and ndim >= 2,
+        )
+        if storage is not CAST:
+            storage = storage.of(param)
+            flags = flags._replace(master=storage.master, dithered=storage.dithered)
+        return Recipe(self.rule, flags, storage=storage)  # what is compiled does not depend on the rest
 
 
 class Needs(NamedTuple):
@@ -113,7 +146,26 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
     )
-    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"])
+    storage = storage_of(rule, flags.variant, group)
+    flags = flags._replace(master=storage.master, dithered=storage.dithered)
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], storage)
+
+
+def storage_of(rule: Rule, variant: str, group: Group) -> Storage:
+    """How a param group has its parameters and the states of a rule kept."""
+    asked = [state_format(group["state_dtype"], name) for name in rule.states[variant]]
+    kinds = [
+        _kind(form, name in rule.nonnegative) for name, form in zip(rule.states[variant], asked, strict=True)
+    ]
+    states = tuple(kinds) if {*kinds} - {"cast"} else ()
+    storage = Storage(group["master_weights"], states, group["min_8bit_size"] if "8bit" in asked else 0)
+    return CAST if storage == CAST else storage
+
+
+def _kind(form: str, nonnegative: bool) -> str:
+    if form == "8bit":
+        return "nonnegative" if nonnegative else "signed"
+    return "stochastic" if form == "bfloat16_stochastic" and nonnegative else "cast"
 
 
 def merged(recipes: list[Recipe]) -> list[Recipe]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,15 +20,23 @@ def local_of(t: Tensor) -> Tensor:
     return getattr(t, "_local_tensor", t)
 
 
-def like(param: Tensor, local: Tensor) -> Tensor:
-    """A local tensor as the part of one that is spread as the parameter is."""
+def like(param: Tensor, local: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """A local tensor as the part of one that is spread as the parameter is; of another shape, if given."""
     if not is_spread(param):
         return local
     from torch.distributed.tensor import DTensor
 
     spec: Any = param
+    stride = param.stride()
+    if shape is not None:
+        stride = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
     return DTensor.from_local(
-        local, spec.device_mesh, spec.placements, run_check=False, shape=param.shape, stride=param.stride()
+        local,
+        spec.device_mesh,
+        spec.placements,
+        run_check=False,
+        shape=torch.Size(shape or param.shape),
+        stride=stride,
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import ceil
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..kernels.storage import BLOCK
 from .buckets import Array, Bucket, Key, Slot, TileShape
 from .geometry import Geometry, geometry_of
 from .scalars import Scalars
@@ -48,8 +51,11 @@ def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
     by_rows = recipe.flags.by_rows or slot.factors is not None
     place = slot.place or Place(0, columns)
     # Rows whose elements are not numbered on from one to the next must be told apart.
-    layout = geometry_of(tensors, by_rows or (recipe.flags.random and place.pitch != columns))
-    shape = slot.executor.shape(layout, by_rows, len(tensors), totals is not None)
+    # So must rows whose blocks are not those of the whole.
+    told_apart = (recipe.flags.random and place.pitch != columns) or (slot.scales and columns % BLOCK != 0)
+    layout = geometry_of(tensors, by_rows or (bool(told_apart) and param.ndim > 1))
+    held = ceil(sum(1 if t.element_size() > 1 else 0.25 for t in tensors))
+    shape = slot.executor.shape(layout, by_rows, held, totals is not None)
     alignable = is_aligned(tensors, layout, (param, *tensors[2:]))
     key = Key(
         slot.executor,
@@ -117,9 +123,14 @@ def _bucket(
 
 def is_aligned(tensors: Sequence[Tensor], layout: Geometry, some: Sequence[Tensor] | None = None) -> bool:
     """Whether 16-byte accesses reach every element of every row of a slot's tensors, or of some of them."""
-    vector = 16 // min(t.element_size() for t in tensors)
+    vector = vector_of([t.dtype for t in tensors])
     whole = not layout.sizes and layout.columns % vector == 0
     return whole and all(t.data_ptr() % 16 == 0 for t in some or tensors)
+
+
+def vector_of(dtypes: Iterable[torch.dtype]) -> int:
+    """Elements of an aligned slot that a thread takes at once: 16 bytes of the narrowest, 8 of bytes."""
+    return 16 // max(2, min(dtype.itemsize for dtype in dtypes))
 
 
 def _in_quads(layout: Geometry, place: Place) -> bool:
@@ -141,7 +152,8 @@ def _row(
     geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)
-    return np.array([*addresses, *geometry, *layout.sizes, *strides], dtype=np.int64)
+    scales = (t.data_ptr() for t in slot.scales)
+    return np.array([*addresses, *geometry, *layout.sizes, *strides, *scales], dtype=np.int64)
 
 
 def _tiles(layout: Geometry, shape: TileShape) -> Array:

@@ -55,4 +55,9 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     0.3333
     """
 
-    rule = Rule(update=adadelta, scalars=_scalars, states={"plain": ("square_avg", "acc_delta")})
+    rule = Rule(
+        update=adadelta,
+        scalars=_scalars,
+        states={"plain": ("square_avg", "acc_delta")},
+        nonnegative=frozenset({"square_avg", "acc_delta"}),
+    )

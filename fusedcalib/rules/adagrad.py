@@ -59,6 +59,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         update=adagrad,
         scalars=_scalars,
         states={"plain": ("sum",)},
+        nonnegative=frozenset({"sum"}),
+        wide=frozenset({"sum"}),
         starts={"sum": "initial_accumulator_value"},
         extras={"eps_inside_sqrt": False},
     )

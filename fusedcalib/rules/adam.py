@@ -80,6 +80,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "plain": ("exp_avg", "exp_avg_sq"),
             "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
         },
+        nonnegative=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
         variant=_variant,
         scalars=_scalars,
         decay=decay_of,

@@ -54,4 +54,9 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
     [-0.25, 0.25]
     """
 
-    rule = Rule(update=adamax, scalars=_scalars, states={"plain": ("exp_avg", "exp_inf")})
+    rule = Rule(
+        update=adamax,
+        scalars=_scalars,
+        states={"plain": ("exp_avg", "exp_inf")},
+        nonnegative=frozenset({"exp_inf"}),
+    )

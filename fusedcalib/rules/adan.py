@@ -73,6 +73,7 @@ class Adan(FusedOptimizer, Options):
         update=adan,
         scalars=_scalars,
         states={"plain": ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")},
+        nonnegative=frozenset({"exp_avg_sq"}),
         decay=lambda group: "decoupled" if group["no_prox"] else "proximal",
     )
 

@@ -76,7 +76,13 @@ class ADOPT(FusedOptimizer, Options):
     [-0.25, 0.25]
     """
 
-    rule = Rule(update=adopt, scalars=_scalars, states={"plain": ("exp_avg", "exp_avg_sq")}, decay=decay_of)
+    rule = Rule(
+        update=adopt,
+        scalars=_scalars,
+        states={"plain": ("exp_avg", "exp_avg_sq")},
+        nonnegative=frozenset({"exp_avg_sq"}),
+        decay=decay_of,
+    )
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         update=nadam,
         scalars=_scalars,
         states={"plain": ("exp_avg", "exp_avg_sq")},
+        nonnegative=frozenset({"exp_avg_sq"}),
         product=("mu_product", _mu),
         decay=decay_of,
     )

@@ -71,4 +71,10 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
     -1.5
     """
 
-    rule = Rule(update=radam, scalars=_scalars, states={"plain": ("exp_avg", "exp_avg_sq")}, decay=decay_of)
+    rule = Rule(
+        update=radam,
+        scalars=_scalars,
+        states={"plain": ("exp_avg", "exp_avg_sq")},
+        nonnegative=frozenset({"exp_avg_sq"}),
+        decay=decay_of,
+    )

@@ -86,6 +86,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             "centered": ("square_avg", "grad_avg"),
             "centered momentum": ("square_avg", "grad_avg", "momentum_buffer"),
         },
+        nonnegative=frozenset({"square_avg"}),
+        wide=frozenset({"grad_avg"}),  # its square is subtracted from square_avg, to nothing less than zero
         variant=_variant,
         extras={"eps_inside_sqrt": False},
     )

@@ -42,12 +42,13 @@ def step(bucket: Bucket, groups: Groups, given: Given) -> None:
 def loop_for(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
     """`void work(void *job)`: addresses and sizes of the tables, where the scale is, whether to check."""
     memory = Memory(dtypes, compute, 1, 0)
-    load, store, spread, integers = memory.load, memory.store, memory.spread, memory.integers
+    load, store = memory.storage.load, memory.storage.store
+    spread, integers = memory.spread, memory.integers
     real: Any = memory.real
 
     @njit(**INNER)
     def moved(addresses, at, rate, scale):
-        R, g = load(addresses, spread(1), at)
+        R, g = load(addresses, spread(1), at, ())
         return abs(R + rate * (g / scale))
 
     @njit(**INNER)
@@ -68,7 +69,7 @@ def loop_for(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
             for k in range(K):
                 at = k * positions + place
                 new = moved(addresses, at, rate, scale) / total if total != 0 else real(1) / real(K)
-                store(addresses, spread(1), at, new, ())
+                store(addresses, spread(1), at, new, (), 0)
 
     @numba.cfunc(numba.void(numba.int64))
     def work(job):

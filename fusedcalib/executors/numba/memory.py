@@ -14,18 +14,24 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...kernels.stages import SHARED, Numbers
+from ...kernels.storage import CODED
 from ...layout.buckets import GEOMETRY
+from .storage import storage_of
 
 # Of functions that only compiled loops call: division follows IEEE instead of raising.
 INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _STORED = {
     torch.float32: _F32,
     torch.float64: _F64,
     torch.float16: ir.HalfType(),
     torch.bfloat16: _I16,
+    torch.uint8: _I8,
+    torch.int8: _I8,
+    torch.int16: _I16,
 }
+SIGNED = (torch.int8, torch.int16)
 
 
 def _decode(builder: Any, value: Any, target: Any) -> Any:
@@ -141,10 +147,19 @@ class Memory:
     """How the loops of one kernel read and write: K tensors of given dtypes, arithmetic in one type.
 
     Element i of tensor k is at `addresses[k] + i * strides[k]` elements; where there are no inner
-    dimensions the stride is 1 and known when compiled. The gradient (tensor 1) is never written.
+    dimensions the stride is 1 and known when compiled. Where states in bytes meet inner dimensions, `strides`
+    is a row of the table and i a column, whose place it says: blocks reach over the ends of runs. The
+    gradient (tensor 1) is never written.
     """
 
-    def __init__(self, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, count: int, inner: int) -> None:
+    def __init__(
+        self,
+        dtypes: tuple[torch.dtype, ...],
+        compute: torch.dtype,
+        count: int,
+        inner: int,
+        kept: tuple[str, ...] = (),
+    ) -> None:
         stored = [_STORED[dtype] for dtype in dtypes]
         sizes = [dtype.itemsize for dtype in dtypes]
         tensors = len(dtypes)
@@ -153,40 +168,94 @@ class Memory:
         self.real, self.inner = real, inner
         self.geometry = 8 * tensors  # bytes into a row of the table
         self.strides = 8 * (tensors + GEOMETRY + inner)
-        self.load, self.store = _elements(stored, real, llvm_real, inner)
+        self.coded = any(kind in CODED for kind in kept)
+        self.indexed = self.coded and inner > 0
+        # Numbers that are kept in parts, or in bytes, are integers until they are put together.
+        whole = {k: dtype in SIGNED for k, dtype in enumerate(dtypes) if not dtype.is_floating_point}
+        if kept and kept[0] in ("split16", "split8"):
+            whole[0] = False
+        place = _by_column(tensors, inner) if self.indexed else _by_stride(inner)
+        load, store = _elements(stored, whole, real, llvm_real, place)
         self.as_stored, self.stochastic = _roundings(stored[0], real, llvm_real)
+        of_states = _roundings(_I16, real, llvm_real)[1]
+        self.storage = storage_of(kept, tensors, load, store, of_states)
         self.shift, self.spread = _moves(sizes)
         self.integers, self.factor_at, self.scalars_at = _readings(tensors, real, llvm_real, count)
 
 
-def _elements(stored: list[Any], real: Any, llvm_real: Any, inner: int) -> tuple[Any, Any]:
-    """`load(addresses, strides, i)` and `store(..., p, state)` of element i of all tensors."""
+def _by_stride(inner: int) -> Any:
+    """Where element i of tensor k lies, in elements from its address."""
+
+    def place(builder: Any, strides: Any, i: Any, k: int) -> Any:
+        return i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
+
+    return place
+
+
+def _by_column(tensors: int, inner: int) -> Any:
+    """The same of column i, where `row` is the slot's row of the table."""
+
+    def place(builder: Any, row: Any, i: Any, k: int) -> Any:
+        def entry(n: int) -> Any:
+            return builder.load(_element(builder, _I64, row, _I64(n)))
+
+        sizes = tensors + GEOMETRY
+        rest, offset = i, _I64(0)
+        for d in range(inner - 1, -1, -1):
+            size = entry(sizes + d)
+            along = entry(sizes + inner + (d + 1) * tensors + k)
+            offset = builder.add(offset, builder.mul(builder.srem(rest, size), along))
+            rest = builder.sdiv(rest, size)
+        return offset
+
+    return place
+
+
+def _elements(
+    stored: list[Any], whole: dict[int, bool], real: Any, llvm_real: Any, place: Any
+) -> tuple[Any, Any]:
+    """`load(addresses, strides, i)` and `store(..., values)` of element i of all tensors.
+
+    Values are of the type of the arithmetic, integers (signed or not) of those in `whole`. What is None is
+    not written.
+    """
     tensors = len(stored)
 
     def pointer(builder: Any, args: Any, k: int) -> Any:
         addresses, strides, i = args[:3]
-        index = i if inner == 0 else builder.mul(i, builder.extract_value(strides, k))
-        return _element(builder, stored[k], builder.extract_value(addresses, k), index)
+        return _element(
+            builder, stored[k], builder.extract_value(addresses, k), place(builder, strides, i, k)
+        )
+
+    def loaded(builder: Any, args: Any, k: int) -> Any:
+        value = builder.load(pointer(builder, args, k))
+        if k not in whole:
+            return _decode(builder, value, llvm_real)
+        return (builder.sext if whole[k] else builder.zext)(value, _I32)
 
     @intrinsic
     def load(typing, addresses, strides, i):
         def codegen(context, builder, signature, args):
             _wide(builder)
-            loaded = [builder.load(pointer(builder, args, k)) for k in range(tensors)]
-            values = [_decode(builder, value, llvm_real) for value in loaded]
+            values = [loaded(builder, args, k) for k in range(tensors)]
             return context.make_tuple(builder, signature.return_type, values)
 
-        return types.UniTuple(real, tensors)(addresses, strides, types.int64), codegen
+        kinds = [types.int32 if k in whole else real for k in range(tensors)]
+        return types.BaseTuple.from_types(kinds)(addresses, strides, types.int64), codegen
 
     @intrinsic
-    def store(typing, addresses, strides, i, p, state):
+    def store(typing, addresses, strides, i, values):
         def codegen(context, builder, signature, args):
-            states = cgutils.unpack_tuple(builder, args[4]) if len(state) else []
-            for k, value in [(0, args[3]), *enumerate(states, start=2)]:
-                builder.store(_encode(builder, value, stored[k]), pointer(builder, args, k))
+            for k, (kind, value) in enumerate(
+                zip(values, cgutils.unpack_tuple(builder, args[3]), strict=True)
+            ):
+                if isinstance(kind, types.NoneType):
+                    continue
+                kept = builder.trunc(value, stored[k]) if k in whole else _encode(builder, value, stored[k])
+                builder.store(kept, pointer(builder, args, k))
             return context.get_dummy_value()
 
-        return types.void(addresses, strides, types.int64, real, state), codegen
+        return types.void(addresses, strides, types.int64, values), codegen
 
     return load, store
 
@@ -210,11 +279,11 @@ def _roundings(kept: Any, real: Any, llvm_real: Any) -> tuple[Any, Any]:
         def codegen(context, builder, signature, args):
             if kept != _I16:
                 return args[0]
-            moved = builder.add(builder.bitcast(args[0], _I32), args[1])
+            moved = builder.add(builder.bitcast(args[0], _I32), builder.trunc(args[1], _I32))
             cut = builder.bitcast(builder.and_(moved, _I32(0xFFFF0000)), _F32)
             return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], cut)
 
-        return real(real, types.uint32), codegen
+        return real(real, types.int64), codegen
 
     return as_stored, stochastic
 

@@ -22,7 +22,6 @@ _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _INLINE: dict[str, Any] = {**_INNER, "forceinline": True}  # a loop with a call in it is not vectorized
 _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
-_HALF = np.uint64(0xFFFF)
 _M0, _M1 = (np.uint64(m) for m in device.MULTIPLIERS)
 _W0, _W1 = (np.uint64(w) for w in device.WEYL)
 
@@ -146,20 +145,20 @@ def fill(address, first, count, sigma, step, stream, key0, key1):
 
 @njit(**_INNER)
 def fill_bits(address, first, count, step, stream, key0, key1):
-    """As `fill`, sixteen random bits of each element, as the float of that number."""
+    """As `fill`, the random word of each element, as the float of those bits."""
     quads = (first + count + 3) // 4 - first // 4
     for q in range(quads):
         index = np.uint64(first // 4 + q)
         words = philox(index & _LOW, index >> _HIGH, stream, step, key0, key1)
         for k in range(4):
-            set_float(address, 4 * q + k, np.float32(np.int64(words[k] & _HALF)))
+            set_float(address, 4 * q + k, as_float(words[k]))
     return first % 4
 
 
-def bits_maker(stage: str) -> tuple[Any, Any, Any]:
-    """As `noise_maker`, of the random bits of stochastic rounding."""
-    if stage == "nearest":
-        return _nothing(np.uint32(0))
+def bits_maker(rounds: bool) -> tuple[Any, Any, Any]:
+    """As `noise_maker`, of the random words of stochastic rounding, as int64."""
+    if not rounds:
+        return _nothing(np.int64(0))
     purpose = np.uint64(device.PURPOSES["rounding"] << 30)
 
     @njit(**_INNER)
@@ -168,7 +167,7 @@ def bits_maker(stage: str) -> tuple[Any, Any, Any]:
 
     @njit(**_INLINE)
     def bits(place, i):
-        return np.uint32(float_at(place, i))
+        return as_bits(float_at(place, i)) & np.int64(0xFFFFFFFF)
 
     return scratch, filled, bits
 

@@ -29,22 +29,22 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     @njit(**INNER)
     def sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept):
-        found = 0.0
+        found, places = 0.0, about[2]
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            found += total(start, strides, length, h, factor, at + run * length, words, kept)
+            found += total(start, strides, length, h, factor, at + run * length, words, kept, places)
         return found
 
     @njit(**INNER)
-    def finish_row(row, addresses, strides, runs, length, h, at, words, found):
+    def finish_row(row, addresses, strides, runs, length, h, at, words, found, places):
         if ema or np.sqrt(real(found)) > h.longest:
             for run in range(runs):
                 start = start_of_run(row, addresses, run)
-                project(start, strides, length, real(found), h, at + run * length, words)
+                project(start, strides, length, real(found), h, at + run * length, words, places)
 
     @njit(**INNER)
     def step_row(row, addresses, strides, runs, length, h, factor, at, words, about):
-        mean, kept = real(0.0), 0
+        mean, kept, places = real(0.0), 0, about[2]
         if twice and runs == 1 and length <= KEPT:
             kept = filled(room(), at, length, h, words)
         if centred and split:
@@ -54,13 +54,13 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
             mean = real(found / (runs * length))
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            step(start, strides, length, h, factor, mean, at + run * length, words, kept)
+            step(start, strides, length, h, factor, mean, at + run * length, words, kept, places)
         found = 0.0
         if projects:
             for run in range(runs):
-                found += squares(start_of_run(row, addresses, run), strides, length)
+                found += squares(start_of_run(row, addresses, run), strides, length, places)
             if not split:
-                finish_row(row, addresses, strides, runs, length, h, at, words, found)
+                finish_row(row, addresses, strides, runs, length, h, at, words, found, places)
         return found
 
     @njit(**INNER)
@@ -69,7 +69,7 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     @njit(**INNER)
     def finish(row, addresses, strides, runs, length, h, factor, at, words, about):
-        finish_row(row, addresses, strides, runs, length, h, at, words, double_at(about[0])[0])
+        finish_row(row, addresses, strides, runs, length, h, at, words, double_at(about[0])[0], about[2])
         return 0.0
 
     return cast(Function, {"sums": sums, "finish": finish}.get(part, step_row))
@@ -98,13 +98,14 @@ def _run_starter(memory: Memory) -> Function:
 
 def row_squares(memory: Memory, scaled: Function) -> Function:
     """Sum of the squares of a row's gradients, in double. Arguments as those of the other loops."""
-    load, start_of_run = memory.load, _run_starter(memory)
+    load, units_at = memory.storage.load, memory.storage.units
+    start_of_run = _run_starter(memory)
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_squares(addresses, strides, length, factor):
-        total = 0.0
+    def run_squares(addresses, strides, length, factor, places):
+        total, units = 0.0, units_at(places, 0)  # of no use to a gradient
         for i in range(length):
-            g = np.float64(scaled(load(addresses, strides, i), factor)[1])
+            g = np.float64(scaled(load(addresses, strides, i, units), factor)[1])
             total += g * g
         return total
 
@@ -112,7 +113,7 @@ def row_squares(memory: Memory, scaled: Function) -> Function:
     def squares(row, addresses, strides, runs, length, h, factor, at, words, about):
         total = 0.0
         for run in range(runs):
-            total += run_squares(start_of_run(row, addresses, run), strides, length, factor)
+            total += run_squares(start_of_run(row, addresses, run), strides, length, factor, about[2])
         return total
 
     return cast(Function, squares)

@@ -15,6 +15,7 @@ import torch
 from llvmlite import binding
 from numba import njit
 
+from ...kernels.storage import BLOCK
 from ...layout.buckets import GEOMETRY, Bucket, TileShape
 from ...layout.geometry import Geometry
 from ...layout.recipe import Recipe
@@ -45,6 +46,7 @@ def kernel_for(
     inner: int,
     factored: bool = False,
     part: str = "step",
+    kept: tuple[str, ...] = (),
 ) -> Function:
     """The compiled loop of a recipe, whatever the hyperparameters: a C function `void work(void *job)`.
 
@@ -52,13 +54,13 @@ def kernel_for(
     many tiles there are, how many a thread takes at once, the next to take, and an address for a double of
     each tile: the squares of its gradients, where there is no recipe.
     """
-    memory = Memory(dtypes, compute, count, inner)
+    memory = Memory(dtypes, compute, count, inner, kept)
+    places_of, walk = memory.storage.places, _walker(memory)
     factor_of, scaled = gradients(memory, factored)
     on_row = row_loop(recipe, memory, scaled, part) if recipe else row_squares(memory, scaled)
     keeps = part in ("sums", "partial")  # what a row comes to, in its place
     shift, spread = memory.shift, memory.spread
-    integers, scalars_at = memory.integers, memory.scalars_at
-    geometry, strides_at = memory.geometry, memory.strides
+    integers, scalars_at, geometry = memory.integers, memory.scalars_at, memory.geometry
 
     @njit(**INNER)
     def run(table, fields, tiles, scalars, totals, first, last):
@@ -67,25 +69,24 @@ def kernel_for(
             row = table + 8 * slot * fields
             addresses = integers(row)
             place = geometry_at(row + geometry)
-            rows, columns, scalar_row, tall, wide, stream, key0, key1, origin, pitch, kept, factors = place
+            rows, columns, scalar_row, tall, wide, stream, key0, key1, origin, pitch, total_at, factors = (
+                place
+            )
             words = (np.uint64(stream), np.uint64(key0), np.uint64(key1))
             h = scalars_at(scalars, scalar_row)
-            strides, along = spread(1), spread(columns)
-            runs, length = 1, min(wide, columns - column_block * wide)
-            if inner > 0:
-                length = integers(row + geometry + 8 * (GEOMETRY + inner - 1))[0]
-                runs = columns // length
-                along = integers(row + strides_at)
-                strides = integers(row + strides_at + inner * geometry)
-            addresses = shift(addresses, strides, column_block * wide)
+            begins = column_block * wide
+            strides, along, runs, length = walk(row, columns, min(wide, columns - begins))
+            addresses = shift(addresses, spread(1), begins)  # 0 where there are inner dimensions
+            blocks = (columns + BLOCK - 1) // BLOCK
             total = 0.0
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
-                at, begin = origin + r * pitch + column_block * wide, shift(addresses, along, r)
-                factor, about = factor_of(factors, r), (kept + 8 * r, pitch)
+                at, begin = origin + r * pitch + begins, shift(addresses, along, r)
+                places = places_of(row, fields, r * blocks + begins // BLOCK)
+                factor, about = factor_of(factors, r), (total_at + 8 * r, pitch, places)
                 found = on_row(row, begin, strides, runs, length, h, factor, at, words, about)
                 total += found
                 if keeps:
-                    set_double(kept, r, found)
+                    set_double(total_at, r, found)
             if totals != 0:
                 set_double(totals, t, total)
 
@@ -100,6 +101,28 @@ def kernel_for(
     return work
 
 
+def _walker(memory: Memory) -> Function:
+    """`walk(row, columns, length)`: the strides of a run and of a row, the runs of a row, their length."""
+    integers, spread, inner = memory.integers, memory.spread, memory.inner
+    geometry, strides_at = memory.geometry, memory.strides
+
+    @njit(**INNER)
+    def dense(row, columns, length):
+        return spread(1), spread(columns), 1, length
+
+    @njit(**INNER)
+    def strided(row, columns, length):
+        length = integers(row + geometry + 8 * (GEOMETRY + inner - 1))[0]
+        strides = integers(row + strides_at + inner * geometry)
+        return strides, integers(row + strides_at), columns // length, length
+
+    @njit(**INNER)
+    def indexed(row, columns, length):
+        return row, integers(row + strides_at), 1, columns
+
+    return indexed if memory.indexed else strided if inner else dense
+
+
 class NumbaExecutor:
     """Runs buckets in compiled loops, on as many threads as torch uses."""
 
@@ -111,7 +134,7 @@ class NumbaExecutor:
 
     def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
         """Tiles of about TILE elements: whole rows where rows matter, stretches elsewhere."""
-        if layout.sizes or by_rows:
+        if layout.sizes or by_rows or layout.rows > 1:
             return TileShape(max(1, TILE // layout.columns), layout.columns, None)
         return TileShape(1, TILE, None)
 
@@ -163,7 +186,14 @@ def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Any:
     """The compiled loop of a recipe, or that of the squares, as ctypes has it."""
     key = bucket.key
     compiled: Any = kernel_for(
-        recipe, key.dtypes, bucket.compute, bucket.shared.count, key.inner, key.factored, part
+        recipe,
+        key.dtypes,
+        bucket.compute,
+        bucket.shared.count,
+        key.inner,
+        key.factored,
+        part,
+        key.recipe.kept,
     )
     return compiled.ctypes
 

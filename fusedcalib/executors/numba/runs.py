@@ -14,10 +14,12 @@ from numba import njit
 from numba.extending import overload
 
 from ...kernels import stages
+from ...kernels.storage import BLOCK as CODED_BLOCK
 from ...layout.recipe import Recipe
 from ..source import Function, folded
 from .memory import INNER, Memory
 from .noise import BLOCK, bits_maker, noise_maker
+from .storage import trimmed
 
 ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
@@ -86,7 +88,7 @@ def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
     constants = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
 
     def compiled(function: Any, **names: Any) -> Function:
-        own = {"stored": memory.as_stored, "stochastic": memory.stochastic}
+        own = {"stored": memory.as_stored, "stochastic": memory.stochastic, "trimmed": trimmed}
         function = njit(folded(function, {**NAMES, **own, **names}, constants), **INNER)
         return cast(Function, function)
 
@@ -122,32 +124,34 @@ def passes_of(recipe: Recipe, memory: Memory, scaled: Function) -> Passes:
 
 def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> tuple[Function, Function]:
     """What the mean of a row is taken of, and the squares of its parameters, added up."""
-    load, real, noise = memory.load, memory.real, recipe.flags.noise
+    load, real, noise = memory.storage.load, memory.real, recipe.flags.noise
+    units_at = memory.storage.units
+    size = CODED_BLOCK if memory.coded else BLOCK
     room = noise_maker(noise, real)[0]
     # What a row mean is taken of knows only noise on the gradient.
     sum_filled, sum_noise = noise_maker(noise if noise == "gradient" else "none", real)[1:]
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_sum(addresses, strides, length, h, factor, at, words, kept):
+    def run_sum(addresses, strides, length, h, factor, at, words, kept, places):
         total, space = 0.0, room()
-        for first in range(0, length, BLOCK):
-            part, last = real(0.0), min(first + BLOCK, length)
-            place = kept + 4 * first
+        for first in range(0, length, size):
+            part, last = real(0.0), min(first + size, length)
+            place, units = kept + 4 * first, units_at(places, first // CODED_BLOCK)
             if kept == 0:
                 place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
-                values = load(addresses, strides, i)
+                values = load(addresses, strides, i, units)
                 part += measured(scaled(values, factor), h, sum_noise(place, i - first))
             total += part
         return total
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_squares(addresses, strides, length):
+    def run_squares(addresses, strides, length, places):
         total = 0.0
-        for first in range(0, length, BLOCK):
-            part = real(0.0)
-            for i in range(first, min(first + BLOCK, length)):
-                p = load(addresses, strides, i)[0]
+        for first in range(0, length, size):
+            part, units = real(0.0), units_at(places, first // CODED_BLOCK)
+            for i in range(first, min(first + size, length)):
+                p = load(addresses, strides, i, units)[0]
                 part += p * p
             total += part
         return total
@@ -165,38 +169,45 @@ def _steps(
     averaged: Function,
 ) -> tuple[Function, Function]:
     """The step, and the projection of rows that are too long."""
-    load, store, flags = memory.load, memory.store, recipe.flags
+    load, store, flags = memory.storage.load, memory.storage.store, recipe.flags
+    units_at, byte_room = memory.storage.units, memory.storage.room
+    keep, encode = memory.storage.keep, memory.storage.encode
     project = flags.project
     room, filled, noise = noise_maker(flags.noise, memory.real)
-    bit_room, bits_filled, bits = bits_maker(flags.rounding)
+    bit_room, bits_filled, bits = bits_maker(flags.rounds)
     size = BLOCK if flags.random else 1 << 62  # a step without chance needs no blocks
+    size, project_size = (CODED_BLOCK, CODED_BLOCK) if memory.coded else (size, BLOCK)
 
     @njit(**INNER)
-    def run_step(addresses, strides, length, h, factor, mean, at, words, kept):
-        space, bit_space = room(), bit_room()
+    def run_step(addresses, strides, length, h, factor, mean, at, words, kept, places):
+        space, bit_space, byte_space = room(), bit_room(), byte_room()
         for first in range(0, length, size):
-            last = min(first + size, length)
-            place = kept + 4 * first
+            last, block = min(first + size, length), first // CODED_BLOCK
+            place, units = kept + 4 * first, units_at(places, block)
             if kept == 0:
                 place = filled(space, at + first, last - first, h, words)
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
-                values = load(addresses, strides, i)
+                values = load(addresses, strides, i, units)
                 p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean)
-                p = rounded(p, bits(bit_place, i - first))
+                word = bits(bit_place, i - first)
+                p = rounded(p, word)
                 if not project:
                     state = averaged(p, state, h)
-                store(addresses, strides, i, p, state)
+                store(addresses, strides, i, p, state, word)
+                keep(byte_space, i - first, state)
+            encode(byte_space, addresses, first, last - first, places, block)
 
     @njit(**INNER)
-    def run_project(addresses, strides, length, squares, h, at, words):
+    def run_project(addresses, strides, length, squares, h, at, words, places):
         bit_space = bit_room()
-        for first in range(0, length, BLOCK):
-            last = min(first + BLOCK, length)
+        for first in range(0, length, project_size):
+            last, units = min(first + project_size, length), units_at(places, first // CODED_BLOCK)
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
-                values = load(addresses, strides, i)
-                p = rounded(projected(values[0], squares, h), bits(bit_place, i - first))
-                store(addresses, strides, i, p, averaged(p, values[2:], h))
+                values = load(addresses, strides, i, units)
+                word = bits(bit_place, i - first)
+                p = rounded(projected(values[0], squares, h), word)
+                store(addresses, strides, i, p, averaged(p, values[2:], h), word)
 
     return cast(Function, run_step), cast(Function, run_project)

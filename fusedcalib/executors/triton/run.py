@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ...kernels import launch
 from ...kernels.step import step_kernel
+from ...kernels.storage import CODED
 from ...kernels.table import GEOMETRY
 from ...layout.buckets import Bucket
+from ...layout.tables import vector_of
 from .resident import DeviceArray, Streams, capturing, sent
 
 
@@ -169,23 +171,23 @@ def arguments_of(bucket: Bucket) -> tuple[float, ...] | None:
 def spec_of(bucket: Bucket) -> launch.Spec:
     """What is compiled for a bucket."""
     key = bucket.key
-    vector = 16 // min(dtype.itemsize for dtype in key.dtypes)
     spec = launch.Spec(
         DTYPES=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
         COMPUTE=launch.dtype_of(_name(bucket.compute)),
-        FIELDS=fields_of(len(key.dtypes), key.inner),
+        FIELDS=fields_of(len(key.dtypes), key.inner) + sum(kind in CODED for kind in key.recipe.kept),
         COUNT=bucket.shared.count,
         D=key.inner,
         QUADS=key.quads,
-        VECTOR=vector if key.aligned else 1,
+        VECTOR=vector_of(key.dtypes) if key.aligned else 1,
         FACTORED=key.factored,
+        KEPT=key.recipe.kept,
     )
     spec = spec.of_rule(key.recipe.rule.update, key.recipe.flags)
     return spec.tiled(cast(launch.Tile, key.row_class))
 
 
 def fields_of(tensors: int, inner: int) -> int:
-    """Columns of the table for a slot of this many tensors and inner dimensions."""
+    """Columns of the table for a slot of this many tensors and inner dimensions, but for scales."""
     return tensors + GEOMETRY + (inner + tensors * (1 + inner) if inner else 0)
 
 

@@ -1,0 +1,147 @@
+"""States and master weights of a parameter in the form that is asked for: made, converted, told apart."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..executors import torch_storage
+from ..kernels.storage import CODED
+from ..layout.shards import like, local_of
+from ..layout.storage import (
+    MASTER,
+    REMAINDER,
+    names_of,
+    remainder_bytes,
+    remainder_shape,
+    remainder_view,
+    scales_shape,
+)
+from .versions import VersionCounters
+
+Entry = MutableMapping[str, Any]
+BYTES = names_of("", "signed")  # what the names of such tensors end with
+
+
+def is_storage(name: str) -> bool:
+    """Whether a key of the state is of ours, and keeps its dtype whatever the parameter's is."""
+    return name.endswith(BYTES) or name in (MASTER, REMAINDER)
+
+
+def is_there(entry: Entry, name: str) -> bool:
+    """Whether there is a state of a name, in whatever form."""
+    return entry.get(name) is not None or names_of(name, "signed")[0] in entry
+
+
+# -- states -----------------------------------------------------------------------------------
+
+
+def make_bytes(entry: Entry, versions: VersionCounters, param: Tensor, name: str) -> None:
+    """Makes a state that is zero, in bytes."""
+    local = local_of(param)
+    codes = torch.zeros(local.shape, dtype=torch.uint8, device=local.device)
+    scales = torch.zeros(scales_shape(local.shape), dtype=torch.float32, device=local.device)
+    _set_bytes(entry, versions, param, name, (codes, scales))
+
+
+def _set_bytes(
+    entry: Entry, versions: VersionCounters, param: Tensor, name: str, kept: tuple[Tensor, ...]
+) -> None:
+    shapes = tuple(param.shape), scales_shape(param.shape)
+    for key, part, shape in zip(names_of(name, "signed"), kept, shapes, strict=True):
+        entry[key] = like(param, versions.counted(part), shape)
+
+
+def state_values(entry: Entry, name: str, nonnegative: bool) -> Tensor:
+    """What is here of a state, in fp32 where it is kept in bytes."""
+    codes, scales = names_of(name, "signed")
+    if codes not in entry:
+        return local_of(entry[name])
+    kind = "nonnegative" if nonnegative else "signed"
+    return torch_storage.decoded(local_of(entry[codes]), local_of(entry[scales]), kind)
+
+
+def keep_state(
+    entry: Entry,
+    versions: VersionCounters,
+    param: Tensor,
+    name: str,
+    kind: str,
+    dtype: torch.dtype,
+    nonnegative: bool,
+) -> None:
+    """Has a state that is there kept as a kind; of a dtype where that is no longer bytes."""
+    in_bytes = names_of(name, "signed")[0] in entry
+    if kind in CODED and not in_bytes:
+        values = local_of(entry.pop(name)).to(torch.float32)
+        _set_bytes(entry, versions, param, name, torch_storage.coded(values, kind))
+    elif kind not in CODED and in_bytes:
+        _set_cast(entry, versions, param, name, state_values(entry, name, nonnegative).to(dtype))
+        for key in names_of(name, "signed"):
+            del entry[key]
+    elif kind == "stochastic" and entry[name].dtype != torch.bfloat16:
+        _set_cast(entry, versions, param, name, local_of(entry[name]).to(torch.bfloat16))
+
+
+def _set_cast(entry: Entry, versions: VersionCounters, param: Tensor, name: str, values: Tensor) -> None:
+    kept = versions.new_state(param, 0.0, values.dtype)
+    entry[name] = like(param, kept.copy_(values))
+
+
+# -- parameters -------------------------------------------------------------------------------
+
+
+def master_of(param: Tensor, entry: Entry) -> str:
+    """What a parameter has beside it."""
+    if MASTER in entry:
+        return "float32"
+    if REMAINDER not in entry:
+        return "none"
+    return "split16" if entry[REMAINDER].ndim > param.ndim else "split8"
+
+
+def weights_of(param: Tensor, entry: Entry) -> Tensor:
+    """What is here of a parameter with what it has beside it: fp32; the parameter where it has none."""
+    local, master = local_of(param).detach(), master_of(param, entry)
+    if master == "float32":
+        return local_of(entry[MASTER])
+    if master == "none":
+        return local
+    return torch_storage.joined(local, remainder_view(local_of(entry[REMAINDER]), master), master)
+
+
+def keep_weights(entry: Entry, versions: VersionCounters, param: Tensor, master: str) -> None:
+    """Has a parameter kept with what is asked for beside it."""
+    now = master_of(param, entry)
+    if now == master:
+        return
+    set_weights(entry, versions, param, master, weights_of(param, entry))
+
+
+def set_weights(entry: Entry, versions: VersionCounters, param: Tensor, master: str, values: Tensor) -> None:
+    """Sets a parameter and what it has beside it.
+
+    Args:
+        values: fp32, or like the parameter, of what is here of it.
+    """
+    local = local_of(param).detach()
+    for key in (MASTER, REMAINDER):
+        entry.pop(key, None)
+    if master == "none":
+        local.copy_(values)
+    elif master == "float32":
+        kept = versions.new_state(param, 0.0, torch.float32)
+        entry[MASTER] = like(param, kept.copy_(values))
+        local.copy_(values)
+    else:
+        values = values.to(torch.float32)
+        if master == "split8":
+            values = torch_storage.trimmed(values)
+        high, low = torch_storage.split(values, master)
+        local.copy_(high)
+        kept = versions.new_state(param, 0.0, low.dtype).copy_(low)
+        kept.data = remainder_bytes(kept.data, master)
+        entry[REMAINDER] = like(param, kept, remainder_shape(param.shape, master))

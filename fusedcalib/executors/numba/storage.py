@@ -1,0 +1,328 @@
+"""kernels/storage.py in numba loops: what rules see of the tensors of a slot, and how that is kept.
+
+The functions of elements are the same source, compiled for single numbers. States in bytes are coded by
+blocks: new values of a block are left in a scratch of floats, which is turned into bytes when all are there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ...kernels import storage as device
+from ...kernels.storage import BLOCK, CODED, COMPANIONS
+from ..source import Function, folded
+
+INLINE: dict[str, Any] = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "forceinline": True,
+}
+_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+MOST_CODED = 4  # states of a rule
+
+
+@intrinsic
+def float_of(typing, bits):
+    """The float of these bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(_narrow(builder, args[0]), _F32)
+
+    return types.float32(bits), codegen
+
+
+@intrinsic
+def bits_of(typing, x):
+    """The bits of a float."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], _I32)
+
+    return types.int32(types.float32), codegen
+
+
+def _operation(of_whole: str, of_floats: str = "") -> Any:
+    """An operation of integers of 32 bits, which stay so, or of floats."""
+
+    @intrinsic
+    def operation(typing, x, y):
+        whole = isinstance(x, types.Integer) and isinstance(y, types.Integer)
+
+        def codegen(context, builder, signature, args):
+            if not whole:
+                return getattr(builder, of_floats)(*args)
+            return getattr(builder, of_whole)(*(_narrow(builder, value) for value in args))
+
+        return types.int32(x, y) if whole else types.float32(types.float32, types.float32), codegen
+
+    return operation
+
+
+def _narrow(builder: Any, value: Any) -> Any:
+    return builder.trunc(value, _I32) if value.type.width > 32 else value
+
+
+# numba makes 64 bits of every integer, which halves what a vector holds.
+OPERATIONS: dict[type, tuple[str, Any]] = {
+    ast.Add: ("add_", _operation("add", "fadd")),
+    ast.Sub: ("sub_", _operation("sub", "fsub")),
+    ast.Mult: ("mul_", _operation("mul", "fmul")),
+    ast.BitAnd: ("and_", _operation("and_")),
+    ast.BitOr: ("or_", _operation("or_")),
+    ast.BitXor: ("xor_", _operation("xor")),
+    ast.LShift: ("shl_", _operation("shl")),
+    ast.RShift: ("shr_", _operation("ashr")),
+}
+
+
+class _Narrow(ast.NodeTransformer):
+    """Has integers keep 32 bits, as they have on a GPU."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        name = ast.Name(OPERATIONS[type(node.op)][0], ast.Load())
+        return ast.Call(name, [self.visit(node.left), self.visit(node.right)], [])
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return ast.Call(ast.Name("int32", ast.Load()), [node], []) if type(node.value) is int else node
+
+
+@intrinsic
+def whole_at(typing, address, i):
+    """The i-th int64 from an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_place(builder, _I64, *args))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def single_at(typing, address, i):
+    """The i-th float from an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_place(builder, _F32, *args))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def set_single(typing, address, i, x):
+    """Sets the i-th float from an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _place(builder, _F32, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def set_byte(typing, address, i, x):
+    """Sets the i-th byte from an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(builder.trunc(args[2], _I8), _place(builder, _I8, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int32), codegen
+
+
+def _place(builder: Any, stored: Any, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
+
+
+@intrinsic
+def scratch(typing):
+    """The address of room for the blocks of all states of an element on the stack."""
+
+    def codegen(context, builder, signature, args):
+        room = cgutils.alloca_once(builder, ir.ArrayType(_F32, MOST_CODED * BLOCK))
+        return builder.ptrtoint(room, _I64)
+
+    return types.int64(), codegen
+
+
+@njit(**INLINE)
+def _where(condition, x, y):
+    return x if condition else y
+
+
+@njit(**INLINE)
+def _at_most(x, top):
+    return x if x < top else top
+
+
+@njit(**INLINE)
+def _at_least(x, bottom):
+    return x if x > bottom else bottom
+
+
+NAMES: dict[str, Any] = {
+    "bits_of": bits_of,
+    "float_of": float_of,
+    "at_most": _at_most,
+    "at_least": _at_least,
+    "where": _where,
+    "int32": np.int32,
+    **dict(OPERATIONS.values()),
+    **{name: np.float32(value) for name, value in device.SINGLES.items()},
+}
+
+
+def element(name: str) -> Function:
+    """A function of elements of kernels/storage.py, compiled."""
+    compiled: Function = njit(**INLINE)(folded(getattr(device, name), NAMES, {}, _Narrow()))
+    return compiled
+
+
+magnitude = NAMES["magnitude"] = element("magnitude")
+trimmed, split, joined, scale_of = map(element, ("trimmed", "split", "joined", "scale_of"))
+signed_code, signed_level = element("signed_code"), element("signed_level")
+nonnegative_code, nonnegative_level = element("nonnegative_code"), element("nonnegative_level")
+CODE = {"signed": signed_code, "nonnegative": nonnegative_code}
+TOP = {"signed": np.float32(256), "nonnegative": np.float32(1)}
+UNIT = {"signed": np.float32(1 / 256), "nonnegative": np.float32(1)}
+
+
+class Storage(NamedTuple):
+    """What loops do with the tensors of a slot; `places` are addresses of the scales of a row.
+
+    Attributes:
+        load: `(addresses, strides, i, units)`: parameter, gradient, states of element i.
+        store: `(addresses, strides, i, p, state, bits)`: keeps those that are not in bytes.
+        places: `(row, fields, offset)`: addresses of the scales, so many scales on.
+        units: `(places, block)`: by what the levels of a block are multiplied.
+        room: `()`: the scratch.
+        keep: `(space, j, state)`: leaves the others there, of element j of a block.
+        encode: `(space, addresses, first, count, places, block)`: makes bytes of a block.
+    """
+
+    load: Function
+    store: Function
+    places: Function
+    units: Function
+    room: Function
+    keep: Function
+    encode: Function
+
+
+def storage_of(kept: Sequence[str], count: int, load: Any, store: Any, stochastic: Any) -> Storage:
+    """How the loops of a kernel read and write.
+
+    Args:
+        kept: the kinds of parameter, gradient and states; () if all are cast.
+        count: the tensors of a slot.
+        load, store: every tensor of an element, integers where it keeps such.
+        stochastic: as kernels/storage.py, of bf16.
+    """
+    beside = kept[0] if kept and kept[0] in COMPANIONS else ""
+    kinds = kept or ("cast",) * count
+    assert len(kinds) + bool(beside) == count
+    names: dict[str, Any] = {
+        "load": load,
+        "store": store,
+        "stochastic": stochastic,
+        "joined": joined,
+        "split": split,
+        "signed_level": signed_level,
+        "nonnegative_level": nonnegative_level,
+        "single_at": single_at,
+        "set_single": set_single,
+        "whole_at": whole_at,
+        "scratch": scratch,
+    }
+    coded = [i for i, kind in enumerate(kinds) if kind in CODED]
+    names |= {f"unit{n}": UNIT[kinds[i]] for n, i in enumerate(coded)}
+    units = {i: f"units[{n}]" for n, i in enumerate(coded)}
+    values = [_value(kind, i, count - 1, units.get(i, "")) for i, kind in enumerate(kinds)]
+    addresses = [f"whole_at(last, {n}) + 4 * offset" for n in range(len(coded))]
+    scales = [f"single_at(places[{n}], block) * unit{n}" for n in range(len(coded))]
+    kept_back = [f"set_single(space, {BLOCK * n} + j, state[{i - 2}])" for n, i in enumerate(coded)]
+
+    def made(arguments: str, *lines: str) -> Function:
+        return _function(arguments, lines, names)
+
+    return Storage(
+        made("addresses, strides, i, units", "v = load(addresses, strides, i)", f"return {_tuple(values)}"),
+        made("addresses, strides, i, p, state, bits", *_storing(kinds, beside)),
+        made(
+            "row, fields, offset", f"last = row + 8 * (fields - {len(coded)})", f"return {_tuple(addresses)}"
+        ),
+        made("places, block", f"return {_tuple(scales)}"),
+        made("", f"return {'scratch()' if coded else 0}"),
+        made("space, j, state", *kept_back, "return"),
+        _encoding(kinds, coded),
+    )
+
+
+def _value(kind: str, i: int, beside: int, unit: str) -> str:
+    """The expression for what rules see of tensor i, of the tensors `v` of an element."""
+    return {
+        "signed": f"signed_level(v[{i}]) * {unit}",
+        "nonnegative": f"nonnegative_level(v[{i}]) * {unit}",
+        "split16": f"joined(v[{i}], v[{beside}])",
+        "split8": f"joined(v[{i}], v[{beside}] * 256)",
+        "float32": f"v[{beside}]",
+    }.get(kind, f"v[{i}]")
+
+
+def _storing(kinds: Sequence[str], beside: str) -> list[str]:
+    """The lines that keep new values which are not in bytes; None stands for what is not written."""
+    lines, kept, more = [], ["p", "None"], ["p"] if beside else []
+    if beside.startswith("split"):
+        lines = ["high, low = split(p)"]
+        kept[0], more = "high", ["low" if beside == "split16" else "low >> 8"]
+    for n, kind in enumerate(kinds[2:]):
+        value = "None" if kind in CODED else f"state[{n}]"
+        kept.append(f"stochastic({value}, bits >> 16)" if kind == "stochastic" else value)
+    return [*lines, f"store(addresses, strides, i, {_tuple([*kept, *more])})"]
+
+
+def _encoding(kinds: Sequence[str], coded: Sequence[int]) -> Function:
+    """What makes bytes of the scratch of a block, of one state after another."""
+    calls = [
+        f"e{n}(space + {4 * BLOCK * n}, addresses[{i}] + first, count, places[{n}], block)"
+        for n, i in enumerate(coded)
+    ]
+    encoders = {f"e{n}": _encoder(kinds[i]) for n, i in enumerate(coded)}
+    return _function("space, addresses, first, count, places, block", [*calls, "return"], encoders)
+
+
+def _encoder(kind: str) -> Function:
+    code, top, zero = CODE[kind], TOP[kind], np.float32(0)
+
+    @njit(**INLINE)
+    def encode(space, codes, count, place, block):
+        largest = np.int32(0)
+        for j in range(count):
+            bits = magnitude(single_at(space, j))
+            largest = bits if bits > largest else largest
+        scale = scale_of(largest)
+        inverse = top / scale if scale > zero else zero
+        for j in range(count):
+            set_byte(codes, j, code(single_at(space, j), inverse))
+        set_single(place, block, scale)
+
+    return encode
+
+
+def _tuple(items: Sequence[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _function(arguments: str, lines: Sequence[str], names: dict[str, Any]) -> Function:
+    """A function of some lines over names, compiled."""
+    space: dict[str, Any] = {}
+    exec("\n    ".join([f"def made({arguments}):", *lines]), dict(names), space)
+    compiled: Function = njit(**INLINE)(space["made"])
+    return compiled
