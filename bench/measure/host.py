@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import time
-from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -100,12 +99,12 @@ def others(params: list[Tensor]) -> Step:
 
 def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
     """Time `step` alone, after an untimed `turn`."""
+    if not machine.on_gpu(device):
+        return wall_sampler(step, device, fresh=turn)
 
     def sample() -> float:
         turn()
-        if machine.on_gpu(device):
-            return host_seconds(device, step, repeats=1)
-        return wall_sampler(step, device)()
+        return host_seconds(device, step, repeats=1)
 
     return sample
 
@@ -117,7 +116,6 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
         import fusedcalib.executors.numba.run
 
         cpu: Any = fusedcalib.executors.numba.run
-        turn()
         on_threads, spent = cpu.on_threads, 0.0
 
         def timed(*args: Any) -> None:
@@ -126,13 +124,11 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
             on_threads(*args)
             spent += time.perf_counter() - start
 
-        cpu.on_threads = timed
-        try:
+        turn()
+        with mock.patch.object(cpu, "on_threads", timed):
             start = time.perf_counter()
             step()
             return time.perf_counter() - start - spent
-        finally:
-            cpu.on_threads = on_threads
 
     return sample
 
@@ -153,17 +149,15 @@ def each_tensor(rounds: int = 40, backend: Backend = "auto") -> dict[str, float]
         "own": (own, torch.no_grad()(lambda: ours._engine.prepare(ours.param_groups, ours.state))),
         "torch": (theirs, torchs.step),
     }
-    samplers: dict[str, Sampler] = {}
-    for name, (params, step) in steps.items():
-        samplers[name] = wall_sampler(step, device, fresh=turns(params, moving=True))
-    taken: dict[str, list[float]] = {name: [] for name in samplers}
+    samplers = {
+        name: wall_sampler(step, device, fresh=turns(params, moving=True))
+        for name, (params, step) in steps.items()
+    }
     for optimizer in (ours, torchs):
         optimizer.step()
     with mock.patch.object(torch, "_fused_adamw_"), timing.one_thread():
-        for _ in range(rounds):
-            for name, sample in samplers.items():
-                taken[name].append(sample() / TENSORS)
-    return {name: median(times) for name, times in taken.items()}
+        timed = interleave(samplers, rounds=rounds, seconds=float("inf"))
+    return {name: spread.median / TENSORS for name in samplers if (spread := timed.time(name))}
 
 
 def kept(slug: str) -> HostTimes | None:

@@ -25,7 +25,7 @@ from ..measure.method import SUBJECTS
 from ..measure.runner import Log, Run
 from ..measure.worker import Worker
 from ..report import tables
-from ..report.results import Measured, Results
+from ..report.results import Results
 from . import goals
 
 OWN = ("torch_fused", "own_plain", "own_gc")
@@ -138,7 +138,7 @@ def _suite(
 
 
 def _finish(whole: Results) -> None:
-    whole.torch_mta = _multi_tensor(whole.cases)
+    whole.torch_mta = _multi_tensor(whole)
     whole.goals = goals.judge(whole)
 
 
@@ -158,13 +158,10 @@ def _say(work: Run, log: Log) -> int:
     return work.status()
 
 
-def _multi_tensor(done: list[Measured]) -> dict[str, Any] | None:
+def _multi_tensor(whole: Results) -> dict[str, Any] | None:
     """How much torch's fused kernel takes at once: 2^26 elements are 1024 blocks of 65,536."""
-    for case in done:
-        for row in case.methods:
-            if (case.list, row.name) == ("single-2^26", "torch_fused") and row.launches:
-                many = row.launches >= 4
-                sizes = {"max_tensors": 36, "max_blocks": 320}
-                large = {"max_tensors": 252, "max_blocks": 2240}
-                return {**(sizes if many else large), "how": "launch count observed"}
-    return None
+    row = whole.find("single-2^26", "torch_fused")
+    if row is None or not row.launches:
+        return None
+    tensors, blocks = (36, 320) if row.launches >= 4 else (252, 2240)
+    return {"max_tensors": tensors, "max_blocks": blocks, "how": "launch count observed"}
