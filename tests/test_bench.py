@@ -256,8 +256,8 @@ def test_stacked_rows_are_judged_as_the_tensors_alone(monkeypatch):
 def made(key, side, params):
     """A step with extras, without its noise, as the case has it in the gate."""
     name = f"{side}_{key}"
-    built = baselines.METHODS[name].make(LITTLE, params)
-    return built, case._entry(baselines.METHODS[name], params, built)
+    built = replace(baselines.METHODS[name].make(LITTLE, params), params=params)
+    return built, case._entry(baselines.METHODS[name], built)
 
 
 @pytest.mark.parametrize("key", method.EXTRAS)

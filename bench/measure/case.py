@@ -67,18 +67,19 @@ class Prepared:
         """Bytes that a step of one of these moves for each parameter, the most."""
         return max((m.extras.width(self.storage, self.states) for m in methods), default=0)
 
-    def build(self) -> dict[str, tuple[list[Tensor], Built]]:
+    def build(self) -> dict[str, Built]:
         """Each method that can be had, on its own copy of the list."""
-        built: dict[str, tuple[list[Tensor], Built]] = {}
+        built: dict[str, Built] = {}
         source: list[Tensor] | None = None
         for index, (name, method) in enumerate(self.rows.items()):
             self.tell(f"building {method.title}", index / len(self.rows))
             params = shapes.build(self.spec, self.device, self.dtype, source)
             try:
-                built[name] = (params, method.make(self.spec, params, self._subject_of(method)))
+                made = method.make(self.spec, params, self._subject_of(method))
             except Exception as error:  # of another library: it costs that method only
                 self.reasons[name] = sentence(error)
             else:
+                built[name] = replace(made, params=params)
                 source = params
         return built
 
@@ -88,14 +89,14 @@ class Prepared:
             raise NotAvailableError("takes no state of another type than the parameter's")
         return replace(self.subject, own=self.subject.own | options)
 
-    def judge(self, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, gate.Verdict]:
+    def judge(self, built: dict[str, Built]) -> dict[str, gate.Verdict]:
         """Hold all against the reference; what does not pass is taken out of `built`."""
-        gated = {name: _entry(self.rows[name], params, b) for name, (params, b) in built.items()}
+        gated = {name: _entry(self.rows[name], one) for name, one in built.items()}
         self.tell("three steps of each, held against float64", 0)
         every = max(1, self.spec.params // SAMPLE)
         verdicts = gate.check(self.spec, gated, self.subject, every) if built else {}
         for name, verdict in verdicts.items():
-            if fault := verdict.fault or self._fault(self.rows[name], built[name][1]):
+            if fault := verdict.fault or self._fault(self.rows[name], built[name]):
                 self.reasons[name] = fault
                 del built[name]
         return verdicts
@@ -138,8 +139,7 @@ def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda wh
         references=tuple(name for name, method in work.rows.items() if method.reference),
     )
     reasons = work.reasons | timed.reasons
-    names = [*work.rows, *(name for name in timed.rows if name not in work.rows)]
-    rows = {name: timed.rows.get(name) or empty_row(work.rows[name]) for name in names}
+    rows = {name: empty_row(method) for name, method in work.rows.items()} | timed.rows
     for name, row in rows.items():
         row.reason = reasons.get(name)
         if name in work.rows:
@@ -175,20 +175,19 @@ def _let_go(gpu: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
+def _entry(method: Method, built: Built) -> gate.Entry:
     """A method for the gate: without its noise, and clipped by the norm that it has."""
     if built.set_noise:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
-    torch_norm = built.spoils and extras.clip is not None
-    kind = gate.Kind(extras, torch_norm, method.narrow)
-    return gate.Entry(kind, params, built.step, built.averages)
+    kind = gate.Kind(extras, built.spoils and extras.clip is not None, method.narrow)
+    return gate.Entry(kind, built.params, built.step, built.averages)
 
 
 @torch.no_grad()
-def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, Built]:
+def _refreshed(spec: shapes.ParamList, built: dict[str, Built]) -> dict[str, Built]:
     """The methods; those that change their gradients are given them anew from a pool."""
-    spoiling = [params for params, b in built.values() if b.spoils]
+    spoiling = [one.params for one in built.values() if one.spoils]
     if spoiling:
         shapes.load_gradients(spec, spoiling, 0)
     pool = [param.grad.clone() for param in spoiling[0] if param.grad is not None] if spoiling else []
@@ -199,8 +198,8 @@ def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Buil
             param.grad.copy_(value)
 
     return {
-        name: replace(b, fresh=partial(refresh, params)) if b.spoils else b
-        for name, (params, b) in built.items()
+        name: replace(one, fresh=partial(refresh, one.params)) if one.spoils else one
+        for name, one in built.items()
     }
 
 

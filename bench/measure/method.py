@@ -124,6 +124,7 @@ class Built:
     set_noise: Callable[[float], None] | None = None  # sets the variance, where there is noise
     spoils: bool = False  # whether a step changes gradients, so that the next must be given new ones
     fresh: Step | None = None  # gives them
+    params: list[Tensor] = field(default_factory=list)  # its copy of the list
 
 
 Maker = Callable[..., Built]  # of a list, its parameters and what is compared (AdamW)
