@@ -104,16 +104,12 @@ class Work:
     def explain(self, seconds: float) -> None:
         """Times variants of the kernels, writes a trace, reads counters."""
         deadline = time.monotonic() + seconds - pool.GRACE
-        jobs = [gpu_parts.trace(self.python, self.out)]
-        if gpu_parts.VARIANTS.exists():
-            jobs.insert(0, gpu_parts.variants(self.python, self.out, seconds))
-        else:
-            self.fault(f"{gpu_parts.VARIANTS.name} is not here: no variant of the kernels is timed")
         counters = gpu_parts.counters(self.python)
         if not counters:
             self.fault("ncu is not here: no counter of a kernel is read")
         if self.sees_gpu():
-            self.commands(jobs, deadline)
+            variants = gpu_parts.variants(self.python, self.out, seconds)
+            self.commands([variants, gpu_parts.trace(self.python, self.out)], deadline)
             self.commands(counters, deadline, self.out / "ncu.txt")
 
     def commands(self, jobs: Sequence[pool.Job], deadline: float, path: Path | None = None) -> None:
