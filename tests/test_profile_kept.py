@@ -10,7 +10,7 @@ import fusedcalib
 from fusedcalib.bench.models import architectures
 from fusedcalib.bench.predict import profile_kept, profile_static, profile_steps
 from fusedcalib.bench.predict.gpus import GPUS
-from fusedcalib.bench.predict.profile_kept import Kept, Row
+from fusedcalib.bench.predict.profile_kept import Kept, KeptKernel
 from fusedcalib.bench.predict.profile_steps import ProfileCase
 
 triton = pytest.importorskip("triton")
@@ -32,7 +32,7 @@ def planted(**changes):
     """AdamW's step, and the same with a part of what is compiled exchanged, under one name."""
     variant = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))[0]
     other = variant._replace(spec=variant.spec._replace(**changes))
-    return [{"step": Row.of(profile_static.measured(v, H100))} for v in (variant, other)]
+    return [{"step": KeptKernel.of(profile_static.measured(v, H100))} for v in (variant, other)]
 
 
 def test_no_kernel_became_heavier():
@@ -59,7 +59,7 @@ def test_a_tile_that_spills_is_heavier():
     assert profile_kept.heavier(before, before) == []
 
 
-ROW = Row(registers=100, spilled=0, shared=0, widest=16, narrowest=16, bytes=28, instructions=60.0)
+ROW = KeptKernel(registers=100, spilled=0, shared=0, widest=16, narrowest=16, bytes=28, instructions=60.0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fusedcalib.bench.measure.timing import Rounds, Sample, Spread
 from fusedcalib.bench.measure.worker import LostError, Worker, WorkError
 from fusedcalib.bench.repository import variants, variants_run
 from fusedcalib.bench.repository.variants import VARIANTS
-from fusedcalib.bench.repository.variants_run import Row, Side, launch_with
+from fusedcalib.bench.repository.variants_run import Side, VariantRow, launch_with
 from fusedcalib.executors.triton import decide as gpu_control
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
@@ -234,7 +234,7 @@ HEAD = machine.Head(1, "", None, None, None, {}, {})
 
 
 def row(name, median=0.9):
-    return Row(name, median < 0.98, None, Spread(median, median - 0.01, median + 0.01, 9))
+    return VariantRow(name, median < 0.98, None, Spread(median, median - 0.01, median + 0.01, 9))
 
 
 def test_what_breaks_costs_its_row_only(tmp_path):
@@ -275,7 +275,7 @@ def test_a_process_of_its_own_measures(tmp_path):
 
 
 def test_what_to_keep_is_said(capsys):
-    variants.show([row("a"), row("b", 1.2), Row("c", reason="crashed")])
+    variants.show([row("a"), row("b", 1.2), VariantRow("c", reason="crashed")])
     said = capsys.readouterr().out
     assert "to be kept: a\n" in said
     assert "crashed" in said

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from ..measure.baselines import METHODS
 from ..measure.method import SUBJECTS, NotAvailableError
@@ -21,6 +20,7 @@ from ..models.shardings import Sharding
 from ..report import tables
 from ..report.data import write
 from . import gpus, plan_steps
+from .plan_results import Plan, PlannedStep, Plans, Setting
 
 SWEPT = ("torch_fused", "own_plain", "eager_chain", "own_chain")  # the columns of a table over sizes
 NOTE = (
@@ -29,71 +29,12 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is the same on any number of GPUs."""
-
-    optimizer: str = "AdamW"
-    dtypes: str = "fp32"
-    efficiency: float = 1.0  # the share of its published bandwidth that a memory reaches
-    gpu: gpus.Gpu = gpus.GPUS["h100"]
-
-
-@dataclass(frozen=True)
-class PlannedStep(plan_steps.Step):
-    """A step with its time, and the bytes that it moves for each parameter of its GPU."""
-
-    moved_per_param: float
-    seconds: gpus.Time
-    bound: str
-
-
-@dataclass
-class Plan:
-    """The steps of a model on one layout."""
-
-    gpus: int
-    layout: Sharding
-    largest: int  # parameters on the fullest GPU
-    balance: float  # the same as a multiple of the mean
-    empty: int  # tensors that have no element on the last GPU
-    steps: list[PlannedStep] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # why, by the title of the step
-
-    def step(self, name: str) -> PlannedStep | None:
-        return next((step for step in self.steps if step.name == name), None)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.gpus} GPUs ({self.layout}): {self.largest} parameters on the fullest, "
-            f"{self.balance:.2f} of the mean; {self.empty} tensors have no element on the last"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results(Setting):
-    """The plans of a model on each layout: numbers in bytes and seconds."""
-
-    model: str
-    params: int
-    tensors: int
-    plans: list[Plan]
-
-    @property
-    def title(self) -> str:
-        return (
-            f"{self.model}: {self.params / 1e9:.4g}B parameters in {self.tensors} tensors, "
-            f"{self.optimizer}, {self.dtypes}, {self.gpu.name} at "
-            f"{self.efficiency * self.gpu.bandwidth / 1e12:.3g} TB/s"
-        )
-
-
 def plan(
     model: Model, sizes: Sequence[Sharding], setting: Setting, names: Sequence[str] = plan_steps.ROWS
-) -> Results:
+) -> Plans:
     """The plans of a model on each layout."""
     plans = [_plan(model, sharding, setting, names) for sharding in sizes]
-    return Results(**vars(setting), **model.facts, plans=plans)
+    return Plans(**vars(setting), **model.facts, plans=plans)
 
 
 def _plan(model: Model, sharding: Sharding, setting: Setting, names: Sequence[str]) -> Plan:
@@ -138,7 +79,7 @@ def steps_table(found: Plan) -> tables.Table:
     return tables.table_of(found.steps, columns)
 
 
-def sizes_table(results: Results) -> tables.Table:
+def sizes_table(results: Plans) -> tables.Table:
     """The same steps on each number of GPUs."""
     memory = results.gpu.memory
 
@@ -168,7 +109,7 @@ def sizes_table(results: Results) -> tables.Table:
     return tables.table_of(results.plans, columns)
 
 
-def show(results: Results) -> None:
+def show(results: Plans) -> None:
     """Prints the tables."""
     print(results.title)
     if len(results.plans) > 1:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from ..measure.baselines import METHODS
 from ..report.style import COLOURS, INK, SOFT, figure
 from .gpus import Gpu
-from .plan import Results
+from .plan_results import Plans
 from .profile_gpu import GpuProfile
 from .profile_static import StaticKernel, StaticProfile
 from .static_costs import issue_rate
@@ -23,7 +23,7 @@ INSIDE: Any = {"xytext": (-6, 0), "ha": "right", "va": "center", "color": "white
 BESIDE: Any = {"xytext": (6, 0), "ha": "left", "va": "center"}
 
 
-def plan(results: Results, path: Path) -> Path:
+def plan(results: Plans, path: Path) -> Path:
     """Time of a step over the number of GPUs; the dotted line is what the memory alone would take."""
     titles = (plan_headline(results), f"{results.title}\n{ON_PAPER}")
     with figure(path, 4.6, titles, left=0.09, top=0.93, right=0.97) as (axes,):
@@ -49,12 +49,12 @@ def _ticks(axes: Axes, values: list[int]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _milliseconds(results: Results, name: str, part: str) -> list[float]:
+def _milliseconds(results: Plans, name: str, part: str) -> list[float]:
     steps = (found.step(name) for found in results.plans)
     return [1e3 * getattr(step.seconds, part) for step in steps if step]
 
 
-def plan_headline(results: Results) -> str:
+def plan_headline(results: Plans) -> str:
     """What binds our plain step, and from where on."""
     bounds = {found.gpus: step.bound for found in results.plans if (step := found.step("own_plain"))}
     by_memory = [gpus for gpus, bound in bounds.items() if bound == "memory"]

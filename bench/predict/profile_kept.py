@@ -39,7 +39,7 @@ MEND = f"if that is meant: {ACCEPT}"
 
 
 @dataclass(frozen=True)
-class Row:
+class KeptKernel:
     """What is kept of a kernel, in the units of StaticKernel: nothing that follows from tables of GPUs."""
 
     registers: int
@@ -51,7 +51,7 @@ class Row:
     instructions: float
 
     @classmethod
-    def of(cls, kernel: StaticKernel) -> Row:
+    def of(cls, kernel: StaticKernel) -> KeptKernel:
         return cls(*(getattr(kernel, one.name) for one in fields(cls)))
 
 
@@ -62,7 +62,7 @@ class Kept:
     schema: int
     target: str
     triton: str
-    kernels: dict[str, Row]
+    kernels: dict[str, KeptKernel]
 
 
 def name_of(case: ProfileCase, kernel: str, tile: str) -> str:
@@ -74,7 +74,7 @@ def profile(cases: Sequence[ProfileCase] = CASES, workers: int = profile_static.
     """The kept part of a profile made now."""
     found = profile_static.profile(cases, architectures.get(MODEL), GPU, workers)
     kernels = {
-        name_of(case, kernel.kernel, kernel.tile): Row.of(kernel)
+        name_of(case, kernel.kernel, kernel.tile): KeptKernel.of(kernel)
         for case in found.cases
         for kernel in case.kernels
     }
@@ -107,7 +107,7 @@ def incomparable(before: Kept, now: str) -> str | None:
     return f"the profile is of Triton {before.triton}, here is {now}: other code, nothing is compared"
 
 
-def heavier(before: dict[str, Row], now: dict[str, Row]) -> list[str]:
+def heavier(before: dict[str, KeptKernel], now: dict[str, KeptKernel]) -> list[str]:
     """What the kernels of `now` take more of than they did; kernels that were not there are named too."""
     return [f"{name}: {said}" for name, row in now.items() for said in _heavier(before.get(name), row)]
 
@@ -117,7 +117,7 @@ def register_class(registers: int) -> int:
     return occupancy("sm_90", registers, 4, 0).warps // 4
 
 
-def _heavier(old: Row | None, new: Row) -> Iterator[str]:
+def _heavier(old: KeptKernel | None, new: KeptKernel) -> Iterator[str]:
     if old is None:
         yield "is new, or was called otherwise"
         return
@@ -135,18 +135,18 @@ def _heavier(old: Row | None, new: Row) -> Iterator[str]:
 
 def table(kept: Kept) -> tables.Table:
     """Each kernel of each case, over its row classes; what is unaligned apart."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[KeptKernel]] = {}
     for name, row in kept.kernels.items():
         title, _, about = name.partition(": ")
         kernel = about.split()[0] + (", unaligned" if about.endswith("unaligned") else "")
         if row.bytes:  # control_kernel is one program
             groups.setdefault((title, kernel), []).append(row)
 
-    def shares(rows: list[Row]) -> str:
+    def shares(rows: list[KeptKernel]) -> str:
         taken = [bound(GPUS[GPU], row.bytes, row.instructions) for row in rows]
         return f"{_span([100 * time.issue / time.memory for time in taken])} %"
 
-    columns: tables.Columns[tuple[tuple[str, str], list[Row]]] = {
+    columns: tables.Columns[tuple[tuple[str, str], list[KeptKernel]]] = {
         "step": lambda group: group[0][0],
         "kernel": lambda group: group[0][1],
         "bytes": lambda group: str(group[1][0].bytes),

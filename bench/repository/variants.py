@@ -21,7 +21,7 @@ from ..measure.worker import LostError, Worker, WorkError
 from ..models.architectures import Shape
 from ..report import tables
 from ..report.data import write
-from .variants_run import Changes, Row, Variant
+from .variants_run import Changes, Variant, VariantRow
 
 LONGEST = 60.0  # seconds of a row: what takes longer hangs
 GC: dict[str, Any] = {"centralize": True}
@@ -147,13 +147,13 @@ def main(options: argparse.Namespace) -> int:
 
 
 @dataclass
-class Results(Head):
+class VariantRows(Head):
     """All rows, as the file has them."""
 
-    rows: list[Row]
+    rows: list[VariantRow]
 
 
-def work(name: str, seconds: float) -> Row:
+def work(name: str, seconds: float) -> VariantRow:
     """Measures a row on the GPU that is here."""
     import torch
 
@@ -165,29 +165,33 @@ def work(name: str, seconds: float) -> Row:
 
 
 def collected(
-    names: Sequence[str], seconds: float, path: Path, head: Head, call: Callable[..., Row]
-) -> list[Row]:
+    names: Sequence[str], seconds: float, path: Path, head: Head, call: Callable[..., VariantRow]
+) -> list[VariantRow]:
     """The rows, each written as soon as it is there; `call` measures in another process."""
     end = time.monotonic() + seconds
     each = min(2.0, 0.4 * seconds / len(names))  # the rest of the time is for compiling and judging
-    found = Results(**vars(head), rows=[])
+    found = VariantRows(**vars(head), rows=[])
     for name in names:
         try:
-            row = call(work, name, each) if time.monotonic() < end else Row(name, reason="no time was left")
+            row = (
+                call(work, name, each)
+                if time.monotonic() < end
+                else VariantRow(name, reason="no time was left")
+            )
         except (LostError, WorkError) as error:  # it costs this row only
-            row = Row(name, reason=str(error).partition("\n")[0][:200])
+            row = VariantRow(name, reason=str(error).partition("\n")[0][:200])
         found.rows.append(row)
         write(found, path)
     return found.rows
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[VariantRow]) -> None:
     """Prints the rows, and what to change."""
 
-    def spread(row: Row) -> str:
+    def spread(row: VariantRow) -> str:
         return f"{row.ratio.p10:.3f}-{row.ratio.p90:.3f}" if row.ratio else row.reason or "-"
 
-    columns: tables.Columns[Row] = {
+    columns: tables.Columns[VariantRow] = {
         "variant": lambda row: row.name,
         "of the present time": lambda row: tables.number(row.ratio.median if row.ratio else None, ".3f"),
         "10-90 %": spread,

@@ -60,7 +60,7 @@ class Variant(NamedTuple):
 
 
 @dataclass
-class Row:
+class VariantRow:
     """What became of a variant."""
 
     name: str
@@ -155,14 +155,14 @@ def on_device(
     return timing.interleave(samplers, rounds=40, seconds=seconds)
 
 
-def measured(variant: Variant, device: torch.device, seconds: float, timer: Timer = on_device) -> Row:
+def measured(variant: Variant, device: torch.device, seconds: float, timer: Timer = on_device) -> VariantRow:
     """The row of a variant: it may be kept for its results, and for its time."""
     from fusedcalib.kernels import launch as present
 
     sides = {"present": Side(variant, present, device)}
     sides["variant"] = Side(variant, launch_with(variant.changes), device)
     if wrong := fault(variant, sides):
-        return Row(variant.name, reason=wrong)
+        return VariantRow(variant.name, reason=wrong)
     steps: dict[str, timing.Step] = {
         name: side.norm if variant.norm else side.step for name, side in sides.items()
     }
@@ -175,7 +175,7 @@ def measured(variant: Variant, device: torch.device, seconds: float, timer: Time
     spreads = {name: rounds.time(name) for name in steps}
     times = {name: 1e3 * spread.median if spread else None for name, spread in spreads.items()}
     better = ratio is not None and 1 - ratio.median > ratio.p90 - ratio.p10
-    return Row(variant.name, better, None, ratio, times, moved, "write" if flush else "none")
+    return VariantRow(variant.name, better, None, ratio, times, moved, "write" if flush else "none")
 
 
 def fault(variant: Variant, sides: dict[str, Side]) -> str | None:
