@@ -172,12 +172,9 @@ def collected(
     each = min(2.0, 0.4 * seconds / len(names))  # the rest of the time is for compiling and judging
     found = VariantRows(**vars(head), rows=[])
     for name in names:
+        late = VariantRow(name, reason="no time was left")
         try:
-            row = (
-                call(work, name, each)
-                if time.monotonic() < end
-                else VariantRow(name, reason="no time was left")
-            )
+            row = call(work, name, each) if time.monotonic() < end else late
         except (LostError, WorkError) as error:  # it costs this row only
             row = VariantRow(name, reason=str(error).partition("\n")[0][:200])
         found.rows.append(row)
