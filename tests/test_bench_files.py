@@ -12,7 +12,7 @@ from bench_subjects import CPU
 from fusedcalib.bench import cli
 from fusedcalib.bench.bootstrap import ROOT
 from fusedcalib.bench.env import machine
-from fusedcalib.bench.measure import case
+from fusedcalib.bench.measure import case, host
 from fusedcalib.bench.report import results, tables
 from fusedcalib.bench.repository import digits, goals, job, readme, report
 
@@ -162,6 +162,12 @@ def test_files_that_are_kept_can_be_read(path):
     found = results.load(path)
     assert found.cases
     assert not found.disturbed
+
+
+def test_trainings_and_host_times_that_are_kept_can_be_read():
+    e1 = results.load(ROOT / "bench" / "results" / "digits" / "cpu.json").e1
+    assert e1.gain.wins <= len(e1.seeds) == len(e1.curves["gc"].final)
+    assert len(host.lines(host.kept("cpu").host)) == len(host.VARIANTS)
 
 
 def test_nan_is_never_written(data, tmp_path):
