@@ -22,6 +22,7 @@ from ...layout.recipe import Recipe
 from ...layout.shards import local_of
 from ..source import Function
 from . import branches
+from .cache import on_disk
 from .memory import INNER, Memory, fetch_add, geometry_at, set_double, tile_at, words_at
 from .rows import gradients, row_loop, row_squares
 
@@ -38,6 +39,7 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 @cache
+@on_disk
 def kernel_for(
     recipe: Recipe | None,
     dtypes: tuple[torch.dtype, ...],
