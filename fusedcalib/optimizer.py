@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from .engine.engine import Engine, Scaling
 from .engine.state import load_state
 from .executors.choose import choose
+from .masters import MasterWeights
 from .options import BACKEND, check_group, plain
 from .rule import Rule
 from .signature import declare, documented, extras_of
@@ -24,7 +25,7 @@ __all__ = ["FusedOptimizer", "ParamsT"]
 
 
 @documented
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(MasterWeights, Optimizer):
     r"""What every optimizer here does: the direction of its `rule`, between stages, in one pass over memory.
 
     .. math::
@@ -235,8 +236,7 @@ class FusedOptimizer(Optimizer):
     @property
     def backend(self) -> str:
         """What runs the step: "triton", "numba" or "eager"; joined by "+" where devices differ."""
-        params = (p for group in self.param_groups for p in group["params"])
-        names = {choose(self._backend, p.device, p.dtype).name for p in params}
+        names = {choose(self._backend, p.device, p.dtype).name for p in self._params()}
         return "+".join(sorted(names)) or self._backend
 
     def __repr__(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,55 +13,12 @@ from torch.optim import Optimizer
 
 from .hostmath import is_remote
 from .noise import GradientNoise, LangevinNoise, WeightNoise, as_dict, parsed
+from .option import Option
 from .storage import FORMATS, MASTERS, check_storage, format_name, is_format, is_master
 
 CENTRALIZE = (False, True, "gradient", "update")
 Backend = Literal["auto", "triton", "numba", "eager"]  # executors/ has the last three, here by preference
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-
-@dataclass(frozen=True)
-class Option:
-    """An argument by keyword that every optimizer takes.
-
-    Attributes:
-        name: the keyword of constructors, and the key in param groups.
-        default: its value where nothing is said.
-        type: its annotation.
-        doc: what it does, for docstrings and documents, which state the default after it.
-        fits: whether a value is one that it may have.
-        expected: what it may have, as errors say it.
-        called: what errors call it, where that is not its name and "value".
-        none: what None stands for in param groups, which may be saved; None where None itself is kept.
-        means: what None stands for, in words.
-        stored: a value as param groups have it: a number, a string or a dict.
-    """
-
-    name: str
-    default: Any
-    type: Any
-    doc: str
-    fits: Callable[[Any], bool] = lambda value: True
-    expected: str = ""
-    called: str = ""
-    none: Any = None
-    means: str = ""
-    stored: Callable[[Any], Any] = lambda value: value
-
-    def check(self, value: Any) -> None:
-        """Raises ValueError for a value that it cannot have."""
-        if value is self.default or (value is None and self.none is not None):
-            return
-        if not self.fits(value):
-            raise ValueError(
-                f"Invalid {self.called or f'{self.name} value'}: {value!r}, expected {self.expected}"
-            )
-
-    @property
-    def text(self) -> str:
-        """What documents say of it."""
-        value = f'"{self.default}"' if isinstance(self.default, str) else str(self.default).removesuffix(".0")
-        return f"{self.doc} Default {value}{self.means and ': ' + self.means}."
 
 
 def _number(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -213,7 +169,7 @@ OURS = (
     Option(
         "master_weights",
         None,
-        bool | int | str | None,
+        bool | int | Literal["split16", "split8", "float32"] | None,
         'what bf16 parameters have beside them, so that small steps are not lost: "split16" (True, 32) 16 '
         'bits more, which make them fp32 to the last bit; "split8" (24) 8 bits more; "float32" a copy, also '
         "of fp16 parameters. Parameters of 32 and more bits are not affected.",

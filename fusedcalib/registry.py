@@ -42,7 +42,8 @@ def create(name: str, params: ParamsT, **options: Any) -> FusedOptimizer:
     """An optimizer by the name of its class.
 
     Args:
-        name: the class, in upper or lower case: one of `optimizers()`.
+        name: the class, in upper or lower case: one of `optimizers()`; "8bit" after it, as in "adamw8bit",
+            has `state_dtype="8bit"` for its default.
         params: parameters, named parameters or param groups, as torch.optim takes them.
         **options: arguments of the class by keyword. Those not given keep the defaults of the class.
 
@@ -57,10 +58,14 @@ def create(name: str, params: ParamsT, **options: Any) -> FusedOptimizer:
     """
     classes = optimizers()
     lower = {known.lower(): known for known in classes}
-    if name.lower() not in lower:
+    wanted = name.lower()
+    if wanted not in lower and wanted.removesuffix("8bit") in lower:
+        wanted = wanted.removesuffix("8bit")
+        options = {"state_dtype": "8bit", **options}
+    if wanted not in lower:
         known = ", ".join(classes)
-        raise ValueError(f"no optimizer {name!r}{_nearest(name.lower(), lower)}; there are {known}")
-    cls = classes[lower[name.lower()]]
+        raise ValueError(f"no optimizer {name!r}{_nearest(wanted, lower)}; there are {known}")
+    cls = classes[lower[wanted]]
     taken = options_of(cls)
     for option in options:
         if option not in taken:

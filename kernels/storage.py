@@ -89,7 +89,7 @@ def at_least(x, bottom):
 
 @jit
 def trimmed(x, bits):
-    """fp32 x with its lowest 8 bits 0: `bits` (0 to 255) of 128 round it to nearest, random ones at random."""
+    """fp32 x with its lowest 8 bits 0, rounded: 128 as `bits` does it to nearest, a random byte at random."""
     return where(x == x, float_of((bits_of(x) + bits) >> 8 << 8), x)
 
 
@@ -152,8 +152,11 @@ def magnitude(x):
 
 @jit
 def scale_of(bits):
-    """The scale of a block, of the bits (int32) of its largest magnitude: NaN if one is, 0 below 2^-110."""
-    return float_of(where(bits > 0x7F800000, 0x7FC00000, where(bits < 0x08800000, 0, bits)))
+    """The scale of a block, of the bits (int32) of its largest magnitude: NaN if one is.
+
+    Below 2^-104 it is 0: so no decoded value is denormal, which some threads would flush.
+    """
+    return float_of(where(bits > 0x7F800000, 0x7FC00000, where(bits < 0x0B800000, 0, bits)))
 
 
 # -- of blocks --------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ AROUND = {
     "ema_decay": 0.0,
     "stochastic_rounding": False,
     "state_dtype": "parameter",
+    "master_weights": "none",
+    "min_8bit_size": 4096,
 }
 OWN |= AROUND
 

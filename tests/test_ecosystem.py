@@ -135,12 +135,13 @@ __init__
 nn registry
 rules
 optimizer groups
+masters
 engine
 executors
 layout
 signature
 options rule
-noise storage
+noise option storage
 hostmath checkpoints
 kernels
 """

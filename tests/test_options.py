@@ -37,8 +37,11 @@ REFUSED = {
     "stochastic_rounding": (1, "1, expected True or False"),
     "state_dtype": (
         "fp8",
-        "'fp8', expected torch.float32, torch.bfloat16, torch.float16, torch.float64 or None",
+        "'fp8', expected torch.float32, torch.bfloat16, torch.float16, torch.float64, '8bit', "
+        "'bfloat16_stochastic', None or a dict of those by the states' names",
     ),
+    "master_weights": ("split4", '\'split4\', expected None, "split16", "split8" or "float32"'),
+    "min_8bit_size": (-1, "-1, expected an int >= 0"),
 }
 
 

@@ -11,7 +11,7 @@ def test_second_moments_of_live_blocks_are_never_zero() -> None:
     g = torch.randn(64, 256) * 10 ** torch.empty(64, 256).uniform_(-18, 0)
     g[torch.rand(64, 256) < 0.5] = 0
     found = roundtrip("nonnegative", g**2)[2]
-    alive = largest_of(g**2) >= 2.0**-110
+    alive = largest_of(g**2) >= 2.0**-104
     assert alive.all()
     assert (found > 0).all()
 

@@ -52,7 +52,7 @@ def test_nonnegative_codes_are_their_formula_in_integers() -> None:
     assert torch.equal(bits_of(values), first + 699050 * torch.arange(256))
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-109, 3.4e38, 1.2345e-7])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-103, 3.4e38, 1.2345e-7])
 @pytest.mark.parametrize("kind", CODES)
 def test_every_code_that_is_made_is_its_own(kind: str, scale: float) -> None:
     encode, decode = CODES[kind]
@@ -142,11 +142,11 @@ def test_blocks_that_are_zero_or_all_but(kind: str, length: int, level: float) -
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", CODES)
 def test_the_smallest_live_block(kind: str, length: int) -> None:
-    x = torch.full((2, length), 2.0**-110)
+    x = torch.full((2, length), 2.0**-104)
     codes, scales, found = roundtrip(kind, x)
     assert torch.equal(found, x)
     assert (codes == codes[0, 0]).all()
-    assert (scales == 2.0**-110).all()
+    assert (scales == 2.0**-104).all()
 
 
 @pytest.mark.parametrize("length", LENGTHS)

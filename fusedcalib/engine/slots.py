@@ -79,13 +79,14 @@ class Shelf:
         laid = lay_slot(slot, totals)
         if laid.key is None:
             return laid
-        laid = laid._replace(key=self._keys.setdefault(laid.key, laid.key))
+        key = self._keys.setdefault(laid.key, laid.key)
+        laid = laid._replace(key=key)
         grad = slot.param.grad
         # Parts of a whole are laid out by what other ranks have, complex ones through views.
         if slot.place is None and _is_plain(grad) and not slot.param.is_complex():
             pointers = (slot.param.data_ptr(), *map(Tensor.data_ptr, (*slot.states, *slot.scales)))
             entry, kinds = state.get(slot.param), _kinds(slot.param, grad, slot.states)
-            tensors = {key: entry[key] for key in laid.key.recipe.keys} if entry else {}
+            tensors = {name: entry[name] for name in key.recipe.keys} if entry else {}
             self._kept[id(slot.param)] = Kept(laid, asked, entry, pointers, tensors, kinds)
         return laid
 

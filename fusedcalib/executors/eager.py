@@ -121,8 +121,8 @@ class EagerExecutor:
             of_rows = (param if t is None else t for t in (totals, slot.factors))
             pitch = slot.place.pitch if slot.place else 0
             for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
-                *block, z, b, total, factors = block
-                _step(bucket, (tuple(block), scales), h, z, b, _Rows(part, total, pitch, factors))
+                *kept, z, b, total, factors = block
+                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors))
         return 0
 
     def squares(self, bucket: Bucket) -> float:

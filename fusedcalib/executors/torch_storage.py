@@ -62,7 +62,7 @@ def coded(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     largest = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=2)
     scales = function("scale_of")(largest)
     top = 256.0 if kind == "signed" else 1.0
-    inverse = torch.where(scales > 0, top / scales, 0.0)
+    inverse = torch.where(scales > 0, torch.full_like(scales, top) / scales, 0.0)  # one rounding
     codes = function(f"{kind}_code")(blocks, inverse[:, :, None])
     return _elements(codes.to(torch.uint8), x), scales
 

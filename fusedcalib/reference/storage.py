@@ -31,7 +31,7 @@ __all__ = [
 BLOCK = 64
 """Columns that share a scale."""
 
-LEAST_SCALE = 2.0**-110
+LEAST_SCALE = 2.0**-104
 """Blocks whose largest magnitude is below it are stored as zeros, which keeps K / a far within fp32."""
 
 LEVEL = 2**23 // 12
@@ -66,7 +66,7 @@ def _scaled(x: Tensor, top: float) -> tuple[Tensor, Tensor, Tensor]:
     .. math:: y = |x| \cdot \mathrm{fl}(K / a), \qquad a = \max |x|
 
     both operations rounded once to fp32. The maximum of a block with a NaN is the quiet NaN, and one below
-    2^-110 is 0. K / a is 0 where a is 0 or infinite, and NaN where a is.
+    2^-104 is 0, so that no decoded value is denormal. K / a is 0 where a is 0, infinite or NaN.
 
     Args:
         x: state, any shape.
@@ -80,7 +80,7 @@ def _scaled(x: Tensor, top: float) -> tuple[Tensor, Tensor, Tensor]:
     scales = torch.where(largest.isnan(), math.nan, largest)
     scales = torch.where(scales < LEAST_SCALE, 0.0, scales)
     quotient = torch.full_like(scales, top) / scales  # top / scales would round the reciprocal, then scale it
-    inverse = torch.where(scales == 0, 0.0, quotient)
+    inverse = torch.where(scales > 0, quotient, 0.0)
     return blocks, blocks.abs() * inverse[:, :, None], scales
 
 

@@ -32,7 +32,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         skip_nonfinite: bool = False,
         ema_decay: float | Tensor | None = None,
         stochastic_rounding: bool = False,
-        state_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | dict[str, Any] | None = None,
+        master_weights: bool | int | Literal["split16", "split8", "float32"] | None = None,
+        min_8bit_size: int = 4096,
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
@@ -75,6 +77,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
                 mean is right, by `seed`; parameters of 32 and more bits are not affected. Default False.
             state_dtype: of the states that are like the parameter: torch.float32, bfloat16, float16 or
                 float64; kept by load_state_dict. Default None: the parameter's, as torch.optim.
+            master_weights: what bf16 parameters have beside them, so that small steps are not lost: "split16"
+                (True, 32) 16 bits more, which make them fp32 to the last bit; "split8" (24) 8 bits more;
+                "float32" a copy, also of fp16 parameters. Default None: nothing.
+            min_8bit_size: elements of a parameter, from which on `state_dtype="8bit"` keeps bytes; smaller
+                ones have fp32 states. Default 4096.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
                 in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
                 anew. Default False.

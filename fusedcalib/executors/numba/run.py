@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -122,7 +122,7 @@ def _walker(memory: Memory) -> Function:
     def indexed(row, columns, length):
         return row, integers(row + strides_at), 1, columns
 
-    return indexed if memory.indexed else strided if inner else dense
+    return cast(Function, indexed if memory.indexed else strided if inner else dense)
 
 
 class NumbaExecutor:

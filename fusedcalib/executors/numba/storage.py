@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from llvmlite import ir
@@ -313,7 +313,7 @@ def _encoder(kind: str) -> Function:
             set_byte(codes, j, code(single_at(space, j), inverse))
         set_single(place, block, scale)
 
-    return encode
+    return cast(Function, encode)
 
 
 def _tuple(items: Sequence[str]) -> str:
