@@ -18,6 +18,7 @@ from fusedcalib.rules.adam import adam
 numba = pytest.importorskip("numba")
 
 from numba.core.bytecode import FunctionIdentity  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
 
 from fusedcalib.executors.numba import cache, run  # noqa: E402
 from fusedcalib.executors.numba.memory import INNER, set_double  # noqa: E402
@@ -31,6 +32,17 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FUSEDCALIB_CACHE", raising=False)
     return cache.folder()
+
+
+@intrinsic
+def apart(typing):
+    """Keeps its caller a function of its own in the object code, as long ones are."""
+
+    def codegen(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return numba.void(), codegen
 
 
 @pytest.fixture
@@ -48,8 +60,8 @@ def loops():
 
             @numba.njit(**INNER)
             def inner(address):
-                for i in range(4):  # a function of its own in the object code
-                    set_double(address, i, value)
+                apart()
+                set_double(address, 0, value)
 
             @numba.cfunc(numba.void(numba.int64))
             def work(address):
@@ -58,9 +70,9 @@ def loops():
             return work
 
         def __call__(self, value):
-            memory = (ctypes.c_double * 4)()
+            memory = ctypes.c_double()
             self.found(value).ctypes(ctypes.addressof(memory))
-            return memory[3]
+            return memory.value
 
     return Loops()
 

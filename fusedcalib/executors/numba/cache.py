@@ -95,7 +95,7 @@ def _target() -> tuple[str, str, str]:
 def _texts(value: Any) -> Iterator[str]:
     """What a part of a kind is told by: never an address."""
     if isinstance(value, Recipe):
-        yield from _texts((value.flags, value.storage, value.states))
+        yield from _texts((value.flags, value.storage))
         yield from _sources(value.rule.update)
     elif isinstance(value, tuple):
         yield f"{type(value).__name__} of {len(value)}"
