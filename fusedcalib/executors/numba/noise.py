@@ -61,7 +61,7 @@ def scratch(typing):
     """The address of ROOM floats on the stack."""
 
     def codegen(context, builder, signature, args):
-        return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(_F32, ROOM)), _I64)
+        return builder.ptrtoint(cgutils.alloca_once(builder, _F32, size=ROOM), _I64)
 
     return types.int64(), codegen
 
