@@ -20,6 +20,7 @@ from .masters import MasterWeights
 from .options import BACKEND, check_group, plain
 from .rule import Rule
 from .signature import declare, documented, extras_of
+from .storage import VERSION, VERSION_KEY, check_version, keeps_bytes
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
@@ -112,15 +113,31 @@ class FusedOptimizer(MasterWeights, Optimizer):
             for key, value in self._extras.items():
                 group.setdefault(key, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs, as torch.optim; groups with bytes say of which version."""
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            if keeps_bytes(group):
+                group[VERSION_KEY] = VERSION
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of the torch.optim class of its name.
 
         Unlike torch.optim, state saved in a wider type than the parameter's keeps it: fp32 moments of
         bf16 parameters stay fp32.
+
+        Raises:
+            ValueError: the groups are others, or a later version keeps bytes in another form.
         """
         seen: list[dict[str, Any]] = []
         kept = [{key: group[key] for key in self._extras} for group in self.param_groups]
-        capture = self.register_load_state_dict_pre_hook(lambda _, saved: seen.append(saved))
+
+        def look(_: Optimizer, saved: dict[str, Any]) -> None:
+            check_version(type(self).__name__, saved["param_groups"])
+            seen.append(saved)
+
+        capture = self.register_load_state_dict_pre_hook(look)
         restore = self.register_load_state_dict_post_hook(
             lambda _: self._complete(seen[-1], kept), prepend=True
         )
@@ -134,6 +151,7 @@ class FusedOptimizer(MasterWeights, Optimizer):
         """Puts back what torch.optim's loading took: our options where the file has none, wider state."""
         for group, own, loaded in zip(self.param_groups, kept, saved["param_groups"], strict=True):
             group.update({key: value for key, value in own.items() if key not in loaded})
+            group.pop(VERSION_KEY, None)
         keys = (k for group in saved["param_groups"] for k in group["params"])
         groups = {p: group for group in self.param_groups for p in group["params"]}
         params = (p for group in self.param_groups for p in group["params"])

@@ -177,7 +177,7 @@ OURS = (
         'None, "split16", "split8" or "float32"',
         none="none",
         means="nothing",
-        stored=lambda value: MASTERS[value],
+        stored=lambda value: MASTERS[value] if is_master(value) else value,
     ),
     Option(
         "min_8bit_size",

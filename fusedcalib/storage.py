@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ STATE_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
 }
 # Other forms of states, see kernels/storage.py.
 FORMS = ("8bit", "bfloat16_stochastic")
+VERSION_KEY, VERSION = "storage_version", 1  # of what bytes in a checkpoint mean: codes, scales, remainders
 MASTERS: dict[Any, str] = {
     None: "none",
     "none": "none",
@@ -80,4 +81,21 @@ def check_storage(cls: type[Any], group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"Invalid stochastic_rounding: {name} rounds nothing with master_weights="
             f'{group["master_weights"]!r}; set it to False, or use master_weights="split8"'
+        )
+
+
+def keeps_bytes(group: Mapping[str, Any]) -> bool:
+    """Whether a param group has states or master weights kept in another form than a dtype."""
+    asked = group.get("state_dtype")
+    forms = asked.values() if isinstance(asked, Mapping) else [asked]
+    return MASTERS[group.get("master_weights")] != "none" or any(form in FORMS for form in forms)
+
+
+def check_version(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a checkpoint's groups keep bytes in a form that is not known here."""
+    found = {group.get(VERSION_KEY, VERSION) for group in groups} - {VERSION}
+    if found:
+        raise ValueError(
+            f"{name}: the checkpoint has {VERSION_KEY}={next(iter(found))!r}, of which this fusedcalib "
+            f"knows {VERSION} only; load it with the version that has saved it, or a later one"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.storage import BLOCK, CODED
+from ..layout.geometry import overlaps_itself
 from ..layout.recipe import Recipe
 from ..layout.storage import (
     MASTER,
@@ -43,24 +44,37 @@ def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
 def _check_cut(owner: str, param: Tensor) -> None:
     """Raises where ranks have parts of rows that begin within a block."""
     spread: Any = param
-    for dimension, placement in enumerate(getattr(spread, "placements", ())):
-        ranks, dim = spread.device_mesh.size(dimension), getattr(placement, "dim", 0)
-        if dim == 0 or ranks == 1:
-            continue
-        if dim > 1 or not _in_blocks(param, ranks):
-            width = prod(param.shape[1:])
-            fits = next((n for n in range(ranks - 1, 1, -1) if _in_blocks(param, n)), 1)
-            raise RuntimeError(
-                f"{owner}: its rows of {width} elements are cut by {ranks} ranks within blocks of {BLOCK} "
-                'that share a scale; use state_dtype="float32" for it (in a param group of its own)'
-                + (f", or split it over {fits} ranks at most" if dim == 1 and fits > 1 else "")
-            )
+    cuts = [(spread.device_mesh.size(i), p) for i, p in enumerate(getattr(spread, "placements", ()))]
+    split = [(ranks, p.dim) for ranks, p in cuts if getattr(p, "dim", 0) > 0 and ranks > 1]
+    counts, dims = [ranks for ranks, _ in split], {dim for _, dim in split}
+    if not dims or (dims == {1} and _in_blocks(param, counts)):
+        return
+    width, ranks = prod(param.shape[1:]), prod(counts)
+    fits = next((n for n in range(ranks - 1, 1, -1) if dims == {1} and _in_blocks(param, [n])), 1)
+    raise RuntimeError(
+        f"{owner}: its rows of {width} elements are cut by {ranks} ranks within blocks of {BLOCK} "
+        'that share a scale; use state_dtype="float32" for it (in a param group of its own)'
+        + (f", or split it over {fits} ranks at most" if fits > 1 else "")
+    )
 
 
-def _in_blocks(param: Tensor, ranks: int) -> bool:
-    """Whether every one of so many ranks has whole blocks of rows that are split by their first dimension."""
-    columns, part = prod(param.shape[1:]), -(-param.shape[1] // ranks) * prod(param.shape[2:])
-    return part % BLOCK == 0 and -(-scales_shape(param.shape)[1] // ranks) * BLOCK == part and columns > 0
+def _in_blocks(param: Tensor, counts: list[int]) -> bool:
+    """Whether ranks have whole blocks of rows, whose first dimension is split by so many in either order."""
+    inner, blocks = prod(param.shape[2:]), scales_shape(param.shape)[1]
+    return all(
+        -(-len(part) * inner // BLOCK) == len(of_scales) and (part.start * inner % BLOCK == 0 or not part)
+        for order in (counts, counts[::-1])
+        for part, of_scales in zip(_parts(param.shape[1], order), _parts(blocks, order), strict=True)
+    )
+
+
+def _parts(size: int, counts: list[int]) -> list[range]:
+    """The parts of a dimension that is split again and again, as torch.chunk does it."""
+    parts = [range(size)]
+    for n in counts:
+        of_each = [(part, -(-len(part) // n)) for part in parts]
+        parts = [part[i * step : (i + 1) * step] for part, step in of_each for i in range(n)]
+    return parts
 
 
 def check_kept(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any]) -> None:
@@ -68,7 +82,7 @@ def check_kept(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, An
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name in recipe.own_states:
         codes, scales = names_of(name, "signed")
-        if codes in state:
+        if codes in state or scales in state:
             wanted[codes] = tuple(param.shape), torch.uint8
             wanted[scales] = scales_shape(param.shape), torch.float32
     if MASTER in state:
@@ -85,5 +99,7 @@ def check_kept(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, An
                 f"{owner}: its state {key!r} is {tuple(found.shape)} of {found.dtype} on {found.device}, but "
                 f"must be {shape} of {dtype} on {param.device}; load a checkpoint of the same parameters"
             )
-        if dtype == torch.uint8 and key != REMAINDER and not found.is_contiguous():
+        in_pieces = found.ndim > param.ndim and found.stride(-1) != 1  # the two bytes of a remainder
+        apart = key in (REMAINDER, MASTER) and not in_pieces and not overlaps_itself(found)
+        if not apart and not found.is_contiguous():
             raise RuntimeError(f"{owner}: its state {key!r} must be contiguous; load it anew")

@@ -20,6 +20,7 @@ from ..layout.shards import is_spread, local_of, place_of, redistribute_gradient
 from ..layout.tables import Laid
 from ..noise import words_for
 from ..rule import Rule
+from .check_storage import check_storage
 from .checks import check_parameter, check_slots, describe, warn_of_flat
 from .decide import decider_of
 from .guards import OptionGuards
@@ -104,6 +105,7 @@ class Engine:
             raise
         if not plan.taken and self._undo is not None:  # the state it would have begun with
             self._take_back()
+        self._undo = None
         return plan.taken
 
     def prepare(self, groups: Groups, state: State, scaling: Scaling = UNSCALED) -> Plan:
@@ -130,10 +132,12 @@ class Engine:
 
     def make_states(self, groups: Groups, state: State) -> None:
         """Makes the states of all parameters, before any has been stepped."""
-        for group in groups:
+        for number, group in enumerate(groups):
             self._check_options(group)
-            for param in group["params"]:
-                make_state(state, self.versions, param, recipe_of(self._rule, group), group)
+            recipe = recipe_of(self._rule, group)
+            for index, param in enumerate(group["params"]):
+                check_storage(describe(self._name, groups, number, index), param, recipe)
+                make_state(state, self.versions, param, recipe, group)
 
     def executor_of(self, param: Tensor) -> Executor:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
@@ -266,6 +270,8 @@ class Engine:
             if slot is not None:
                 fresh.append(not recipe.own_states)
             else:
+                if self._undo is not None:
+                    self._undo.remember_values(param, recipe.storage.of(param).master)
                 fresh.append(make_state(state, self.versions, param, recipe, groups[group]))
                 states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
                 place = place_of(param) if is_spread(param) else None

@@ -221,8 +221,8 @@ class _Options:
 
     def __init__(self, group: dict[str, Any]) -> None:
         self._keys, self._values = [*group], [*group.values()]
-        noise = group.get("noise")
-        self._noise = {**noise} if isinstance(noise, dict) else None
+        dicts = [group.get("noise"), group.get("state_dtype")]
+        self._dicts = [(value, {**value}) for value in dicts if isinstance(value, dict)]
         self._lists = [
             (value, tuple(value))
             for key, value in group.items()
@@ -231,7 +231,8 @@ class _Options:
         tuples = [
             value for key, value in group.items() if isinstance(value, (tuple, list)) and key not in NAMES
         ]
-        numbers = [*self._values, *(x for value in tuples for x in value), *(self._noise or {}).values()]
+        numbers = [*self._values, *(x for value in tuples for x in value)]
+        numbers += [x for _, kept in self._dicts for x in kept.values()]
         # A tensor on the host may change where it lies.
         self._steady = not any(isinstance(x, Tensor) and not is_remote(x) for x in numbers)
 
@@ -241,6 +242,6 @@ class _Options:
             self._steady
             and [*group] == self._keys
             and all(map(is_, group.values(), self._values))
-            and (self._noise is None or group["noise"] == self._noise)
+            and all(now == then for now, then in self._dicts)
             and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in self._lists)
         )

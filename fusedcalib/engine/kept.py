@@ -33,7 +33,7 @@ def is_storage(name: str) -> bool:
 
 def is_there(entry: Entry, name: str) -> bool:
     """Whether there is a state of a name, in whatever form."""
-    return entry.get(name) is not None or names_of(name, "signed")[0] in entry
+    return entry.get(name) is not None or any(key in entry for key in names_of(name, "signed"))
 
 
 # -- states -----------------------------------------------------------------------------------
@@ -70,25 +70,26 @@ def keep_state(
     param: Tensor,
     name: str,
     kind: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     nonnegative: bool,
 ) -> None:
-    """Has a state that is there kept as a kind; of a dtype where that is no longer bytes."""
+    """Has a state that is there kept as a kind.
+
+    Args:
+        dtype: that it is to have where that is not bytes; None: its own, the parameter's where it has bytes.
+    """
     in_bytes = names_of(name, "signed")[0] in entry
-    if kind in CODED and not in_bytes:
-        values = local_of(entry.pop(name)).to(torch.float32)
-        _set_bytes(entry, versions, param, name, torch_storage.coded(values, kind))
-    elif kind not in CODED and in_bytes:
-        _set_cast(entry, versions, param, name, state_values(entry, name, nonnegative).to(dtype))
-        for key in names_of(name, "signed"):
-            del entry[key]
-    elif kind == "stochastic" and entry[name].dtype != torch.bfloat16:
-        _set_cast(entry, versions, param, name, local_of(entry[name]).to(torch.bfloat16))
-
-
-def _set_cast(entry: Entry, versions: VersionCounters, param: Tensor, name: str, values: Tensor) -> None:
-    kept = versions.new_state(param, 0.0, values.dtype)
-    entry[name] = like(param, kept.copy_(values))
+    if kind in CODED:
+        if not in_bytes:
+            values = local_of(entry.pop(name)).to(torch.float32)
+            _set_bytes(entry, versions, param, name, torch_storage.coded(values, kind))
+        return
+    dtype = dtype or (param if in_bytes else entry[name]).dtype
+    if in_bytes or entry[name].dtype != dtype:
+        kept = versions.new_state(param, 0.0, dtype)
+        entry[name] = like(param, kept.copy_(state_values(entry, name, nonnegative)))
+    for key in names_of(name, "signed"):
+        entry.pop(key, None)
 
 
 # -- parameters -------------------------------------------------------------------------------
@@ -104,21 +105,27 @@ def master_of(param: Tensor, entry: Entry) -> str:
 
 
 def weights_of(param: Tensor, entry: Entry) -> Tensor:
-    """What is here of a parameter with what it has beside it: fp32; the parameter where it has none."""
+    """What is here of a parameter with what it has beside it: fp32; the parameter where it has none.
+
+    Of one that is no longer bf16, as where a checkpoint of that was loaded, the remainder says nothing.
+    """
     local, master = local_of(param).detach(), master_of(param, entry)
     if master == "float32":
         return local_of(entry[MASTER])
-    if master == "none":
+    if master == "none" or param.dtype != torch.bfloat16:
         return local
     return torch_storage.joined(local, remainder_view(local_of(entry[REMAINDER]), master), master)
 
 
 def keep_weights(entry: Entry, versions: VersionCounters, param: Tensor, master: str) -> None:
-    """Has a parameter kept with what is asked for beside it."""
-    now = master_of(param, entry)
-    if now == master:
+    """Has a parameter kept with what is asked for beside it; where that is nothing it stays as it is."""
+    if master_of(param, entry) == master:
         return
-    set_weights(entry, versions, param, master, weights_of(param, entry))
+    if master != "none":
+        set_weights(entry, versions, param, master, weights_of(param, entry))
+        return
+    for key in (MASTER, REMAINDER):
+        entry.pop(key, None)
 
 
 def set_weights(entry: Entry, versions: VersionCounters, param: Tensor, master: str, values: Tensor) -> None:

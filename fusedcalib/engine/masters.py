@@ -12,7 +12,7 @@ from ..layout.shards import is_spread, like, local_of
 from ..layout.storage import HALF, MASTER, REMAINDER, names_of
 from ..options import EXTRAS
 from ..rule import Rule
-from ..storage import MASTERS
+from ..storage import MASTERS, VERSION_KEY
 from .kept import master_of, set_weights, state_values, weights_of
 from .versions import VersionCounters
 
@@ -44,7 +44,8 @@ def expanded(
         entry.pop(MASTER, None)
         entry.pop(REMAINDER, None)
         entries[number] = entry
-    groups = [{k: v for k, v in group.items() if k not in EXTRAS} for group in state_dict["param_groups"]]
+    own = {*EXTRAS, VERSION_KEY}
+    groups = [{k: v for k, v in group.items() if k not in own} for group in state_dict["param_groups"]]
     return {**state_dict, "state": entries, "param_groups": groups}
 
 
@@ -107,11 +108,13 @@ def _part_of(param: Tensor, whole: Tensor) -> Tensor:
     spread: Any = param
     given: Any = whole.detach()
     if not is_spread(param):
-        return given.full_tensor() if is_spread(given) else given.to(param.device)
+        here: Tensor = given.full_tensor() if is_spread(given) else given.to(param.device)
+        return here
     from torch.distributed.tensor import distribute_tensor
 
     if is_spread(given):
-        return local_of(given.redistribute(spread.device_mesh, spread.placements))
+        whole = given.redistribute(spread.device_mesh, spread.placements)
+        return local_of(whole)
     return local_of(distribute_tensor(given.to(param.device), spread.device_mesh, spread.placements))
 
 

@@ -13,7 +13,7 @@ from ..layout.recipe import Recipe
 from ..layout.shards import like, local_of
 from ..layout.storage import MASTER, REMAINDER, names_of, remainder_view
 from ..storage import FORMS, STATE_DTYPES, state_format
-from .kept import is_storage, is_there, keep_state, keep_weights, make_bytes, weights_of
+from .kept import is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
 
 if TYPE_CHECKING:
     from .versions import VersionCounters
@@ -34,7 +34,8 @@ def make_state(
     What is kept otherwise than the group asks is converted.
     """
     rule, storage = recipe.rule, recipe.storage.of(param)
-    if not recipe.states and not recipe.counts and storage.master == "none":
+    nothing = not recipe.states and not recipe.counts and storage.master == "none"
+    if nothing and param not in state:
         return True
     entry = state[param]
     missing = [name for name in recipe.own_states if not is_there(entry, name)]
@@ -46,14 +47,14 @@ def make_state(
         entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
     kinds = storage.states or ("cast",) * len(recipe.own_states)
     for name, kind in zip(recipe.own_states, kinds, strict=True):
-        dtype = state_dtype(group, name, param) or param.dtype
+        dtype = state_dtype(group, name, param)
         if name not in missing:
             keep_state(entry, versions, param, name, kind, dtype, name in rule.nonnegative)
         elif kind in CODED:
             make_bytes(entry, versions, param, name)
         else:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
-            entry[name] = like(param, versions.new_state(param, value, dtype))
+            entry[name] = like(param, versions.new_state(param, value, dtype or param.dtype))
     keep_weights(entry, versions, param, storage.master)
     if recipe.flags.ema and entry.get("ema") is None:
         dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)
@@ -119,11 +120,12 @@ def scales_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tup
 
 
 class StateBefore:
-    """The states of some parameters as they were before a step made what was missing."""
+    """The states of some parameters as they were before a step made what was missing, or converted it."""
 
     def __init__(self, state: MutableMapping[Tensor, Any]) -> None:
         self._state = state
         self._entries: dict[Tensor, dict[str, Any] | None] = {}
+        self._values: dict[Tensor, Tensor] = {}
 
     def remember(self, params: Iterable[Tensor]) -> None:
         """Notes the states of parameters for which some may be made."""
@@ -131,8 +133,16 @@ class StateBefore:
             if param not in self._entries:
                 self._entries[param] = dict(self._state[param]) if param in self._state else None
 
+    def remember_values(self, param: Tensor, master: str) -> None:
+        """Notes a parameter that is rounded anew where something else is to lie beside it."""
+        now = master_of(param, self._state.get(param, {}))
+        if "none" not in (now, master) and now != master:
+            self._values[param] = local_of(param).detach().clone()
+
     def restore(self) -> None:
         """Drops what was made since."""
+        for param, values in self._values.items():
+            local_of(param).detach().copy_(values)
         for param, entry in self._entries.items():
             if entry is None:
                 self._state.pop(param, None)

@@ -41,7 +41,7 @@ def function(name: str) -> Function:
 
 def as_rows(t: Tensor) -> Tensor:
     """A tensor as [rows, columns], its elements in the order of their indices; a vector is one row."""
-    return t.reshape(t.shape[0], -1) if t.ndim > 1 else t.reshape(1, -1)
+    return t.flatten(1) if t.ndim > 1 else t.reshape(1, -1)
 
 
 def _blocks(t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..hostmath import Group, is_on, is_remote
 from ..kernels.stages import Flags
 from ..noise import parsed
 from ..rule import Rule
-from ..storage import state_format
+from ..storage import MASTERS, state_format
 from .storage import BESIDE, CAST, Storage, names_of
 
 
@@ -27,6 +27,7 @@ class Recipe:
     min_ndim: int = 2  # fewest dimensions of a tensor that is centred
     seed: int = 0  # of the noise; not compiled, but a plan is made for one
     storage: Storage = CAST  # of parameters and states, as asked for
+    forms: tuple[str, ...] = ()  # of the states; not compiled, but where they change states do
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -146,19 +147,19 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
     )
-    storage = storage_of(rule, flags.variant, group)
+    forms = tuple(state_format(group["state_dtype"], name) for name in rule.states[flags.variant])
+    storage = storage_of(rule, flags.variant, forms, group)
     flags = flags._replace(master=storage.master, dithered=storage.dithered)
-    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], storage)
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], storage, forms)
 
 
-def storage_of(rule: Rule, variant: str, group: Group) -> Storage:
-    """How a param group has its parameters and the states of a rule kept."""
-    asked = [state_format(group["state_dtype"], name) for name in rule.states[variant]]
-    kinds = [
-        _kind(form, name in rule.nonnegative) for name, form in zip(rule.states[variant], asked, strict=True)
-    ]
+def storage_of(rule: Rule, variant: str, forms: Sequence[str], group: Group) -> Storage:
+    """How a param group has its parameters and the states of a rule kept, of which it asks such forms."""
+    named = zip(rule.states[variant], forms, strict=True)
+    kinds = [_kind(form, name in rule.nonnegative) for name, form in named]
     states = tuple(kinds) if {*kinds} - {"cast"} else ()
-    storage = Storage(group["master_weights"], states, group["min_8bit_size"] if "8bit" in asked else 0)
+    least = group["min_8bit_size"] if "8bit" in forms else 0
+    storage = Storage(MASTERS[group["master_weights"]], states, least)
     return CAST if storage == CAST else storage
 
 
@@ -177,7 +178,8 @@ def merged(recipes: list[Recipe]) -> list[Recipe]:
 
 
 def _bare(recipe: Recipe) -> Recipe:
-    return replace(recipe, flags=recipe.flags._replace(decay="none", l1=False, project=False))
+    flags = recipe.flags._replace(decay="none", l1=False, project=False)
+    return replace(recipe, flags=flags, forms=())
 
 
 def _joined(own: Flags, others: list[Flags]) -> Flags:
