@@ -54,7 +54,7 @@ def work(arguments: list[str]) -> int:
     if lacking:
         print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
     environment = Path(python).parents[1]
-    if (environment / bootstrap.STAMP).is_file():  # what one process compiles serves the others, and the next run
+    if (environment / bootstrap.STAMP).is_file():  # what one process compiles serves others and the next run
         variables = {"NUMBA_CACHE_DIR": str(environment / "cache")} | variables
     color = ["--color=yes"] if sys.stdout.isatty() else []
     # A file that cannot be imported is one failure, and keeps no other from running.
