@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 import torch
 from cases import BACKENDS, BY_LOOPS, DEVICE, FUSED, Twin, parameters
 from rule_cases import RULES, Rule
+
+# A shell has what it starts in the background ignore interrupts, and so does whatever that starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,9 @@ def work(arguments: list[str]) -> int:
     lacking = bootstrap.missing(*OPTIONAL) if python == sys.executable else []
     if lacking:
         print(f"{python} lacks {', '.join(lacking)}: tests that need one of them are skipped")
+    environment = Path(python).parents[1]
+    if (environment / bootstrap.STAMP).is_file():  # what one process compiles serves others and the next run
+        variables = {"NUMBA_CACHE_DIR": str(environment / "cache")} | variables
     color = ["--color=yes"] if sys.stdout.isatty() else []
     # A file that cannot be imported is one failure, and keeps no other from running.
     command = [python, "-m", "pytest", *color, "--continue-on-collection-errors", *arguments]

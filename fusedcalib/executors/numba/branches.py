@@ -13,6 +13,7 @@ from numba import njit
 
 from ...kernels.branch import FIELDS
 from ...layout.branches import Bucket, Given, Groups
+from .cache import on_disk
 from .memory import INNER, Memory, double_at, words_at
 
 
@@ -39,6 +40,7 @@ def step(bucket: Bucket, groups: Groups, given: Given) -> None:
 
 
 @cache
+@on_disk
 def loop_for(dtypes: tuple[torch.dtype, ...], compute: torch.dtype) -> Any:
     """`void work(void *job)`: addresses and sizes of the tables, where the scale is, whether to check."""
     memory = Memory(dtypes, compute, 1, 0)

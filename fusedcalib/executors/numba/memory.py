@@ -5,6 +5,7 @@ numba has no bf16 and no fp16; both are converted in the loop (bf16 by its bits,
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -181,6 +182,9 @@ class Memory:
         self.storage = storage_of(kept, tensors, load, store, of_states)
         self.shift, self.spread = _moves(sizes)
         self.integers, self.factor_at, self.scalars_at = _readings(tensors, real, llvm_real, count)
+
+
+memory_of = cache(Memory)  # what two loops share is then compiled once
 
 
 def _by_stride(inner: int) -> Any:

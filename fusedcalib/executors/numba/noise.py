@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def scratch(typing):
     """The address of ROOM floats on the stack."""
 
     def codegen(context, builder, signature, args):
-        return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(_F32, ROOM)), _I64)
+        return builder.ptrtoint(cgutils.alloca_once(builder, _F32, size=ROOM), _I64)
 
     return types.int64(), codegen
 
@@ -155,6 +156,7 @@ def fill_bits(address, first, count, step, stream, key0, key1):
     return first % 4
 
 
+@cache
 def bits_maker(rounds: bool) -> tuple[Any, Any, Any]:
     """As `noise_maker`, of the random words of stochastic rounding, as int64."""
     if not rounds:
@@ -180,6 +182,7 @@ def _nothing(value: Any) -> tuple[Any, Any, Any]:
     )
 
 
+@cache
 def noise_maker(stage: str, real: Any) -> tuple[Any, Any, Any]:
     """Room for the noise of a block on the stack, and how it is filled and read (as 0 without noise).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -75,6 +76,7 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
     return cast(Function, {"sums": sums, "finish": finish}.get(part, step_row))
 
 
+@cache
 def _run_starter(memory: Memory) -> Function:
     """`start_of_run(row, addresses, run)`: where a run of constant stride begins.
 
@@ -119,6 +121,7 @@ def row_squares(memory: Memory, scaled: Function) -> Function:
     return cast(Function, squares)
 
 
+@cache
 def gradients(memory: Memory, factored: bool) -> tuple[Function, Function]:
     """`factor_of(factors, row)`, and loaded values with the gradient times its row's factor."""
     factor_at, one = memory.factor_at, memory.real(1.0)

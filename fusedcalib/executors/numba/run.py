@@ -22,7 +22,8 @@ from ...layout.recipe import Recipe
 from ...layout.shards import local_of
 from ..source import Function
 from . import branches
-from .memory import INNER, Memory, fetch_add, geometry_at, set_double, tile_at, words_at
+from .cache import on_disk
+from .memory import INNER, Memory, fetch_add, geometry_at, memory_of, set_double, tile_at, words_at
 from .rows import gradients, row_loop, row_squares
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
@@ -38,6 +39,7 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 @cache
+@on_disk
 def kernel_for(
     recipe: Recipe | None,
     dtypes: tuple[torch.dtype, ...],
@@ -54,7 +56,7 @@ def kernel_for(
     many tiles there are, how many a thread takes at once, the next to take, and an address for a double of
     each tile: the squares of its gradients, where there is no recipe.
     """
-    memory = Memory(dtypes, compute, count, inner, kept)
+    memory = memory_of(dtypes, compute, count, inner, kept)
     places_of, walk = memory.storage.places, _walker(memory)
     factor_of, scaled = gradients(memory, factored)
     on_row = row_loop(recipe, memory, scaled, part) if recipe else row_squares(memory, scaled)
@@ -101,6 +103,7 @@ def kernel_for(
     return work
 
 
+@cache
 def _walker(memory: Memory) -> Function:
     """`walk(row, columns, length)`: the strides of a run and of a row, the runs of a row, their length."""
     integers, spread, inner = memory.integers, memory.spread, memory.inner

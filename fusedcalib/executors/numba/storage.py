@@ -146,7 +146,7 @@ def scratch(typing):
     """The address of room for the blocks of all states of an element on the stack."""
 
     def codegen(context, builder, signature, args):
-        room = cgutils.alloca_once(builder, ir.ArrayType(_F32, MOST_CODED * BLOCK))
+        room = cgutils.alloca_once(builder, _F32, size=MOST_CODED * BLOCK)
         return builder.ptrtoint(room, _I64)
 
     return types.int64(), codegen

@@ -1,0 +1,331 @@
+"""Compiled loops on disk: the same bits from another process, nothing that others wrote, never an error."""
+
+import ctypes
+import itertools
+import linecache
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fusedcalib
+from fusedcalib.rules.adam import adam
+
+numba = pytest.importorskip("numba")
+
+from numba.core.bytecode import FunctionIdentity  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+from fusedcalib.executors.numba import cache, run  # noqa: E402
+from fusedcalib.executors.numba.memory import INNER, set_double  # noqa: E402
+from fusedcalib.layout.recipe import recipe_of  # noqa: E402
+
+posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of POSIX")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FUSEDCALIB_CACHE", raising=False)
+    return cache.folder()
+
+
+@intrinsic
+def apart(typing):
+    """Keeps its caller a function of its own in the object code, as long ones are."""
+
+    def codegen(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return numba.void(), codegen
+
+
+@pytest.fixture
+def loops():
+    """`loops(value)`: what the loop of a kind leaves; `loops.compiled`: which were compiled."""
+
+    class Loops:
+        def __init__(self):
+            self.compiled = []
+            self.found = cache.on_disk(self.loop)
+
+        def loop(self, value):
+            self.compiled.append(value)
+            value = float(value)
+
+            @numba.njit(**INNER)
+            def inner(address):
+                apart()
+                set_double(address, 0, value)
+
+            @numba.cfunc(numba.void(numba.int64))
+            def work(address):
+                inner(address)
+
+            return work
+
+        def __call__(self, value):
+            memory = ctypes.c_double()
+            self.found(value).ctypes(ctypes.addressof(memory))
+            return memory.value
+
+    return Loops()
+
+
+def kept(folder):
+    return sorted(folder.glob("*.loop"))
+
+
+def test_a_loop_is_compiled_once_for_all_processes(loops, folder):
+    assert [loops(1), loops(1), loops(2), loops(2), loops(1)] == [1, 1, 2, 2, 1]
+    assert loops.compiled == [1, 2]
+    assert len(kept(folder)) == len(list(folder.iterdir())) == 2
+
+
+def test_loops_that_numba_gave_one_name_are_told_apart(loops, monkeypatch):
+    for value in (1, 2):  # as in two processes, each of which counts from 1
+        monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(10**6))
+        loops(value)
+    assert [loops(1), loops(2)] == [1, 2]
+
+
+TRAIN = """
+import hashlib, sys, torch, fusedcalib
+if sys.argv[1] == "found":
+    import numba
+    numba.cfunc = None
+torch.manual_seed(0)
+p = torch.nn.Parameter(torch.randn(40, 517).bfloat16())
+options = dict(centralize=True, max_row_norm=0.3, weight_decay=0.1, backend="numba")
+opt = fusedcalib.AdamW([p], **options)
+for _ in range(3):
+    p.grad = torch.randn(p.shape).bfloat16()
+    opt.step()
+print(p.detach().double().sum().item(), hashlib.sha256(p.detach().view(torch.uint8).numpy()).hexdigest())
+"""
+
+
+def test_another_process_finds_it_and_steps_to_the_same_bits(folder):
+    def trained(how, **variables):
+        command = [sys.executable, "-c", TRAIN, how]
+        done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    compiled = trained("compiled", PYTHONHASHSEED="1")
+    assert len(kept(folder)) == 1
+    assert trained("found", PYTHONHASHSEED="2") == compiled
+
+
+@pytest.mark.parametrize("fork", ["a child has the linker", "and links the first"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_processes_may_compile_and_find_at_the_same_time(loops, folder, fork):
+    if fork == "a child has the linker":
+        loops(0), loops(0)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            os._exit(int([loops(5), loops(6), loops(5), loops(6)] != [5, 6, 5, 6]))
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    before = loops.compiled.copy()
+    assert [loops(5), loops(6)] == [5, 6]
+    assert loops.compiled == before
+    assert list(folder.iterdir()) == list(folder.glob("*.loop"))
+
+
+@pytest.mark.parametrize("left", [0, 10, 100, -1])
+def test_a_damaged_file_is_replaced(loops, folder, left):
+    loops(1)
+    (file,) = kept(folder)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    assert [loops(1), loops(1)] == [1, 1]
+    whole = file.read_bytes()
+    changed = bytearray(whole)
+    changed[-200] ^= 1
+    file.write_bytes(changed)
+    assert [loops(1), loops(1)] == [1, 1]
+    assert loops.compiled == [1, 1, 1]
+
+
+def test_the_file_of_another_loop_is_not_taken(loops, folder):
+    loops(1)
+    (first,) = kept(folder)
+    loops(2)
+    (second,) = {*kept(folder)} - {first}
+    shutil.copy(second, first)
+    assert loops(1) == 1
+    assert loops.compiled == [1, 2, 1]
+
+
+def test_a_loop_that_calls_what_is_not_there_is_not_linked(loops, folder, monkeypatch):
+    loops(1)
+    monkeypatch.setattr(cache.binding, "address_of_symbol", lambda name: None)
+    assert loops(1) == 1
+    assert loops.compiled == [1, 1]
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("which", ["folder", "file"])
+def test_what_others_can_write_is_not_loaded(loops, folder, which, mode):
+    loops(1)
+    assert not folder.stat().st_mode & 0o077
+    path = folder if which == "folder" else kept(folder)[0]
+    path.chmod(path.stat().st_mode | mode)
+    assert loops(1) == 1
+    assert loops.compiled == [1, 1]
+
+
+@posix
+def test_what_another_user_owns_is_not_loaded(loops, monkeypatch):
+    loops(1)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert loops(1) == 1
+    assert loops.compiled == [1, 1]
+
+
+def test_without_a_folder_loops_are_compiled(loops, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    assert [loops(1), loops(1)] == [1, 1]
+    assert loops.compiled == [1, 1]
+
+
+def test_a_write_that_fails_leaves_nothing(loops, folder, monkeypatch):
+    def full(*paths):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert loops(1) == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_it_can_be_switched_off(loops, folder, monkeypatch):
+    loops(1)
+    monkeypatch.setenv("FUSEDCALIB_CACHE", "0")
+    assert [loops(1), loops(2)] == [1, 2]
+    assert loops.compiled == [1, 1, 2]
+    assert len(kept(folder)) == 1
+
+
+def test_the_users_folder_is_used_where_numba_has_none(tmp_path, monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache.folder() == tmp_path / "cache" / "fusedcalib" / "loops"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert os.name != "posix" or cache.folder() == tmp_path / ".cache" / "fusedcalib" / "loops"
+
+
+def test_what_was_used_least_recently_goes(loops, folder, monkeypatch):
+    monkeypatch.setattr(cache, "MOST", 4)
+    for value in range(4):
+        loops(value)
+        for file in kept(folder):  # as if it were long ago
+            os.utime(file, (time.time() - 100, file.stat().st_mtime - 100))
+    (folder / "tmp-of-a-process-that-died").touch()
+    os.utime(folder / "tmp-of-a-process-that-died", (0, 0))
+    loops(0)
+    loops(4)
+    assert len(list(folder.iterdir())) == 3
+    loops.compiled.clear()
+    assert [loops(4), loops(0), loops(3)] == [4, 0, 3]
+    assert loops.compiled == []
+
+
+# -- what tells loops apart ---------------------------------------------------------------------
+
+
+def recipe(opt=fusedcalib.AdamW, **options):
+    group = opt([torch.nn.Parameter(torch.zeros(2, 2))], **options).param_groups[0]
+    return recipe_of(opt.rule, group)
+
+
+KIND = (recipe(), (torch.float32,) * 4, torch.float32, 15, 0, False, "step", ())
+KINDS = [KIND, (None, *KIND[1:])]
+KINDS += [(recipe(fusedcalib.Adam), *KIND[1:]), (recipe(fusedcalib.NAdam), *KIND[1:])]
+KINDS += [(recipe(**options), *KIND[1:]) for options in ({"amsgrad": True}, {"maximize": True}, {"l1": 0.1})]
+KINDS += [(recipe(**options), *KIND[1:]) for options in ({"centralize": True}, {"max_row_norm": 1.0})]
+KINDS += [(recipe(state_dtype="8bit"), *KIND[1:]), (recipe(master_weights="split16"), *KIND[1:])]
+KINDS += [(KIND[0], (torch.bfloat16, *KIND[1][1:]), *KIND[2:]), (*KIND[:2], torch.float64, *KIND[3:])]
+KINDS += [(*KIND[:i], other, *KIND[i + 1 :]) for i, other in [(3, 16), (4, 2), (5, True), (6, "partial")]]
+KINDS += [(*KIND[:7], ("split16", "cast", "cast", "cast"))]
+
+
+def test_every_part_of_a_kind_counts():
+    assert len({cache.key_of("kernel_for", kind) for kind in KINDS}) == len(KINDS)
+    assert cache.key_of("loop_for", KIND) != cache.key_of("kernel_for", KIND)
+    again = recipe()
+    assert again.rule is KIND[0].rule
+    assert cache.key_of("kernel_for", (again, *KIND[1:])) == cache.key_of("kernel_for", KIND)
+
+
+@pytest.mark.parametrize("setting", ["OPT", "LOOP_VECTORIZE", "CPU_NAME", "BOUNDSCHECK"])
+def test_settings_of_the_compiler_count(setting, monkeypatch):
+    before = cache._compiler.__wrapped__()
+    monkeypatch.setattr(numba.config, setting, "another")
+    assert cache._compiler.__wrapped__() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 7)
+    assert cache._compiler.__wrapped__() == before
+
+
+RULE = """
+def helper(x):
+    return x + SHARE
+
+def update(p, g, state, h, VARIANT):
+    return helper(g), ()
+"""
+
+
+def defined(text, name="a cell of a notebook", **names):
+    """The function `update` of a text that no file has, as notebooks have it."""
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    exec(compile(text, name, "exec"), names)
+    return names["update"]
+
+
+def test_a_rule_counts_with_all_that_it_uses():
+    texts = [RULE, RULE.replace("x +", "x -"), RULE.replace("helper(g)", "helper(p)")]
+    found = [[*cache._sources(defined(text, SHARE=share))] for text in texts for share in (0.25, 0.5)]
+    assert len({*map(tuple, found)}) == 6
+    assert found[0] == [*cache._sources(defined(RULE, SHARE=0.25))]
+    assert any("beta1" in text for text in cache._sources(adam))
+
+
+def closed(share):
+    def update(p, g, state, h, VARIANT):
+        return share * g, ()
+
+    return update
+
+
+@pytest.mark.parametrize(
+    "function",
+    [closed(1.0), defined(RULE, SHARE=object()), defined(RULE, SHARE=[1.0]), defined(RULE, SHARE=os)],
+    ids=["closure", "object", "list", "module"],
+)
+def test_a_rule_whose_parts_are_not_known_is_not_kept(function):
+    with pytest.raises(TypeError):
+        [*cache._sources(function)]
+
+
+def test_a_kind_that_is_not_known_is_compiled(loops, folder):
+    loops.found = cache.on_disk(lambda value: loops.loop(value[0]))
+    assert [loops([1]), loops([1])] == [1, 1]
+    assert loops.compiled == [1, 1]
+    assert not folder.exists()
+
+
+def test_loops_of_steps_are_kept():
+    assert run.kernel_for.__wrapped__.__wrapped__.__module__ == run.__name__
+    assert cache.MOST > 100
