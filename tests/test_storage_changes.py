@@ -65,6 +65,8 @@ def test_states_are_converted_once(before, after, dtype):
     if (before, after) == ("of each", "8bit"):
         assert_identical([v["exp_avg"] for v in states_of(optimizer)], [v["exp_avg"] for v in values])
     step(optimizer, 3)
+    optimizer.param_groups[0]["maximize"] = True  # all is looked at again
+    step(optimizer, 4)
     own = prepared(optimizer)._slots[0].recipe.keys
     assert {*optimizer.state[optimizer.param_groups[0]["params"][0]]} == {"step", *own}
 
