@@ -32,3 +32,7 @@ def _patched(function: Any) -> Any:
 
 def improve() -> None:
     interpreter._convert_float, interpreter._patch_lang = _converted, _patched
+    # On a GPU the smaller and the larger of a number and NaN are the number; the interpreter's are NaN.
+    builder = interpreter.InterpreterBuilder
+    builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, numpy.fmin)
+    builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, numpy.fmax)

@@ -108,11 +108,13 @@ def _part_of(param: Tensor, whole: Tensor) -> Tensor:
     spread: Any = param
     given: Any = whole.detach()
     if not is_spread(param):
-        return given.full_tensor() if is_spread(given) else given.to(param.device)
+        here: Tensor = given.full_tensor() if is_spread(given) else given.to(param.device)
+        return here
     from torch.distributed.tensor import distribute_tensor
 
     if is_spread(given):
-        return local_of(given.redistribute(spread.device_mesh, spread.placements))
+        whole = given.redistribute(spread.device_mesh, spread.placements)
+        return local_of(whole)
     return local_of(distribute_tensor(given.to(param.device), spread.device_mesh, spread.placements))
 
 
