@@ -30,7 +30,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "split8, 8bit": {"master_weights": "split8", **BYTES},
     "split16, 8bit": {"master_weights": "split16", **BYTES},
     "split8 at random, 8bit": {"master_weights": "split8", "stochastic_rounding": True, **BYTES},
-    "float32, stochastic": {"master_weights": "float32", "state_dtype": "bfloat16_stochastic"},
+    "float32, of each": {
+        "master_weights": "float32",
+        "state_dtype": {"exp_avg": "8bit", "exp_avg_sq": "bfloat16_stochastic"},
+        **LEAST,
+    },
 }
 SAVED = [*OPTIONS][1:]  # the first has nothing that others have not
 SHORT = [*OPTIONS][:2]  # on three ranks
@@ -141,7 +145,7 @@ def left_out(rank: int) -> list[str]:
 
 
 class Run:
-    """A model and its optimizer; `ranks` 0 is one process."""
+    """A model and its optimizer; `ranks` 0 is one process. Dicts of options are saved flattened."""
 
     def __init__(self, ranks: int, **options: Any) -> None:
         torch.manual_seed(1)
@@ -151,6 +155,7 @@ class Run:
             for layer in (*self.model, self.model):
                 fully_shard(layer, mesh=init_device_mesh("cpu", (ranks,)))
         self.optimizer = adamw(self.model.named_parameters(), **options)
+        self.how = {"flatten_optimizer_state_dict": isinstance(options["state_dtype"], dict)}
 
     def state(self, **options: Any) -> dict[str, Any]:
         how = states.StateDictOptions(**options)
@@ -164,12 +169,15 @@ class Run:
         states.set_model_state_dict(self.model, saved["model"], options=how)
         states.set_optimizer_state_dict(self.model, self.optimizer, saved["optim"], options=how)
 
+    def save(self, folder: Path) -> None:
+        dcp.save(self.state(**self.how), checkpoint_id=str(folder))
+
     def load(self, folder: Path) -> "Run":
         for p in self.model.parameters():
             torch.nn.init.zeros_(p)
-        saved = self.state()
+        saved = self.state(**self.how)
         dcp.load(saved, checkpoint_id=str(folder))
-        self.take(saved)
+        self.take(saved, **self.how)
         return self
 
 
@@ -184,12 +192,12 @@ def resumed(ranks: int, folder: Path) -> dict[str, list[str]]:
         if ranks == 2 and not first.exists():
             run = Run(ranks, **options)
             train(run.optimizer, 1, 2)
-            dcp.save(run.state(), checkpoint_id=str(first))
+            run.save(first)
         runs = {}
         for file in sorted(folder.glob(f"{name} of *")):
             runs[file.name] = Run(ranks, **options).load(file)
         if ranks != 2:
-            dcp.save(runs[first.name].state(), checkpoint_id=str(folder / f"{name} of {ranks}"))
+            runs[first.name].save(folder / f"{name} of {ranks}")
         train(whole.optimizer, 3)
         for key, run in runs.items():
             train(run.optimizer, 3)
