@@ -8,6 +8,7 @@ process, so that PyTorch is imported once.
 
 import datetime
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,131 +18,17 @@ import torch._dynamo  # which loading imports, in every rank
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from storage_runs import LEAST, adamw
+from storage_runs import adamw
+from storage_spread import OPTIONS, SHARDED, converted, cut, differing, grids, left_out, sharded, train
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 import fusedcalib
 
-BYTES = {"state_dtype": "8bit", **LEAST}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "split8, 8bit": {"master_weights": "split8", **BYTES},
-    "split16, 8bit": {"master_weights": "split16", **BYTES},
-    "split8 at random, 8bit": {"master_weights": "split8", "stochastic_rounding": True, **BYTES},
-    "float32, of each": {
-        "master_weights": "float32",
-        "state_dtype": {"exp_avg": "8bit", "exp_avg_sq": "bfloat16_stochastic"},
-        **LEAST,
-    },
-}
 SAVED = [*OPTIONS][1:]  # the first has nothing that others have not
 SHORT = [*OPTIONS][:2]  # on three ranks
-SHARDED = ((20, 100), (7, 200), (3, 90), (1, 300), (9,), (4, 3, 10, 10))
-
-
-def spread(t: torch.Tensor, placement: Any) -> DTensor:
-    """Every rank has the whole."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return distribute_tensor(
-        t, mesh, [placement if placement.dim < t.ndim else Replicate()], src_data_rank=None
-    )
-
-
-def gradient(p: torch.Tensor, number: int) -> torch.Tensor:
-    """The part here of a gradient that depends on the number and the shape only."""
-    generator = torch.Generator().manual_seed(1000 * number + sum(p.shape))
-    whole = torch.randn(p.shape, generator=generator) * torch.randn(p.shape, generator=generator).exp()
-    if not isinstance(p, DTensor):
-        return whole.to(p.dtype)
-    return distribute_tensor(whole.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def train(optimizer: torch.optim.Optimizer, *numbers: int) -> None:
-    for number in numbers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = gradient(p, number)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def differing(run: torch.optim.Optimizer, whole: torch.optim.Optimizer) -> list[str]:
-    """What of parameters and states is not that of one process, to the last bit, shape or dtype."""
-    found = []
-    for group, other in zip(run.param_groups, whole.param_groups, strict=True):
-        for i, (p, q) in enumerate(zip(group["params"], other["params"], strict=True)):
-            if run.state[p].keys() != whole.state[q].keys():
-                found.append(f"keys of {i}: {[*run.state[p]]}")
-                continue
-            pairs = [("parameter", p, q), *((k, t, whole.state[q][k]) for k, t in run.state[p].items())]
-            for name, mine, theirs in pairs:
-                if isinstance(p, DTensor) and name != "step":
-                    assert isinstance(mine, DTensor)
-                    assert mine.placements == p.placements
-                mine = (mine.full_tensor() if isinstance(mine, DTensor) else mine).detach()
-                if mine.dtype != theirs.dtype or not torch.equal(mine, theirs.detach()):
-                    found.append(f"{name} of {i}")
-    return found
-
-
-def pair(cls: Any, shapes: Any, placement: Any, **options: Any) -> tuple[Any, Any]:
-    """Optimizers of the same parameters, spread and in one process."""
-    torch.manual_seed(0)
-    start = [torch.randn(shape).bfloat16() for shape in shapes]
-    parts = [torch.nn.Parameter(spread(t, placement)) for t in start]
-    whole = [torch.nn.Parameter(t.clone()) for t in start]
-    return tuple(cls(ps, lr=0.01, weight_decay=0.1, backend="eager", **options) for ps in (parts, whole))
-
-
-def sharded(cls: Any, shapes: Any, placement: Any, **options: Any) -> list[str]:
-    """After three steps, of which some ranks have nothing in some parameters."""
-    runs = pair(cls, shapes, placement, **options)
-    for run in runs:
-        train(run, 1, 2, 3)
-    return differing(*runs)
-
-
-def converted(placement: Any) -> list[str]:
-    """States and weights that change what they are kept in between steps."""
-    runs = pair(fusedcalib.AdamW, SHARDED, placement, state_dtype="float32", master_weights="float32")
-    for run in runs:
-        train(run, 1)
-        for options in (*OPTIONS.values(), {"state_dtype": "float32"}, BYTES, {"master_weights": "none"}):
-            run.param_groups[0].update({"stochastic_rounding": False, **options})
-            train(run, 2)
-    return differing(*runs)
-
-
-def cut(ranks: int, shape: tuple[int, ...], dim: int) -> list[str]:
-    """What is said where ranks would share blocks, and what has changed all the same."""
-    run, whole = pair(fusedcalib.Lion, [(4, 64 * ranks), shape], Shard(dim), **BYTES)
-    try:
-        train(run, 1)
-    except RuntimeError as error:
-        made = ["state"] * len(run.state)
-        return [str(error), *made, *differing(run, whole)]
-    return []
-
-
-def left_out(rank: int) -> list[str]:
-    """One rank has a gradient that is not finite: no rank steps. Then all do."""
-    runs = pair(fusedcalib.AdamW, SHARDED, Shard(0), skip_nonfinite=True, **OPTIONS["split8, 8bit"])
-    for run in runs:
-        train(run, 1)
-    for p in runs[0].param_groups[0]["params"]:
-        p.grad = gradient(p, 2)
-    if rank == 0:
-        runs[0].param_groups[0]["params"][0].grad.to_local()[0, 0] = float("inf")
-    runs[0].step()
-    found = differing(*runs)
-    for run in runs:
-        train(run, 2)
-    return found + differing(*runs) + ["counted"] * (int(runs[0].skipped_steps) != 1)
-
-
-# -- models and their checkpoints -------------------------------------------------------------
 
 
 class Run:
@@ -245,6 +132,8 @@ def gathered(ranks: int, rank: int) -> list[str]:
 
 def found_by(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     """What is not as in one process, by what was tried; [] where all is."""
+    if ranks == 4:
+        return grids()
     found: dict[str, Any] = {f"file: {name}": what for name, what in resumed(ranks, folder).items()}
     if (folder / f"{ranks}.json").exists():
         return found
@@ -266,6 +155,7 @@ def found_by(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
 
 def main(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # gathering here may take its time
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, ranks, rank)
     told: list[Any] = [None] * ranks

@@ -22,6 +22,7 @@ pytestmark = [
 ]
 RUN = Path(__file__).with_name("storage_ranks.py")
 LIMIT = 280  # seconds
+LATER = (5, 2, 4)
 FIVE = pytest.param(5, marks=pytest.mark.slow)
 
 
@@ -32,14 +33,14 @@ def told(tmp_path_factory):
 
     @functools.cache
     def run(*counts):
-        if counts == (5, 2):
+        if counts == LATER:
             run(2, 3)
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(RUN), str(folder), *map(str, counts)]
         subprocess.run(command, env=variables, check=True, timeout=LIMIT)
 
     def of(ranks):
-        run(*((2, 3) if ranks in (2, 3) else (5, 2)))
+        run(*((2, 3) if ranks in (2, 3) else LATER))
         return json.loads((folder / f"{ranks}.json").read_text())
 
     return of
@@ -64,6 +65,13 @@ def test_ranks_keep_what_one_process_keeps(told, ranks):
     assert len(found) == ranks
     assert len(found[0]) == {2: 14, 3: 10, 5: 14}[ranks] + files(found)
     assert files(found) == {2: 3, 3: 3, 5: 6}[ranks]
+
+
+@pytest.mark.slow
+def test_ranks_of_two_dimensions_keep_what_one_process_keeps(told):
+    found = told(4)
+    assert amiss(found) == {}
+    assert len(found[0]) == 4 * 4 + 2
 
 
 @pytest.mark.slow
