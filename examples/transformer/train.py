@@ -50,6 +50,9 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.Ad
         max_grad_norm=options.max_grad_norm,
         ema_decay=options.ema_decay or None,
         noise=fusedcalib.GradientNoise(options.noise) if options.noise else None,
+        master_weights=options.master_weights,
+        state_dtype=options.state_dtype,
+        stochastic_rounding=options.stochastic_rounding,
         seed=options.seed,
         backend=options.backend,
     )
@@ -145,6 +148,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=float, default=rate_or_limit, help=about)
     add("--centralize", action="store_true", help="remove the mean of each row of the gradient")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")
+    add("--master-weights", choices=("split16", "split8", "float32"), help="beside bf16 weights")
+    add("--state-dtype", help="of the states: float32, bfloat16, 8bit, bfloat16_stochastic; the weights' own")
+    add("--stochastic-rounding", action="store_true", help="of bf16 weights, or of the last bit of split8")
     add("--backend", default="auto", help="of the optimizer: auto, triton, numba or eager")
     add("--out", type=Path, help="folder of metrics.jsonl and checkpoints; nothing is written unless said")
     add("--resume", type=Path, help="a checkpoint, such as OUT/step-100, of any number of ranks")

@@ -17,6 +17,9 @@ from .geometry import Geometry, geometry_of
 from .scalars import Scalars
 from .shards import Place, local_of
 
+# Where every byte has an address of its own, which takes registers too, a thread has fewer elements.
+UNALIGNED_BYTES = 8
+
 
 class Laid(NamedTuple):
     """A slot as it is part of a launch.
@@ -55,6 +58,8 @@ def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
     told_apart = (recipe.flags.random and place.pitch != columns) or (slot.scales and columns % BLOCK != 0)
     layout = geometry_of(tensors, by_rows or (bool(told_apart) and param.ndim > 1))
     held = ceil(sum(1 if t.element_size() > 1 else 0.25 for t in tensors))
+    if slot.scales and layout.columns % vector_of([t.dtype for t in tensors]):
+        held = UNALIGNED_BYTES
     shape = slot.executor.shape(layout, by_rows, held, totals is not None)
     alignable = is_aligned(tensors, layout, (param, *tensors[2:]))
     key = Key(
