@@ -21,7 +21,8 @@ from numba.core.bytecode import FunctionIdentity  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
 from fusedcalib.executors.numba import cache, run  # noqa: E402
-from fusedcalib.executors.numba.memory import INNER, set_double  # noqa: E402
+from fusedcalib.executors.numba.memory import set_double  # noqa: E402
+from fusedcalib.executors.numba.values import INNER  # noqa: E402
 from fusedcalib.layout.recipe import recipe_of  # noqa: E402
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of POSIX")

@@ -14,7 +14,8 @@ from numba import njit
 from ...kernels.branch import FIELDS
 from ...layout.branches import Bucket, Given, Groups
 from .cache import on_disk
-from .memory import INNER, Memory, double_at, words_at
+from .memory import Memory, double_at, words_at
+from .values import INNER
 
 
 def refresh(bucket: Bucket, groups: Groups) -> None:

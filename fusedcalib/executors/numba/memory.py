@@ -1,7 +1,4 @@
-"""Reading and writing tensors by address in numba loops: the boundary where storage is decoded.
-
-numba has no bf16 and no fp16; both are converted in the loop (bf16 by its bits, rounded to nearest even).
-"""
+"""Reading and writing tensors by address in numba loops: the boundary where storage is decoded."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -18,73 +14,19 @@ from ...kernels.stages import SHARED, Numbers
 from ...kernels.storage import CODED
 from ...layout.buckets import GEOMETRY
 from .storage import storage_of
-
-# Of functions that only compiled loops call: division follows IEEE instead of raising.
-INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
-_F32, _F64 = ir.FloatType(), ir.DoubleType()
-_STORED = {
-    torch.float32: _F32,
-    torch.float64: _F64,
-    torch.float16: ir.HalfType(),
-    torch.bfloat16: _I16,
-    torch.uint8: _I8,
-    torch.int8: _I8,
-    torch.int16: _I16,
-}
-SIGNED = (torch.int8, torch.int16)
-
-
-def _decode(builder: Any, value: Any, target: Any) -> Any:
-    """A stored value as the type of the arithmetic."""
-    if value.type == _I16:
-        value = builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
-    return _cast(builder, value, target)
-
-
-def _encode(builder: Any, value: Any, stored: Any) -> Any:
-    """A value of the arithmetic as it is stored, rounded to nearest even."""
-    if stored != _I16:
-        return _cast(builder, value, stored)
-    value = _cast(builder, value, _F32)
-    bits = builder.bitcast(value, _I32)
-    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-    rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
-    nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.lshr(builder.select(nan, _I32(0x7FC00000), rounded), _I32(16)), _I16)
-
-
-def _cast(builder: Any, value: Any, target: Any) -> Any:
-    width = {ir.HalfType(): 16, _F32: 32, _F64: 64}
-    if width[value.type] < width[target]:
-        return builder.fpext(value, target)
-    if width[value.type] > width[target]:
-        return builder.fptrunc(value, target)
-    return value
-
-
-def _wide(builder: Any) -> None:
-    """Has the function vectorized in 512 bits where the CPU has them: half the instructions in flight.
-
-    LLVM prefers 256 for the sake of older CPUs' clocks. llvmlite knows no such attribute, hence set.add.
-    """
-    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-
-
-def _element(builder: Any, stored: Any, address: Any, index: Any) -> Any:
-    return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
+from .values import F32, F64, I16, I32, I64, SIGNED, STORED, decode, encode, place_of, wide
 
 
 @intrinsic
 def tile_at(typing, tiles, t):
     """(slot, row block, column block) of tile t."""
-    return _reader(types.int64, 3, _I32, lambda b, v: b.sext(v, _I64), indexed=True)
+    return _reader(types.int64, 3, I32, lambda b, v: b.sext(v, I64), indexed=True)
 
 
 @intrinsic
 def words_at(typing, address):
     """The eight words of a job."""
-    return _reader(types.int64, 8, _I64)
+    return _reader(types.int64, 8, I64)
 
 
 @intrinsic
@@ -92,7 +34,7 @@ def fetch_add(typing, address, value):
     """Adds to the integer at an address, one thread at a time; returns what it was."""
 
     def codegen(context, builder, signature, args):
-        integer = _element(builder, _I64, args[0], _I64(0))
+        integer = place_of(builder, I64, args[0], I64(0))
         return builder.atomic_rmw("add", integer, args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
@@ -103,7 +45,7 @@ def set_double(typing, address, i, x):
     """Sets the i-th double from an address."""
 
     def codegen(context, builder, signature, args):
-        builder.store(args[2], _element(builder, _F64, args[0], args[1]))
+        builder.store(args[2], place_of(builder, F64, args[0], args[1]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float64), codegen
@@ -112,13 +54,13 @@ def set_double(typing, address, i, x):
 @intrinsic
 def double_at(typing, address):
     """(The double at an address,)."""
-    return _reader(types.float64, 1, _F64)
+    return _reader(types.float64, 1, F64)
 
 
 @intrinsic
 def geometry_at(typing, address):
     """What kernels/table.py lists from rows and columns on."""
-    return _reader(types.int64, GEOMETRY, _I64)
+    return _reader(types.int64, GEOMETRY, I64)
 
 
 def _reader(
@@ -130,11 +72,11 @@ def _reader(
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _wide(builder)
-        first = builder.mul(args[1], _I64(count)) if indexed else _I64(0)
+        wide(builder)
+        first = builder.mul(args[1], I64(count)) if indexed else I64(0)
         values = []
         for k in range(count):
-            value = builder.load(_element(builder, stored, args[0], builder.add(first, _I64(k))))
+            value = builder.load(place_of(builder, stored, args[0], builder.add(first, I64(k))))
             values.append(decode(builder, value) if decode else value)
         if named:
             values[SHARED:] = [context.make_tuple(builder, named.types[SHARED], values[SHARED:])]
@@ -161,11 +103,11 @@ class Memory:
         inner: int,
         kept: tuple[str, ...] = (),
     ) -> None:
-        stored = [_STORED[dtype] for dtype in dtypes]
+        stored = [STORED[dtype] for dtype in dtypes]
         sizes = [dtype.itemsize for dtype in dtypes]
         tensors = len(dtypes)
         real = types.float64 if compute == torch.float64 else types.float32
-        llvm_real = _F64 if compute == torch.float64 else _F32
+        llvm_real = F64 if compute == torch.float64 else F32
         self.real, self.inner = real, inner
         self.geometry = 8 * tensors  # bytes into a row of the table
         self.strides = 8 * (tensors + GEOMETRY + inner)
@@ -178,7 +120,7 @@ class Memory:
         place = _by_column(tensors, inner) if self.indexed else _by_stride(inner)
         load, store = _elements(stored, whole, real, llvm_real, place)
         self.as_stored, self.stochastic = _roundings(stored[0], real, llvm_real)
-        of_states = _roundings(_I16, real, llvm_real)[1]
+        of_states = _roundings(I16, real, llvm_real)[1]
         self.storage = storage_of(kept, tensors, load, store, of_states)
         self.shift, self.spread = _moves(sizes)
         self.integers, self.factor_at, self.scalars_at = _readings(tensors, real, llvm_real, count)
@@ -201,10 +143,10 @@ def _by_column(tensors: int, inner: int) -> Any:
 
     def place(builder: Any, row: Any, i: Any, k: int) -> Any:
         def entry(n: int) -> Any:
-            return builder.load(_element(builder, _I64, row, _I64(n)))
+            return builder.load(place_of(builder, I64, row, I64(n)))
 
         sizes = tensors + GEOMETRY
-        rest, offset = i, _I64(0)
+        rest, offset = i, I64(0)
         for d in range(inner - 1, -1, -1):
             size = entry(sizes + d)
             along = entry(sizes + inner + (d + 1) * tensors + k)
@@ -227,20 +169,20 @@ def _elements(
 
     def pointer(builder: Any, args: Any, k: int) -> Any:
         addresses, strides, i = args[:3]
-        return _element(
+        return place_of(
             builder, stored[k], builder.extract_value(addresses, k), place(builder, strides, i, k)
         )
 
     def loaded(builder: Any, args: Any, k: int) -> Any:
         value = builder.load(pointer(builder, args, k))
         if k not in whole:
-            return _decode(builder, value, llvm_real)
-        return (builder.sext if whole[k] else builder.zext)(value, _I32)
+            return decode(builder, value, llvm_real)
+        return (builder.sext if whole[k] else builder.zext)(value, I32)
 
     @intrinsic
     def load(typing, addresses, strides, i):
         def codegen(context, builder, signature, args):
-            _wide(builder)
+            wide(builder)
             values = [loaded(builder, args, k) for k in range(tensors)]
             return context.make_tuple(builder, signature.return_type, values)
 
@@ -255,7 +197,7 @@ def _elements(
             ):
                 if isinstance(kind, types.NoneType):
                     continue
-                kept = builder.trunc(value, stored[k]) if k in whole else _encode(builder, value, stored[k])
+                kept = builder.trunc(value, stored[k]) if k in whole else encode(builder, value, stored[k])
                 builder.store(kept, pointer(builder, args, k))
             return context.get_dummy_value()
 
@@ -272,7 +214,7 @@ def _roundings(kept: Any, real: Any, llvm_real: Any) -> tuple[Any, Any]:
         """x as the parameter's memory holds it."""
 
         def codegen(context, builder, signature, args):
-            return _decode(builder, _encode(builder, args[0], kept), llvm_real)
+            return decode(builder, encode(builder, args[0], kept), llvm_real)
 
         return real(real), codegen
 
@@ -281,10 +223,10 @@ def _roundings(kept: Any, real: Any, llvm_real: Any) -> tuple[Any, Any]:
         """x as one of the two numbers around it."""
 
         def codegen(context, builder, signature, args):
-            if kept != _I16:
+            if kept != I16:
                 return args[0]
-            moved = builder.add(builder.bitcast(args[0], _I32), builder.trunc(args[1], _I32))
-            cut = builder.bitcast(builder.and_(moved, _I32(0xFFFF0000)), _F32)
+            moved = builder.add(builder.bitcast(args[0], I32), builder.trunc(args[1], I32))
+            cut = builder.bitcast(builder.and_(moved, I32(0xFFFF0000)), F32)
             return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], cut)
 
         return real(real, types.int64), codegen
@@ -304,7 +246,7 @@ def _moves(sizes: list[int]) -> tuple[Any, Any]:
             moved = []
             for k, size in enumerate(sizes):
                 elements = builder.mul(builder.extract_value(args[1], k), args[2])
-                offset = builder.mul(elements, _I64(size))
+                offset = builder.mul(elements, I64(size))
                 moved.append(builder.add(builder.extract_value(args[0], k), offset))
             return context.make_tuple(builder, signature.return_type, moved)
 
@@ -328,7 +270,7 @@ def _readings(tensors: int, real: Any, llvm_real: Any, count: int) -> tuple[Any,
     @intrinsic
     def integers(typing, address):
         """K integers of the table: addresses, or strides along one dimension."""
-        return _reader(types.int64, tensors, _I64)
+        return _reader(types.int64, tensors, I64)
 
     @intrinsic
     def factor_at(typing, factors, row):

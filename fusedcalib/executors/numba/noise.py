@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...kernels import philox as device
-from .memory import INNER as _INNER
+from .values import INNER as _INNER
 
 BLOCK = 512  # elements filled at once
 KEPT = (

@@ -11,9 +11,10 @@ from numba import njit
 from ...layout.buckets import GEOMETRY
 from ...layout.recipe import Recipe
 from ..source import Function
-from .memory import INNER, Memory, double_at
+from .memory import Memory, double_at
 from .noise import KEPT, noise_maker
 from .runs import ADD_FREELY, passes_of
+from .values import INNER
 
 
 def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Function:

@@ -23,8 +23,9 @@ from ...layout.shards import local_of
 from ..source import Function
 from . import branches
 from .cache import on_disk
-from .memory import INNER, Memory, fetch_add, geometry_at, memory_of, set_double, tile_at, words_at
+from .memory import Memory, fetch_add, geometry_at, memory_of, set_double, tile_at, words_at
 from .rows import gradients, row_loop, row_squares
+from .values import INNER
 
 TILE = 16384  # elements: few enough for the second pass over a row to find it in the cache
 NEXT = 6  # word of a job: the next tile to take

@@ -17,9 +17,10 @@ from ...kernels import stages
 from ...kernels.storage import BLOCK as CODED_BLOCK
 from ...layout.recipe import Recipe
 from ..source import Function, folded
-from .memory import INNER, Memory
+from .elements import trimmed
+from .memory import Memory
 from .noise import BLOCK, bits_maker, noise_maker
-from .storage import trimmed
+from .values import INNER
 
 ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
 
