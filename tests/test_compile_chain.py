@@ -55,7 +55,10 @@ def test_the_chain_spills_no_register(kind: str, row_class: str, target: str):
 
 @pytest.mark.parametrize(
     ("rule", "target"),
-    [(r, t) for r in fusedcalib.optimizers() for t in TARGETS if t == "sm_90" or r in ("NAdam", "RAdam")],
+    slow_unless(
+        lambda rule, target: target == "sm_90" or rule == "NAdam",
+        [(r, t) for r in fusedcalib.optimizers() for t in TARGETS if t == "sm_90" or r in ("NAdam", "RAdam")],
+    ),
 )
 def test_scalars_are_computed_in_registers(rule: str, target: str):
     """In fp64. By one program of its own; by the last that measures, whose loop does not spill."""
@@ -70,9 +73,19 @@ def test_scalars_are_computed_in_registers(rule: str, target: str):
             assert not [name for name in built.ptx if "approx" in name and ".f32" in name]
 
 
-@pytest.mark.parametrize("row_class", ["flat", "rows of 64", "rows of 1024", "loop"])
-@pytest.mark.parametrize("kind", ["AdamW plain", "AdamW bf16"])
-@pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx942"])
+NORMS = [
+    (kind, row_class, target)
+    for target in TARGETS
+    if target != "gfx942"
+    for kind in ("AdamW plain", "AdamW bf16")
+    for row_class in ("flat", "rows of 64", "rows of 1024", "loop")
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row_class", "target"),
+    slow_unless(lambda kind, row_class, target: target == "sm_90" or row_class == "rows of 1024", NORMS),
+)
 def test_the_norm_asks_for_many_bytes_before_it_waits(kind: str, row_class: str, target: str):
     """128 a thread by 128-bit accesses; then a conversion and a fused multiply-add of each, in fp64.
 
