@@ -72,18 +72,23 @@ def prepare(*needed: str) -> tuple[str, dict[str, str]]:
 
 def missing(*names: str) -> list[str]:
     """Which of these the running interpreter lacks or has too old; imports none of them."""
-    return [name for name in names if version(name) < CORE.get(name, (0,))]
+    return [name for name in names if numbers(installed(name)) < CORE.get(name, (0,))]
 
 
-def version(name: str) -> tuple[int, ...]:
-    """(2, 11, 0) for 2.11.0+cu130; () for what is not installed."""
+def installed(name: str) -> str | None:
+    """The version of a package, by any of its names."""
     from importlib import metadata  # new in Python 3.8: at the top it would precede the check
 
     for known_as in (name, *ALSO.get(name, ())):
         with suppress(metadata.PackageNotFoundError):
-            numbers = re.match(r"\d+(\.\d+)*", metadata.version(known_as))
-            return tuple(map(int, numbers[0].split("."))) if numbers else ()
-    return ()
+            return metadata.version(known_as)
+    return None
+
+
+def numbers(version: str | None) -> tuple[int, ...]:
+    """(2, 11, 0) for 2.11.0+cu130; () for what is not installed."""
+    found = re.match(r"\d+(\.\d+)*", version or "")
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def gpu() -> str:

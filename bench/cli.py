@@ -2,7 +2,7 @@
 
 Read also by a Python that has nothing installed: what a command needs is imported when it is asked for, and
 `python3 bench/cli.py env` needs nothing at all. A command's function takes its options and returns the exit
-status.
+status; where something is asked for that there is not, it raises a ValueError whose message is for the user.
 """
 
 from __future__ import annotations

@@ -162,17 +162,17 @@ def scaling() -> str:
     for name in architectures.LLAMAS:
         sizes = [shardings.sharding_of(gpus, None, 1, None) for gpus in GPUS]
         results = plan.plan(architectures.get(name), sizes, plan.Setting(), plan.SWEPT)
-        blocks += [f"{plan.title(results)}:", tables.markdown(plan.sizes_table(results))]
+        blocks += [f"{results.title}:", tables.markdown(plan.sizes_table(results))]
     results = plan.plan(architectures.get(name), [shardings.sharding_of(512, None, 8, None)], plan.Setting())
-    (found,) = results["plans"]
-    blocks += [f"{name}, {plan.split(found)}:", tables.markdown(plan.steps_table(found))]
+    (found,) = results.plans
+    blocks += [f"{name}, {found}:", tables.markdown(plan.steps_table(found))]
     return "\n\n".join(blocks)
 
 
 def profile() -> str:
     """The table of docs/profile.md: the static profile that is kept."""
     kept = profile_kept.read()
-    head = f"{kept['target']}, Triton {kept['triton']}; as compiled, no GPU was measured:"
+    head = f"{kept.target}, Triton {kept.triton}; as compiled, no GPU was measured:"
     return f"{head}\n\n{tables.markdown(profile_kept.table(kept))}"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes, see __getattr__
+    from . import checkpoints as checkpoints
     from . import nn as nn
     from . import reference as reference
     from .groups import param_groups as param_groups
@@ -46,7 +47,7 @@ _HOMES = {
     "param_groups": ".groups",
     "register_timm": ".registry",
 }
-_MODULES = ("nn", "reference")
+_MODULES = ("checkpoints", "nn", "reference")
 
 
 def _loaded(name: str) -> Any:

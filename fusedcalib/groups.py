@@ -24,6 +24,7 @@ def param_groups(
     weight_decay: float | None = 0.0,
     no_decay: Iterable[str] = (),
     centralize: bool | str = False,
+    embeddings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Param groups of a model, for any optimizer: weight decay and centring where they make sense.
 
@@ -43,6 +44,8 @@ def param_groups(
         weight_decay: of weights and embeddings. Default 0. None leaves it to the optimizer's own.
         no_decay: names of parameters, or shell patterns such as "*.relative_position*". Default none.
         centralize: of the weights, as the optimizers take it. Default False leaves it to the optimizer's.
+        embeddings: further options of the group of embeddings, such as `{"state_dtype": "float32"}` beside
+            `state_dtype="8bit"` for the others. Default none.
 
     Raises:
         TypeError: `model` is not an nn.Module.
@@ -63,7 +66,7 @@ def param_groups(
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     options: dict[str, dict[str, Any]] = {
         "weights": {**decay, "centralize": centralize} if centralize else decay,
-        "embeddings": {**decay, "centralize": False},
+        "embeddings": {**decay, "centralize": False, **(embeddings or {})},
         "no_decay": {"weight_decay": 0.0, "centralize": False},
     }
     return [

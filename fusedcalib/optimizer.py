@@ -115,7 +115,7 @@ class FusedOptimizer(MasterWeights, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint needs, as torch.optim; groups with bytes say of which version."""
-        found = super().state_dict()
+        found: dict[str, Any] = super().state_dict()
         for group in found["param_groups"]:
             if keeps_bytes(group):
                 group[VERSION_KEY] = VERSION

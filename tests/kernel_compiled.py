@@ -1,6 +1,7 @@
 """What the package compiles for the parameters of the tests: see bench/predict/compiled.py."""
 
 import functools
+import re
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from kernel_kinds import Config
 import fusedcalib
 from fusedcalib.bench.models.traffic import traffic as moved_by
 from fusedcalib.bench.predict import compiled as on_paper
-from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, sass, spilled, spilled_in_loops
+from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, sass, tool_output, usage
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.executors.triton.executor import EXECUTOR
 from fusedcalib.kernels import launch
@@ -79,6 +80,26 @@ def compiled_control(rule: str, target: str = "sm_90", config: Config | None = N
     if config is None:
         return on_paper.compiled_control(decider_of(rule), target)
     return on_paper.compiled_norm(spec_of(config), decider_of(rule), target)
+
+
+def spilled(built: Compiled) -> int:
+    """Bytes of stack, where registers are spilled to; on AMD also the number of vector registers."""
+    return usage(built).stack
+
+
+def spilled_in_loops(built: Compiled, which: slice = slice(None)) -> int:
+    """Accesses of spilled registers in loops, in their order; on AMD spilled registers anywhere."""
+    if "cubin" not in built.asm:
+        return usage(built).stack
+    text = tool_output("nvdisasm", "-c", cubin=built.asm["cubin"])
+    lines = [line for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/|\.L_x_\d+:", line)]
+    labels = {line.strip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
+    ends = [
+        (labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*\((\.L_x_\d+)\)", line))
+    ]
+    loops = sorted((range(start, end) for start, end in ends if start < end), key=lambda r: r.start)[which]
+    assert loops
+    return sum(bool(re.search(r"\b(STL|LDL)", lines[i])) for i in {i for loop in loops for i in loop})
 
 
 __all__ = [

@@ -23,6 +23,11 @@ def rows_in_blocks() -> list[torch.Tensor]:
     return [torch.randn(8, 128), torch.randn(3, 8, 16), torch.randn(2, 6400)]
 
 
+def long_rows() -> list[torch.Tensor]:
+    """Rows that one program walks, and rows in pieces, where they are added up."""
+    return [torch.randn(2, 9001), torch.randn(2, 33000)]
+
+
 def flat() -> list[torch.Tensor]:
     """A vector so long that it is kept in bytes, as one row."""
     return [torch.randn((1 << 20) + 5)]
@@ -45,6 +50,7 @@ def unaligned() -> list[torch.Tensor]:
 
 
 ARRANGEMENTS = {f.__name__: f for f in (rows_in_blocks, rows_with_ends, strided, unaligned, flat)}
+BY_ROWS = {f.__name__: f for f in (strided, long_rows)}
 
 
 def moved(t: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
@@ -64,7 +70,7 @@ def stepped(
     """An optimizer after some steps, of gradients whose magnitudes fall: scales follow, codes do not."""
     torch.manual_seed(1)
     device = device_of(backend)
-    params = [torch.nn.Parameter(moved(t, device, dtype)) for t in ARRANGEMENTS[arrangement]()]
+    params = [torch.nn.Parameter(moved(t, device, dtype)) for t in {**ARRANGEMENTS, **BY_ROWS}[arrangement]()]
     options = {"lr": 1e-2, "min_8bit_size": 0, "backend": backend, **options}
     optimizer = getattr(fusedcalib, rule)(params, **options)
     for step in range(steps):

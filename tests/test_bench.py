@@ -138,9 +138,13 @@ def test_own_work_is_no_load_of_others(monkeypatch):
 # -- the gate ---------------------------------------------------------------------------------
 
 
+def kind(gc):
+    return gate.Kind(method.Extras(gc=gc))
+
+
 def judge(make, gc, dtype=torch.float32):
     params = shapes.build(LITTLE, CPU, dtype)
-    return gate.check(LITTLE, {"it": gate.Entry(gate.Kind(gc), params, make(params))}, method.ADAMW)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(kind(gc), params, make(params))}, method.ADAMW)["it"]
 
 
 def torch_adamw(**changed):
@@ -188,7 +192,7 @@ def judged(name, gc, **changed):
     params = shapes.build(LITTLE, CPU)
     options = {**subject.options, "backend": "eager", **changed}
     optimizer = getattr(fusedcalib, subject.cls)(params, **options, centralize=gc)
-    return gate.check(LITTLE, {"it": gate.Entry(gate.Kind(gc), params, optimizer.step)}, subject)["it"]
+    return gate.check(LITTLE, {"it": gate.Entry(kind(gc), params, optimizer.step)}, subject)["it"]
 
 
 @pytest.mark.parametrize("gc", [False, True], ids=["plain", "gc"])
@@ -252,8 +256,8 @@ def test_stacked_rows_are_judged_as_the_tensors_alone(monkeypatch):
 def made(key, side, params):
     """A step with extras, without its noise, as the case has it in the gate."""
     name = f"{side}_{key}"
-    built = baselines.METHODS[name].make(LITTLE, params)
-    return built, case._entry(baselines.METHODS[name], params, built)
+    built = replace(baselines.METHODS[name].make(LITTLE, params), params=params)
+    return built, case._entry(baselines.METHODS[name], built)
 
 
 @pytest.mark.parametrize("key", method.EXTRAS)
@@ -272,8 +276,8 @@ def test_composed_and_ours_agree_and_pass(key):
 
 def altered(side, gc, **changed):
     """A method of the whole chain that is not quite that."""
-    extras = replace(method.EXTRAS["chain"], **changed)
-    make = (baselines.composed if side == "eager" else baselines.own)(extras, gc)
+    extras = replace(method.EXTRAS["chain"], gc=gc, **changed)
+    make = (baselines.composed if side == "eager" else baselines.own)(extras)
     return replace(baselines.METHODS[f"{side}_chain"], make=make)
 
 
@@ -308,7 +312,7 @@ def test_wrong_clip_and_noise_are_seen(side, changed, message):
 def test_noise_that_repeats_or_is_not_centred_is_seen(monkeypatch):
     judged = (method.ADAMW, CPU, torch.float32)
     noisy = baselines.METHODS["eager_noise"]
-    assert "not centred" in spare.fault(replace(noisy, gc=True), *judged)
+    assert "not centred" in spare.fault(replace(noisy, extras=replace(noisy.extras, gc=True)), *judged)
     noise = torch.randn(spare.SPARE)
     monkeypatch.setattr(torch, "randn_like", lambda grad: noise)
     assert "correlate by 1" in spare.fault(noisy, *judged)

@@ -84,7 +84,7 @@ def adamw_in_fp32(params, lr=1e-3):
 )
 def test_numbers_in_fp32_are_allowed_to_those_that_have_them(narrow, lr, passes):
     params = shapes.build(LITTLE, CPU)
-    entry = gate.Entry(gate.Kind(False, narrow=narrow), params, adamw_in_fp32(params, lr))
+    entry = gate.Entry(gate.Kind(narrow=narrow), params, adamw_in_fp32(params, lr))
     assert gate.check(LITTLE, {"it": entry}, method.ADAMW)["it"].passed is passes
 
 
@@ -134,11 +134,11 @@ def test_models_by_the_names_that_people_use(name, tensors, params):
 
 def test_values_that_are_not_the_usual_are_in_the_name():
     options = {"max_grad_norm": 0.5, "lr": 0.1}
-    features = choose.features_from(["ema"], options)
+    extras = choose.features_from(["ema"], options)
     assert options == {"lr": 0.1}
-    assert features.key == "clip=0.5+ema"
-    assert features.title("GC") == "clip, EMA"
-    assert choose.features_from([], {}).key == ""
+    assert choose.key_of(extras) == "clip=0.5+ema"
+    assert choose.title_of(extras, "GC") == "clip, EMA"
+    assert choose.key_of(choose.features_from([], {})) == ""
 
 
 def test_memory_that_is_needed():

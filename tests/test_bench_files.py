@@ -12,7 +12,7 @@ from bench_subjects import CPU
 from fusedcalib.bench import cli
 from fusedcalib.bench.bootstrap import ROOT
 from fusedcalib.bench.env import machine
-from fusedcalib.bench.measure import case
+from fusedcalib.bench.measure import case, host
 from fusedcalib.bench.report import results, tables
 from fusedcalib.bench.repository import digits, goals, job, readme, report
 
@@ -113,13 +113,13 @@ def test_a_chain_has_a_table_and_a_figure(data_of_chain, tmp_path):
 
 
 def test_goals_know_a_chain_from_a_step(data_of_chain):
-    values = {row["goal"]: row for row in goals.judge(data_of_chain)}
-    assert values["C8"]["value"] == 0.25
-    assert values["C8"]["met"] == "stretch"
-    assert values["C6"]["met"] == "not measured"
+    values = {row.goal: row for row in goals.judge(data_of_chain)}
+    assert values["C8"].value == 0.25
+    assert values["C8"].met == "stretch"
+    assert values["C6"].met == "not measured"
     assert data_of_chain.find("gpt2-124m", "own_plain") is None
     one = replace(data_of_chain, device={"name": "x"})
-    values = {row["what"]: row["value"] for row in goals.judge(one)}
+    values = {row.what: row.value for row in goals.judge(one)}
     assert values["clip, noise, GC, EMA / plain"] == 0.9
     assert values["EMA / plain"] is None
     assert values["plain / torch fused, gpt2-124m"] is None
@@ -162,6 +162,12 @@ def test_files_that_are_kept_can_be_read(path):
     found = results.load(path)
     assert found.cases
     assert not found.disturbed
+
+
+def test_trainings_and_host_times_that_are_kept_can_be_read():
+    e1 = results.load(ROOT / "bench" / "results" / "digits" / "cpu.json").e1
+    assert e1.gain.wins <= len(e1.seeds) == len(e1.curves["gc"].final)
+    assert len(host.lines(host.kept("cpu").host)) == len(host.VARIANTS)
 
 
 def test_nan_is_never_written(data, tmp_path):
@@ -228,11 +234,11 @@ def test_readme_without_markers_is_left_alone(data, tmp_path, page, capsys):
 def test_disturbed_numbers_are_marked_and_reach_no_goal(data):
     own = data.cases[0].methods[1].ratio_to["torch_fused"]
     own.median = 0.5
-    met = {row["what"]: row["met"] for row in goals.judge(data)}
+    met = {row.what: row.met for row in goals.judge(data)}
     assert met["plain / torch fused, small-1000"] == "stretch"
     assert met["% of stream, GC, gpt2-small-cpu"] == "not measured"
     own.disturbed = True
-    met = {row["what"]: row["met"] for row in goals.judge(data)}
+    met = {row.what: row.met for row in goals.judge(data)}
     assert met["plain / torch fused, small-1000"] == "not measured"
     assert tables.spread_text(own) == "~0.50 (0.80-1.10)"
     assert data.cases[0].disturbed

@@ -47,7 +47,6 @@ def work(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_parts, "tool", lambda name, _: str(python))
     monkeypatch.setattr(gpu.bootstrap, "prepare", lambda *needed: (str(python), dict(os.environ)))
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(gpu_parts, "VARIANTS", python)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.chdir(tmp_path)
 
@@ -113,15 +112,13 @@ def test_without_a_gpu_each_part_says_so_and_runs_nothing(work, monkeypatch, par
     assert files == (["env.json", "gpu.log"] if part == "check" else ["gpu.log"])
 
 
-def test_tools_that_are_missing_are_named(work, monkeypatch, tmp_path):
+def test_tools_that_are_missing_are_named(work, monkeypatch):
     monkeypatch.setattr(gpu_parts, "tool", lambda name, _: "")
-    monkeypatch.setattr(gpu_parts, "VARIANTS", tmp_path / "variants.py")
     status, files, log = work("explain", "check", "--only", "test_row_totals")
     assert status == 1
     for sentence in (
         "compute-sanitizer is not here: no memory is checked",
         "ncu is not here: no counter of a kernel is read",
-        "variants.py is not here: no variant of the kernels is timed",
     ):
         assert f"FAILED: {sentence}\n" in log
     assert "trace.json.gz" in files

@@ -31,11 +31,9 @@ QUICK = clocks.Effort(rounds=2, seconds=60, warmup=1)
 def measured(monkeypatch):
     """A case of the little list, one method of which is wrong and one missing."""
     quiet_machine(monkeypatch)
-    monkeypatch.setitem(shapes.LISTS, "little", lambda: LITTLE)
-    wrong = method.Method("wrong", "wrong", True, baselines.METHODS["torch_fused"].make)
-    absent = method.Method(
-        "absent", "absent", False, baselines.rival(rivals.Rival("absent", "no_such_module", {}))
-    )
+    monkeypatch.setitem(shapes.LISTS, "little", LITTLE)
+    wrong = method.Method("wrong", "wrong", baselines.METHODS["torch_fused"].make, method.GC)
+    absent = method.Method("absent", "absent", rivals.Rival("absent", "no_such_module", {}).make)
     monkeypatch.setitem(baselines.METHODS, "wrong", wrong)
     monkeypatch.setitem(baselines.METHODS, "absent", absent)
     return lambda dtypes="fp32": case.run(case.Case("little", METHODS, dtypes), CPU, QUICK)
@@ -171,7 +169,7 @@ def test_the_path_of_a_gpu(measured, fake_gpu, monkeypatch):
 def test_curves_that_part_are_refused():
     losses = [2.0] * 20
     runs = {name: [digits.Run(losses, [50.0] * 20)] for name in ("torch", "plain", "gc")}
-    assert digits.summary(runs)["max_diff_first_epoch"] == 0
+    assert digits.summary(runs).max_diff_first_epoch == 0
     for wrong in (2.0002, float("nan")):
         runs["plain"] = [digits.Run([wrong, *losses[1:]], [50.0] * 20)]
         with pytest.raises(digits.CurvesDifferError, match="first epoch"):
@@ -214,7 +212,7 @@ def test_suite_keeps_what_it_has_when_a_case_breaks(measured, monkeypatch, tmp_p
     (file,) = (tmp_path / "broken").iterdir()
     written = results.load(file)
     assert [one.list for one in written.cases] == ["little"]
-    assert "KeyError" in written.failures[0]["error"]
+    assert "KeyError" in written.failures[0].error
     assert suite._suite((good,), CPU, tmp_path / "late", -1) == 1
     assert "left out for want of time" in capsys.readouterr().out
 

@@ -179,7 +179,7 @@ def test_no_number_without_a_right_result(bench, fake):
 
 
 def test_our_own_wrong_result_is_a_failure(bench, monkeypatch, capsys):
-    wrong = method.Method("own_plain", "fusedcalib", True, baselines.METHODS["own_plain"].make)
+    wrong = method.Method("own_plain", "fusedcalib", baselines.METHODS["own_plain"].make, method.GC)
     monkeypatch.setitem(baselines.METHODS, "own_plain", wrong)
     code, results = bench()
     assert code == 1

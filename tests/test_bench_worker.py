@@ -29,10 +29,10 @@ def test_what_is_lost_is_replaced_and_says_where_it_was(capfd):
 def test_a_case_that_crashes_costs_that_case_only(monkeypatch, tmp_path, capfd):
     for measured in ("ceilings", "host"):
         monkeypatch.setattr(suite.Run, measured, lambda self: None)
-    broken = Case(LITTLE, (method.Method("own_gc", "by hand", True, crash),))
+    broken = Case(LITTLE, (method.Method("own_gc", "by hand", crash, method.GC),))
     assert suite._suite((broken, Case(LITTLE, ("apex",))), CPU, tmp_path, 600, Worker(60.0)) == 1
     (file,) = tmp_path.iterdir()
     written = results.load(file)
-    assert "its process crashed, exit status -6" in written.failures[0]["error"]
+    assert "its process crashed, exit status -6" in written.failures[0].error
     assert [case.list for case in written.cases] == ["little"]
     assert "in crash" in capfd.readouterr().err

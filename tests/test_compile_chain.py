@@ -4,12 +4,22 @@ from typing import Any
 
 import pytest
 from kernel_cases import INTERPRETED
-from kernel_compiled import TARGETS, compiled, compiled_control, compiled_for, sass, spec_of, spilled, traffic
+from kernel_compiled import (
+    TARGETS,
+    compiled,
+    compiled_control,
+    compiled_for,
+    sass,
+    spec_of,
+    spilled,
+    spilled_in_loops,
+    traffic,
+)
 from kernel_kinds import CLASSES, KINDS, config, slow_unless
 
 import fusedcalib
 from fusedcalib import GradientNoise
-from fusedcalib.bench.predict.compiled import compiled_norm, spilled_in_loops, usage
+from fusedcalib.bench.predict.compiled import compiled_norm, usage
 from fusedcalib.kernels.stages import Flags
 
 pytest.importorskip("triton")

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kernel_compiled import spilled
 
 import fusedcalib
-from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, instructions, spilled
+from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, instructions
 from fusedcalib.engine.state import make_state, scales_of, states_of
 from fusedcalib.engine.versions import VersionCounters
 from fusedcalib.executors.triton import run as gpu

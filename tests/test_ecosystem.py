@@ -241,8 +241,8 @@ def test_every_rule_has_an_oracle():
 
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
-    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm", "nn", "reference"}
-    others |= {"GradientNoise", "LangevinNoise", "WeightNoise"}
+    others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm"}
+    others |= {"GradientNoise", "LangevinNoise", "WeightNoise", "checkpoints", "nn", "reference"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))
     assert {name: PUBLIC[name] for name in CLASSES} == CLASSES

@@ -1,5 +1,6 @@
 """The example trains alike in one process and in several, and goes on from one to the other."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -150,3 +151,27 @@ def test_the_comparison_is_drawn_from_its_numbers(tmp_path):
     assert results["curves"].keys() == {**compare.WAYS, **compare.EXACT}.keys()
     compare.draw(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """examples/transformer/memory.py, with two steps and one batch held out."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    module = importlib.import_module("memory")
+    monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(module, "HELD_OUT", 1)
+    return module
+
+
+@pytest.mark.parametrize("key", ["fp32", "seven", "sgd eight"])
+def test_trainings_in_fewer_bytes_have_losses(memory, key):
+    way = memory.WAYS[key]
+    eager = way._replace(options={**way.options, "backend": "eager"})
+    assert 4 < memory.train(eager, 0, memory.data.read(ROOT / "fusedcalib")) < 12
+
+
+def test_the_page_has_the_table_of_the_results(memory):
+    results = json.loads((memory.RESULTS / "memory.json").read_text())
+    assert memory.with_table(memory.PAGE.read_text(), results) == memory.PAGE.read_text()
+    assert {len(losses) for losses in results["held_out"].values()} == {len(results["held_out"]["fp32"])}
+    assert results["held_out"].keys() == memory.WAYS.keys()

@@ -222,3 +222,13 @@ def test_the_groups_go_through_distributed_checkpoints(cls):
 def test_what_cannot_be_grouped_is_told(model, no_decay, error, said):
     with pytest.raises(error, match=said):
         param_groups(model, 0.1, no_decay)
+
+
+def test_embeddings_may_have_options_of_their_own():
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 64), torch.nn.Linear(64, 64))
+    groups = fusedcalib.param_groups(model, embeddings={"state_dtype": "float32"})
+    optimizer = fusedcalib.AdamW(groups, state_dtype="8bit", min_8bit_size=0, backend="eager")
+    model(torch.arange(8)).sum().backward()
+    optimizer.step()
+    assert "exp_avg" in optimizer.state[model[0].weight]
+    assert "exp_avg_codes" in optimizer.state[model[1].weight]

@@ -129,9 +129,9 @@ def test_rows_that_are_cut_are_summed_in_one_all_reduce():
     found = shardings.shards(TINY, Sharding(1, 3, 2))
     step = plan_steps.step_of("own_gc", ADAMW, "fp32", found, Sharding(1, 3, 2))
     # o and down have 96 rows, 32 of them on a GPU, in 2 layers.
-    assert step.collectives == (("tp", 8 * 2 * 2 * 32),)
+    assert step.collectives == (plan_steps.Collective("tp", 8 * 2 * 2 * 32),)
     theirs = plan_steps.step_of("eager_gc_fused", ADAMW, "fp32", found, Sharding(1, 3, 2))
-    assert theirs.collectives == (("tp", 4 * 32),) * 4
+    assert theirs.collectives == (plan_steps.Collective("tp", 4 * 32),) * 4
 
 
 # -- bytes

@@ -104,7 +104,7 @@ def real_step(name, model, layout, subject=ADAMW):
     params = list(real_parameters(model, layout))
     groups = [{"params": [p for k, p in params if k == kind], **own} for kind, own in kinds.items()]
     method = METHODS[name]
-    options = {"backend": "triton", **subject.options, **options_of(method.extras, method.gc)}
+    options = {"backend": "triton", **subject.options, **options_of(method.extras)}
     optimizer = getattr(fusedcalib, subject.cls)([g for g in groups if g["params"]], **options)
     launches = prepared(optimizer).step()
     tensors = [

@@ -92,16 +92,16 @@ def test_every_kernel_moves_what_is_counted():
 def test_registers_and_widths_are_read():
     (variant,) = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))
     row = profile_static.measured(variant, H100)
-    assert row["elements"] == 124_439_808
-    assert (row["bytes"], row["widest"], row["narrowest"], row["spilled"]) == (28, 16, 16, 0)
-    assert 32 < row["registers"] <= 128
-    assert row["moved"] == 28 * row["elements"]
-    assert row["seconds"]["memory"] == pytest.approx(row["moved"] / 3.35e12)
-    issued = row["instructions"] * row["lanes"] / (132 * 128 * 1.98e9)
-    assert row["seconds"]["issue"] == pytest.approx(issued, rel=1e-3)
-    assert (row["bound"], row["seconds"]["bound"]) == ("memory", row["seconds"]["memory"])
+    assert row.elements == 124_439_808
+    assert (row.bytes, row.widest, row.narrowest, row.spilled) == (28, 16, 16, 0)
+    assert 32 < row.registers <= 128
+    assert row.moved == 28 * row.elements
+    assert row.seconds.memory == pytest.approx(row.moved / 3.35e12)
+    issued = row.instructions * row.lanes / (132 * 128 * 1.98e9)
+    assert row.seconds.issue == pytest.approx(issued, rel=1e-3)
+    assert (row.bound, row.seconds.bound) == ("memory", row.seconds.memory)
     # 104 registers at most leave 16 warps, each of which asks for 16 B of 4 tensors 4 times a thread.
-    assert row["in_flight"] == row["occupancy"]["warps"] * 32 * 256
+    assert row.in_flight == row.occupancy.warps * 32 * 256
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_occupancy_on_amd_is_the_compilers(options):
 
 
 def test_a_kernel_is_bound_by_what_takes_longer():
-    assert static_costs.bound(H100, 3.35e9, 0) == (pytest.approx(1e-3), 0)
-    assert static_costs.bound(H100, 0, 132 * 128 * 1.98e9).seconds == pytest.approx(1)
+    assert static_costs.bound(H100, 3.35e9, 0) == static_costs.Bound(1e-3, 0, 1e-3)
+    assert static_costs.bound(H100, 0, 132 * 128 * 1.98e9).bound == pytest.approx(1)
     assert static_costs.bound(H100, 3.35e9, 132 * 128 * 1.98e7).by == "issue"
     assert static_costs.bound(H100, 3.35e10, 132 * 128 * 1.98e6).by == "memory"
 

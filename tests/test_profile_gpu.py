@@ -9,9 +9,9 @@ from kernel_cases import INTERPRETED
 from profile_subjects import SMALL, launched
 
 from fusedcalib import __main__ as command
-from fusedcalib.bench.measure import timing
+from fusedcalib.bench.measure import probe, timing
+from fusedcalib.bench.measure.probe import Event
 from fusedcalib.bench.predict import profile_gpu, profile_steps
-from fusedcalib.bench.predict.profile_gpu import Event
 from fusedcalib.bench.predict.profile_steps import ProfileCase, Variant
 
 pytest.importorskip("triton")
@@ -33,7 +33,7 @@ def test_events_on_the_device_in_the_order_of_their_start():
         fabricated("ProfilerStep#1", 5.0, 30.0),
         fabricated("norm_kernel", 10.0, 3.0),
     ]
-    assert profile_gpu.on_device(events) == [Event("norm_kernel", 10.0, 3.0), Event("step_kernel", 20.0, 5.0)]
+    assert probe.on_device(events) == [Event("norm_kernel", 10.0, 3.0), Event("step_kernel", 20.0, 5.0)]
 
 
 EXPECTED = [Variant(kernel, None, profile_steps.NOTHING) for kernel in ("norm", "step", "step")]
@@ -64,9 +64,9 @@ def test_names_are_those_of_the_kernels():
 def profiled(launched, monkeypatch):
     """A GPU whose kernels take 10 microseconds each: what the engine launches, told as events."""
 
-    def captured(step, device):
+    def captured(step, device, steps):
         launched.clear()
-        for _ in range(profile_gpu.STEPS):
+        for _ in range(steps):
             step()
         return [Event(profile_gpu.NAMES[name], float(i), 10.0) for i, (name, _) in enumerate(launched)]
 
@@ -82,22 +82,22 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("options", [(), ("max_grad_norm", "centralize"), ("capturable",)])
 def test_bytes_and_times_meet(options, profiled):
     results = profile_gpu.profile([ProfileCase("AdamW", options)], SMALL, CPU)
-    (found,) = results["cases"]
-    kernels = found["kernels"]
-    assert [k["kernel"] for k in kernels] == [
+    (found,) = results.cases
+    kernels = found.kernels
+    assert [k.kernel for k in kernels] == [
         v.kernel for v in profile_steps.variants(ProfileCase("AdamW", options), SMALL)
     ]
-    assert found["device_us"] == 10 * len(kernels)
-    assert found["host_us"] == pytest.approx(25)
+    assert found.device_us == 10 * len(kernels)
+    assert found.host_us == pytest.approx(25)
     for kernel in kernels:
-        if kernel["kernel"] == "control":
-            assert kernel["gbs"] is None
+        if kernel.kernel == "control":
+            assert kernel.gbs is None
             continue
-        assert kernel["moved"] == kernel["bytes"] * kernel["elements"]
-        assert kernel["gbs"] == pytest.approx(kernel["moved"] / 10e-6 / 1e9)
-        assert kernel["pct_copy"] == pytest.approx(100 * kernel["gbs"] / 4000)
+        assert kernel.moved == kernel.bytes * kernel.elements
+        assert kernel.gbs == pytest.approx(kernel.moved / 10e-6 / 1e9)
+        assert kernel.pct_copy == pytest.approx(100 * kernel.gbs / 4000)
     width = 28 + 4 * ("max_grad_norm" in options)
-    assert found["moved"] == SMALL.count * width + 4 * 80_000 * ("centralize" in options)
+    assert found.moved == SMALL.count * width + 4 * 80_000 * ("centralize" in options)
 
 
 def test_a_gpu_is_measured_where_none_is_named(profiled, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The static profile that is kept: what became heavier is told."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from kernel_cases import INTERPRETED
@@ -9,6 +10,7 @@ import fusedcalib
 from fusedcalib.bench.models import architectures
 from fusedcalib.bench.predict import profile_kept, profile_static, profile_steps
 from fusedcalib.bench.predict.gpus import GPUS
+from fusedcalib.bench.predict.profile_kept import Kept, KeptKernel
 from fusedcalib.bench.predict.profile_steps import ProfileCase
 
 triton = pytest.importorskip("triton")
@@ -30,15 +32,14 @@ def planted(**changes):
     """AdamW's step, and the same with a part of what is compiled exchanged, under one name."""
     variant = profile_steps.variants(ProfileCase(), architectures.get("gpt2"))[0]
     other = variant._replace(spec=variant.spec._replace(**changes))
-    rows = [profile_kept.kept_row(profile_static.measured(v, H100)) for v in (variant, other)]
-    return [{"kernels": {"step": row}} for row in rows]
+    return [{"step": KeptKernel.of(profile_static.measured(v, H100))} for v in (variant, other)]
 
 
 def test_no_kernel_became_heavier():
     before = profile_kept.read()
     if reason := profile_kept.incomparable(before, triton.__version__):
         pytest.skip(reason)
-    found = profile_kept.heavier(before, profile_kept.profile(SUBSET, workers=1))
+    found = profile_kept.heavier(before.kernels, profile_kept.profile(SUBSET, workers=1).kernels)
     assert not found, "\n".join([*found, profile_kept.MEND])
 
 
@@ -58,7 +59,7 @@ def test_a_tile_that_spills_is_heavier():
     assert profile_kept.heavier(before, before) == []
 
 
-ROW = {"registers": 100, "spilled": 0, "widest": 16, "narrowest": 16, "bytes": 28, "instructions": 60.0}
+ROW = KeptKernel(registers=100, spilled=0, shared=0, widest=16, narrowest=16, bytes=28, instructions=60.0)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +77,12 @@ ROW = {"registers": 100, "spilled": 0, "widest": 16, "narrowest": 16, "bytes": 2
     ],
 )
 def test_heavier_says_in_what(change, said):
-    found = profile_kept.heavier({"kernels": {"k": ROW}}, {"kernels": {"k": {**ROW, **change}}})
+    found = profile_kept.heavier({"k": ROW}, {"k": replace(ROW, **change)})
     assert found == ([f"k: {said}"] if said else [])
 
 
 def test_a_kernel_that_was_not_there_is_named():
-    assert profile_kept.heavier({"kernels": {}}, {"kernels": {"k": ROW}}) == [
-        "k: is new, or was called otherwise"
-    ]
+    assert profile_kept.heavier({}, {"k": ROW}) == ["k: is new, or was called otherwise"]
 
 
 def test_every_kernel_is_kept():
@@ -94,18 +93,19 @@ def test_every_kernel_is_kept():
         for case in profile_kept.CASES
         for variant in profile_steps.variants(case, model)
     }
-    assert names == set(profile_kept.read()["kernels"]), "python -m fusedcalib profile --accept"
+    assert names == set(profile_kept.read().kernels), "python -m fusedcalib profile --accept"
     assert {case.optimizer.split()[0] for case in profile_kept.CASES} == set(fusedcalib.optimizers())
 
 
 def test_another_triton_is_not_compared():
-    assert profile_kept.incomparable({"triton": "3.6.0"}, "3.6.0") is None
-    assert "is of Triton 3.6.0, here is 3.7.1" in profile_kept.incomparable({"triton": "3.6.0"}, "3.7.1")
+    before = Kept(1, "sm_90", "3.6.0", {})
+    assert profile_kept.incomparable(before, "3.6.0") is None
+    assert "is of Triton 3.6.0, here is 3.7.1" in profile_kept.incomparable(before, "3.7.1")
 
 
 def test_the_file_is_written_as_it_is_read(tmp_path):
     path = tmp_path / "new" / "kept.json"
-    results = {"schema": 1, "target": "sm_90", "triton": "1", "kernels": {"a": ROW, "b": ROW}}
+    results = Kept(1, "sm_90", "1", {"a": ROW, "b": ROW})
     profile_kept.write(results, path)
     assert profile_kept.read(path) == results
     assert len(path.read_text().splitlines()) == 4

@@ -77,7 +77,7 @@ GROUPS = {
     ),
     "unknown name, Lion": ("Lion", {"state_dtype": {"exp_avg_sq": "8bit"}}, "Lion has no state 'exp_avg_sq'"),
     "unknown form": ("AdamW", {"state_dtype": {"exp_avg": "4bit"}}, "Invalid state_dtype"),
-    "master": ("AdamW", {"master_weights": 16}, "Invalid master_weights: 16"),
+    "master": ("AdamW", {"master_weights": 16}, "Invalid master_weights value: 16"),
     "least": ("AdamW", {"min_8bit_size": -1}, "Invalid min_8bit_size"),
 }
 

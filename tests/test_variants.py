@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fusedcalib.bench.measure.timing import Rounds, Sample, Spread
 from fusedcalib.bench.measure.worker import LostError, Worker, WorkError
 from fusedcalib.bench.repository import variants, variants_run
 from fusedcalib.bench.repository.variants import VARIANTS
-from fusedcalib.bench.repository.variants_run import Side, launch_with
+from fusedcalib.bench.repository.variants_run import Side, VariantRow, launch_with
 from fusedcalib.executors.triton import decide as gpu_control
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
@@ -154,11 +155,10 @@ def test_a_variant_is_judged_and_timed(backend, name, device):
     variant = BY_NAME[name]
     variant = variant._replace(shapes=((1, variant.shapes[0][1]), (3, 63)))
     row = variants_run.measured(variant, torch.device(device), 0.1, timed)
-    assert row["reason"] is None
-    assert row["ratio"]["n"] == 1
-    assert row["flush"] == "write"
-    assert all(row["ms"].values())
-    json.dumps(row)
+    assert row.reason is None
+    assert row.ratio.n == 1
+    assert row.flush == "write"
+    assert all(row.ms.values())
 
 
 PLAIN = variants_run.Variant("flat", {}, ((4, 5),), exact=True)
@@ -184,7 +184,7 @@ def eager(monkeypatch):
     [((0.9,) * 9, True), ((0.8, 0.9, 1.0), False), ((0.99,) * 9, True), ((1.1,) * 9, False)],
 )
 def test_what_is_better_by_more_than_its_spread_is_kept(eager, ratios, kept):
-    assert eager(PLAIN, *ratios)["kept"] == kept
+    assert eager(PLAIN, *ratios).kept == kept
 
 
 @pytest.mark.parametrize("side", ["present", "variant"])
@@ -199,8 +199,8 @@ def test_wrong_results_are_not_timed(eager, side, monkeypatch):
 
     monkeypatch.setattr(Side, "step", wrong)
     row = eager(PLAIN, 0.5)
-    assert row["kept"] is False
-    assert row["reason"].startswith(f"wrong result of the {side} kernels: ")
+    assert row.kept is False
+    assert row.reason.startswith(f"wrong result of the {side} kernels: ")
 
 
 def test_other_bits_are_not_timed_where_sums_are_made_alike(eager, monkeypatch):
@@ -211,8 +211,8 @@ def test_other_bits_are_not_timed_where_sums_are_made_alike(eager, monkeypatch):
                 self.params[0][0, 0] = torch.nextafter(self.params[0][0, 0], torch.tensor(9.0))
 
     monkeypatch.setattr(Side, "step", nudged)
-    assert eager(PLAIN, 0.5)["reason"] == "1 tensors differ from those of the present kernels"
-    assert eager(PLAIN._replace(exact=False), 0.5)["kept"]
+    assert eager(PLAIN, 0.5).reason == "1 tensors differ from those of the present kernels"
+    assert eager(PLAIN._replace(exact=False), 0.5).kept
 
 
 def test_few_bytes_are_flushed():
@@ -230,9 +230,11 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+HEAD = machine.Head(1, "", None, None, None, {}, {})
+
+
 def row(name, median=0.9):
-    ratio = {"median": median, "p10": median - 0.01, "p90": median + 0.01, "n": 9}
-    return {"name": name, "kept": median < 0.98, "reason": None, "ratio": ratio}
+    return VariantRow(name, median < 0.98, None, Spread(median, median - 0.01, median + 0.01, 9))
 
 
 def test_what_breaks_costs_its_row_only(tmp_path):
@@ -248,32 +250,32 @@ def test_what_breaks_costs_its_row_only(tmp_path):
             raise breaks[name]
         return row(name)
 
-    rows = variants.collected(list("abcdef"), 100.0, path, {"schema": 1}, call)
-    assert [r["name"] for r in rows] == list("abcdef")
+    rows = variants.collected(list("abcdef"), 100.0, path, HEAD, call)
+    assert [r.name for r in rows] == list("abcdef")
     reasons = ["its process crashed, exit status -6", "E: out of registers"]
-    assert [r["reason"] for r in rows if r["reason"]] == reasons
-    assert json.loads(path.read_text()) == {"schema": 1, "rows": rows}
+    assert [r.reason for r in rows if r.reason] == reasons
+    assert json.loads(path.read_text()) == {**vars(HEAD), "rows": [asdict(r) for r in rows]}
 
 
 def test_rows_without_time_say_so(monkeypatch, tmp_path):
     clock = iter([0.0, *[50.0] * 4, *[101.0] * 99])
     monkeypatch.setattr(variants.time, "monotonic", lambda: next(clock))
     rows = variants.collected(
-        list("abcdef"), 100.0, tmp_path / "v.json", {}, lambda work, name, each: row(name)
+        list("abcdef"), 100.0, tmp_path / "v.json", HEAD, lambda work, name, each: row(name)
     )
-    assert [r["reason"] for r in rows] == [None] * 4 + ["no time was left"] * 2
+    assert [r.reason for r in rows] == [None] * 4 + ["no time was left"] * 2
 
 
 def test_a_process_of_its_own_measures(tmp_path):
     """Where there is no GPU that is said of the row, and of the next one too."""
     worker = Worker(60.0)
-    rows = variants.collected(list(BY_NAME)[:2], 100.0, tmp_path / "v.json", {}, worker.call)
+    rows = variants.collected(list(BY_NAME)[:2], 100.0, tmp_path / "v.json", HEAD, worker.call)
     worker.close()
-    assert all(re.match(r"(RuntimeError|AssertionError): ", r["reason"]) for r in rows)
+    assert all(re.match(r"(RuntimeError|AssertionError): ", r.reason) for r in rows)
 
 
 def test_what_to_keep_is_said(capsys):
-    variants.show([row("a"), row("b", 1.2), {"name": "c", "kept": False, "reason": "crashed"}])
+    variants.show([row("a"), row("b", 1.2), VariantRow("c", reason="crashed")])
     said = capsys.readouterr().out
     assert "to be kept: a\n" in said
     assert "crashed" in said
@@ -284,7 +286,7 @@ def test_what_to_keep_is_said(capsys):
 def test_rows_are_chosen_by_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(machine, "describe", lambda device: machine.Head(1, "", None, None, None, {}, {}))
+    monkeypatch.setattr(machine, "describe", lambda device: HEAD)
     monkeypatch.setattr(Worker, "call", lambda self, work, name, each: row(name))
     assert cli.main(["variants", "--out", str(tmp_path), "--only", "^Adan"]) == 0
     names = [r["name"] for r in json.loads((tmp_path / "variants.json").read_text())["rows"]]

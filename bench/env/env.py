@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..bootstrap import installed
 from . import problems, system
 
 Facts = dict[str, Any]
@@ -28,17 +29,13 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 def versions() -> Facts:
     """Versions of Python, of fusedcalib and of what it may use; None for what is not installed."""
-    return {
-        "python": platform.python_version(),
-        "fusedcalib": _fusedcalib(),
-        **{name: problems.installed(name) for name in PACKAGES},
-    }
-
-
-def _fusedcalib() -> str:
     import fusedcalib
 
-    return fusedcalib.__version__
+    return {
+        "python": platform.python_version(),
+        "fusedcalib": fusedcalib.__version__,
+        **{name: installed(name) for name in PACKAGES},
+    }
 
 
 def host() -> Facts:
@@ -59,18 +56,17 @@ def gpus() -> Facts:
         import torch
     except Exception as error:  # what the driver says is of use without it
         return {**facts, "torch": f"{type(error).__name__}: {error}"}
-    facts |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "torch_sees": []}
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            known = torch.cuda.get_device_properties(index)
-            facts["torch_sees"].append(
-                {
-                    "name": known.name,
-                    "capability": f"{known.major}.{known.minor}",
-                    "gigabytes": round(known.total_memory / 1e9, 1),
-                }
-            )
-    return facts
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = [torch.cuda.get_device_properties(index) for index in range(count)]
+    seen = [
+        {
+            "name": one.name,
+            "capability": f"{one.major}.{one.minor}",
+            "gigabytes": round(one.total_memory / 1e9, 1),
+        }
+        for one in known
+    ]
+    return {**facts, "cuda": torch.version.cuda, "hip": torch.version.hip, "torch_sees": seen}
 
 
 def compiler() -> Facts:
@@ -111,7 +107,7 @@ def _chosen(choose: Any, device: str, dtype: Any) -> str:
     wanted = "triton" if device == "cuda" else "numba"
     if name == wanted:
         return f"{name}: it is installed, and takes them"
-    if problems.installed(wanted) is None:
+    if installed(wanted) is None:
         return f"{name}: {wanted} is not installed"
     reason = "older than compute capability 8.0" if device == "cuda" else f"no {dtype} on this CPU"
     return f"{name}: {reason}"
@@ -119,18 +115,14 @@ def _chosen(choose: Any, device: str, dtype: Any) -> str:
 
 def caches() -> Facts:
     """Where compiled kernels are kept."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or _triton_cache())
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return {
         "triton": str(folder),
         "triton_writable": os.access(existing, os.W_OK),
         "numba": None,  # compiled anew in every process
     }
-
-
-def _triton_cache() -> Path:
-    home = os.environ.get("TRITON_HOME")
-    return Path(home or Path.home(), ".triton", "cache")
 
 
 def variables() -> Facts:
@@ -154,7 +146,7 @@ def collect() -> Facts:
     """Everything, whatever is missing: a probe that fails leaves its reason."""
     found: Facts = {name: _guarded(probe) for name, probe in PROBES.items()}
     if "error" in found["versions"]:  # fusedcalib itself cannot be imported: the others are still told
-        found["versions"] |= {name: _guarded(problems.installed, name) for name in PACKAGES}
+        found["versions"] |= {name: _guarded(installed, name) for name in PACKAGES}
     said = [_guarded(problem, found) for problem in problems.PROBLEMS]
     found["problems"] = [problem for problem in said if problem and "error" not in problem]
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..bootstrap import ROOT
+from ..bootstrap import ROOT, installed
 from . import system
 
 RESULTS = ROOT / "bench" / "results"
@@ -85,8 +85,8 @@ def describe(device: torch.device) -> Head:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": system.version("triton"),
-        "numba": system.version("numba"),
+        "triton": installed("triton"),
+        "numba": installed("numba"),
         "cuda": torch.version.cuda,
     }
     cpu = {"name": system.cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -7,24 +7,10 @@ import re
 import sys
 from typing import Any
 
-from .. import bootstrap
-from . import system
+from ..bootstrap import CORE, numbers
 
 Facts = dict[str, Any]
 Problem = dict[str, str]
-Version = tuple[int, ...]
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, by any of its names."""
-    names = (name, *bootstrap.ALSO.get(name, ()))
-    return next((found for one in names if (found := system.version(one)) is not None), None)
-
-
-def numbers(version: str | None) -> Version:
-    """(2, 11, 0) for 2.11.0+cu130; () for nothing."""
-    found = re.match(r"\d+(\.\d+)*", version or "")
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def required(package: str, of: str) -> str:
@@ -38,7 +24,7 @@ def required(package: str, of: str) -> str:
     return next((match[1].strip() for match in found if match), "")
 
 
-def allowed(version: Version, required: str) -> bool:
+def allowed(version: tuple[int, ...], required: str) -> bool:
     """Whether a version lies in "<2.6,>=1.22" or is "==3.6.0"."""
     for sign, bound in re.findall(r"(==|<=|>=|<|>)\s*([\d.]+)", required):
         limit = numbers(bound)
@@ -61,7 +47,7 @@ def on_gpu(found: Facts) -> bool:
 def too_old(found: Facts) -> Problem | None:
     """What is always needed is missing or too old."""
     said, wanted = [], []
-    for name, least in bootstrap.CORE.items():
+    for name, least in CORE.items():
         have = found["versions"].get(name)
         least_text = ".".join(map(str, least))
         if name == "triton" and not (have or on_gpu(found)):

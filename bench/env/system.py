@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 import shutil
@@ -34,11 +33,3 @@ def cpu_name() -> str:
     text = info.read_text() if info.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def version(package: str) -> str | None:
-    """The version that is installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

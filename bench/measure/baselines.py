@@ -20,6 +20,7 @@ from .method import (
     ADAMW,
     EXTRAS,
     GAMMA,
+    GC,
     NONE,
     Built,
     Extras,
@@ -63,11 +64,11 @@ def centralize_(params: list[Tensor]) -> None:
             grad.sub_(grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True))
 
 
-def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
+def composed(extras: Extras, inner: Maker | None = None) -> Maker:
     """What users put around a step (torch's fused): clip, noise, centring, and the average after it."""
 
     def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
-        decay = subject.coupled_decay() if gc else 0.0
+        decay = subject.coupled_decay() if extras.gc else 0.0
         if decay:  # is part of what is centred, and so added before
             subject = replace(subject, options={**subject.options, "weight_decay": 0.0})
         around = (inner or of_torch(fused=True))(spec, params, subject)
@@ -90,7 +91,7 @@ def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
                     param.grad.add_(torch.randn_like(param.grad), alpha=sigma)
             if decay:
                 torch._foreach_add_([p.grad for p in params if p.grad is not None], params, alpha=decay)
-            if gc:
+            if extras.gc:
                 centralize_(params)
             around.step()
             if extras.ema is not None:
@@ -110,21 +111,21 @@ def composed(extras: Extras, gc: bool, inner: Maker | None = None) -> Maker:
     return make
 
 
-def options_of(extras: Extras, gc: bool) -> dict[str, Any]:
+def options_of(extras: Extras) -> dict[str, Any]:
     """The options of our optimizers that do the same."""
     import fusedcalib
 
     noise = None if extras.noise is None else fusedcalib.GradientNoise(extras.noise, GAMMA)
-    return {"max_grad_norm": extras.clip, "noise": noise, "ema_decay": extras.ema, "centralize": gc}
+    return {"max_grad_norm": extras.clip, "noise": noise, "ema_decay": extras.ema, "centralize": extras.gc}
 
 
-def own(extras: Extras = NONE, gc: bool = False, **flags: Any) -> Maker:
+def own(extras: Extras = NONE, **flags: Any) -> Maker:
     """Our step, with the same as options of it."""
 
     def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
         import fusedcalib
 
-        options = {**subject.options, **subject.own, **options_of(extras, gc), **flags}
+        options = {**subject.options, **subject.own, **options_of(extras), **flags}
         optimizer = getattr(fusedcalib, subject.cls)(groups_of(spec, params), **options)
 
         def set_noise(variance: float) -> None:
@@ -143,12 +144,12 @@ def own(extras: Extras = NONE, gc: bool = False, **flags: Any) -> Maker:
     return make
 
 
-def _pair(key: str, by_hand: str, ours: str, gc: bool = False) -> tuple[Method, Method]:
+def _pair(key: str, by_hand: str, ours: str) -> tuple[Method, Method]:
     """A step with these extras: composed of what there is, and as ours."""
     extras = EXTRAS[key]
     return (
-        Method(f"eager_{key}", f"{by_hand} + torch fused", gc, composed(extras, gc), extras, True),
-        Method(f"own_{key}", f"fusedcalib with {ours}", gc, own(extras, gc), extras),
+        Method(f"eager_{key}", f"{by_hand} + torch fused", composed(extras), extras, reference=True),
+        Method(f"own_{key}", f"fusedcalib with {ours}", own(extras), extras),
     )
 
 
@@ -171,34 +172,25 @@ def compiled_step(spec: ParamList, params: list[Tensor], subject: Subject = ADAM
     return Built(torch.compile(optimizer.step), optimizer)
 
 
-def rival(of: rivals.Rival) -> Maker:
-    def make(spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
-        cls, arguments, note = of.find(subject, params[0].is_cuda)
-        optimizer = cls(groups_of(spec, params), **arguments)
-        return Built(optimizer.step, optimizer, note=note)
-
-    return make
-
-
-_FUSED, _FOREACH = of_torch(fused=True), of_torch(foreach=True)
+_FOREACH = of_torch(foreach=True)
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("torch_fused", "torch fused", False, _FUSED, reference=True),
-        Method("torch_foreach", "torch foreach", False, _FOREACH, reference=True),
-        Method("torch_forloop", "torch for-loop", False, of_torch(foreach=False, fused=False)),
-        Method("torch_compiled", "torch.compile", False, compiled_step, narrow=True),
-        Method("eager_gc_fused", "eager GC + torch fused", True, composed(NONE, True), reference=True),
-        Method("eager_gc_foreach", "eager GC + torch foreach", True, composed(NONE, True, _FOREACH)),
-        Method("compiled_gc", "torch.compile GC", True, _compiled, reference=True),
-        Method("own_plain", "fusedcalib", False, own(), reference=True),
-        Method("own_gc", "fusedcalib with GC", True, own(gc=True)),
-        Method("own_gc_eager", "fusedcalib with GC, no numba", True, own(gc=True, backend="eager")),
+        Method("torch_fused", "torch fused", of_torch(fused=True), reference=True),
+        Method("torch_foreach", "torch foreach", _FOREACH, reference=True),
+        Method("torch_forloop", "torch for-loop", of_torch(foreach=False, fused=False)),
+        Method("torch_compiled", "torch.compile", compiled_step, narrow=True),
+        Method("eager_gc_fused", "eager GC + torch fused", composed(GC), GC, reference=True),
+        Method("eager_gc_foreach", "eager GC + torch foreach", composed(GC, _FOREACH), GC),
+        Method("compiled_gc", "torch.compile GC", _compiled, GC, reference=True),
+        Method("own_plain", "fusedcalib", own(), reference=True),
+        Method("own_gc", "fusedcalib with GC", own(GC), GC),
+        Method("own_gc_eager", "fusedcalib with GC, no numba", own(GC, backend="eager"), GC),
         *_pair("noise", "add_(randn_like)", "noise"),
         *_pair("clip", "clip_grad_norm_", "clip"),
         *_pair("ema", "foreach lerp", "EMA"),
-        *_pair("chain", "clip, noise, eager GC, EMA", "clip, noise, GC, EMA", gc=True),
-        *(Method(name, of.title, False, rival(of), narrow=of.narrow) for name, of in rivals.RIVALS.items()),
+        *_pair("chain", "clip, noise, eager GC, EMA", "clip, noise, GC, EMA"),
+        *(Method(name, of.title, of.make, narrow=of.narrow) for name, of in rivals.RIVALS.items()),
     )
 }
 

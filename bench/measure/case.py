@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -13,34 +13,27 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
-from ..models.traffic import DTYPES
+from ..models.traffic import CACHED, DTYPES
 from ..report.results import Measured, Row
 from . import clocks, gate, spare
 from .baselines import METHODS
-from .clocks import Effort, Tell
+from .clocks import ANCHORS, Effort, Tell
 from .method import ADAMW, SUBJECTS, Built, Method, NotAvailableError, Subject
 from .rivals import sentence
 
-# Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
-ANCHORS = ("torch_fused", "torch_foreach", "own_plain")
 SAMPLE = 2**21  # elements of a list that the gate judges: every row of a short list, some of a long one
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure. Lists, methods and subjects are given by their names, or as they are.
-
-    Attributes:
-        extras: what the case is about besides its rule: a name of method.EXTRAS, or one like it.
-        bases: to one of these, the first that was measured, tables give the ratios of the others.
-    """
+    """What to measure. Lists, methods and subjects are given by their names, or as they are."""
 
     list: str | ParamList
     methods: tuple[str | Method, ...]
     dtypes: str = "fp32"
     subject: str | Subject = "AdamW"
-    extras: str = ""
-    bases: tuple[str, ...] = ANCHORS
+    extras: str = ""  # what the case is about besides its rule: a name of method.EXTRAS, or one like it
+    bases: tuple[str, ...] = ANCHORS  # the first that was measured is what tables give the ratios to
 
     @property
     def title(self) -> str:
@@ -74,20 +67,19 @@ class Prepared:
         """Bytes that a step of one of these moves for each parameter, the most."""
         return max((m.extras.width(self.storage, self.states) for m in methods), default=0)
 
-    def build(self) -> dict[str, tuple[list[Tensor], Built]]:
+    def build(self) -> dict[str, Built]:
         """Each method that can be had, on its own copy of the list."""
-        built: dict[str, tuple[list[Tensor], Built]] = {}
+        built: dict[str, Built] = {}
         source: list[Tensor] | None = None
         for index, (name, method) in enumerate(self.rows.items()):
             self.tell(f"building {method.title}", index / len(self.rows))
             params = shapes.build(self.spec, self.device, self.dtype, source)
             try:
-                built[name] = (params, method.make(self.spec, params, self._subject_of(method)))
-            except NotAvailableError as error:
-                self.reasons[name] = str(error)
+                made = method.make(self.spec, params, self._subject_of(method))
             except Exception as error:  # of another library: it costs that method only
                 self.reasons[name] = sentence(error)
             else:
+                built[name] = replace(made, params=params)
                 source = params
         return built
 
@@ -97,20 +89,14 @@ class Prepared:
             raise NotAvailableError("takes no state of another type than the parameter's")
         return replace(self.subject, own=self.subject.own | options)
 
-    def judge(self, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, gate.Verdict]:
+    def judge(self, built: dict[str, Built]) -> dict[str, gate.Verdict]:
         """Hold all against the reference; what does not pass is taken out of `built`."""
-        gated = {name: _entry(self.rows[name], params, b) for name, (params, b) in built.items()}
+        gated = {name: _entry(self.rows[name], one) for name, one in built.items()}
         self.tell("three steps of each, held against float64", 0)
         every = max(1, self.spec.params // SAMPLE)
         verdicts = gate.check(self.spec, gated, self.subject, every) if built else {}
         for name, verdict in verdicts.items():
-            if not verdict.passed:
-                self.reasons[name] = verdict.reason or (
-                    f"wrong result: {verdict.of_bound:.3g} times the bound away from float64"
-                )
-                del built[name]
-        for name in [name for name in built if self.rows[name].extras.any]:
-            if fault := self._fault(self.rows[name], built[name][1]):
+            if fault := verdict.fault or self._fault(self.rows[name], built[name]):
                 self.reasons[name] = fault
                 del built[name]
         return verdicts
@@ -140,22 +126,24 @@ def run(case: Case, device: torch.device, effort: Effort, tell: Tell = lambda wh
     work = Prepared(case, device, tell)
     gpu = machine.on_gpu(device)
     width = work.width(*work.rows.values())
-    flush = gpu and work.spec.params * width < 400e6
+    flush = gpu and work.spec.params * width < CACHED
     built = work.build()
     verdicts = work.judge(built)
     methods = _refreshed(work.spec, built)
     # What has extras moves more than the stream beside it would.
     streams = case.dtypes == "fp32" and work.spec.params >= 2**20 and not case.extras
-    references = tuple(name for name, method in work.rows.items() if method.reference)
-    plan = clocks.TimingPlan(flush, 2 + work.states if streams else None, ANCHORS, references)
-    timed = clocks.measure(work.spec, methods, device, effort, plan, tell) if methods else clocks.Timed()
+    timed = clocks.measure(
+        *(work.spec, methods, device, effort, tell),
+        flush=flush,
+        reads=2 + work.states if streams else None,
+        references=tuple(name for name, method in work.rows.items() if method.reference),
+    )
     reasons = work.reasons | timed.reasons
-    names = [*work.rows, *(name for name in timed.rows if name not in work.rows)]
-    rows = {name: timed.rows.get(name) or empty_row(work.rows[name]) for name in names}
+    rows = {name: empty_row(method) for name, method in work.rows.items()} | timed.rows
     for name, row in rows.items():
         row.reason = reasons.get(name)
         if name in work.rows:
-            row.title, row.options = work.rows[name].title, work.rows[name].options
+            row.title, row.options = work.rows[name].title, asdict(work.rows[name].extras)
         if name in timed.rows and name in verdicts:
             row.max_err_vs_fp64, row.first_steps_s = verdicts[name].max_err, verdicts[name].seconds
             row.note, row.bytes_per_param = methods[name].note, work.width(work.rows[name])
@@ -187,20 +175,19 @@ def _let_go(gpu: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def _entry(method: Method, params: list[Tensor], built: Built) -> gate.Entry:
+def _entry(method: Method, built: Built) -> gate.Entry:
     """A method for the gate: without its noise, and clipped by the norm that it has."""
     if built.set_noise:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
-    torch_norm = built.spoils and extras.clip is not None
-    kind = gate.Kind(method.gc, extras, torch_norm, method.narrow)
-    return gate.Entry(kind, params, built.step, built.averages)
+    kind = gate.Kind(extras, built.spoils and extras.clip is not None, method.narrow)
+    return gate.Entry(kind, built.params, built.step, built.averages)
 
 
 @torch.no_grad()
-def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Built]]) -> dict[str, Built]:
+def _refreshed(spec: shapes.ParamList, built: dict[str, Built]) -> dict[str, Built]:
     """The methods; those that change their gradients are given them anew from a pool."""
-    spoiling = [params for params, b in built.values() if b.spoils]
+    spoiling = [one.params for one in built.values() if one.spoils]
     if spoiling:
         shapes.load_gradients(spec, spoiling, 0)
     pool = [param.grad.clone() for param in spoiling[0] if param.grad is not None] if spoiling else []
@@ -211,12 +198,14 @@ def _refreshed(spec: shapes.ParamList, built: dict[str, tuple[list[Tensor], Buil
             param.grad.copy_(value)
 
     return {
-        name: replace(b, fresh=partial(refresh, params)) if b.spoils else b
-        for name, (params, b) in built.items()
+        name: replace(one, fresh=partial(refresh, one.params)) if one.spoils else one
+        for name, one in built.items()
     }
 
 
 def empty_row(method: str | Method) -> Row:
     """A method's row before anything is known."""
     known = METHODS.get(method) if isinstance(method, str) else method
-    return Row(known.name, known.title, known.options) if known else Row(str(method), "memory stream", {})
+    return (
+        Row(known.name, known.title, asdict(known.extras)) if known else Row(str(method), "memory stream", {})
+    )

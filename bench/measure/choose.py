@@ -6,14 +6,15 @@ import ast
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..models import architectures, shapes
-from ..models.shapes import ParamList
+from ..models.shapes import ParamList, list_of
 from ..models.traffic import DTYPES
 from .baselines import METHODS, RIVALS, composed, own
-from .case import ANCHORS, Case
-from .method import EXTRAS, NONE, SUBJECTS, Extras, Method, Subject, reference_options
+from .case import Case
+from .clocks import ANCHORS
+from .method import EXTRAS, SUBJECTS, Extras, Method, Subject, reference_options
 
 AGAINST = {  # what a user calls the methods that ours is compared with
     "fused": "torch_fused",
@@ -36,39 +37,23 @@ DEFAULTS = {
 }
 FEATURES = {"clip": "max_grad_norm", "noise": "noise", "centralize": "centralize", "ema": "ema_decay"}
 WORDS = {"clip": "clip", "noise": "noise", "centralize": "GC", "ema": "EMA"}
-_DECAY = {"lr": 1e-3, "weight_decay": 1e-2}
 
 
-class Features(NamedTuple):
-    """What a step does around its rule."""
+def key_of(extras: Extras) -> str:
+    """A name as `clip+centralize`, with the value where it is not the usual."""
+    return "+".join(
+        name if value == DEFAULTS[FEATURES[name]] else f"{name}={value:g}"
+        for name, value in extras.values.items()
+    )
 
-    extras: Extras = NONE
-    gc: bool = False
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """The features by name, in the order of the step."""
-        kept = {"clip": self.extras.clip, "noise": self.extras.noise, "centralize": self.gc or None}
-        return {name: value for name, value in {**kept, "ema": self.extras.ema}.items() if value is not None}
-
-    @property
-    def key(self) -> str:
-        """A name as `clip+centralize`, with the value where it is not the usual."""
-        return "+".join(
-            name if value == DEFAULTS[FEATURES[name]] else f"{name}={value:g}"
-            for name, value in self.values.items()
-        )
-
-    def title(self, gc: str) -> str:
-        return ", ".join(gc if name == "centralize" else WORDS[name] for name in self.values)
+def title_of(extras: Extras, gc: str) -> str:
+    """What tables call them; `gc`: what they call centring."""
+    return ", ".join(gc if name == "centralize" else WORDS[name] for name in extras.values)
 
 
 def options_from(words: Iterable[str]) -> dict[str, Any]:
-    """`lr=1e-3 betas=0.9,0.95 backend=eager` as values: Python's literals, or else text.
-
-    Raises:
-        ValueError: a word is no such pair.
-    """
+    """`lr=1e-3 betas=0.9,0.95 backend=eager` as values: Python's literals, or else text."""
     found: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -83,12 +68,8 @@ def options_from(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def features_from(names: Iterable[str], options: dict[str, Any]) -> Features:
-    """The features that are named, or set as options, which are taken out of `options`.
-
-    Raises:
-        ValueError: there is none of that name, or its value is not one.
-    """
+def features_from(names: Iterable[str], options: dict[str, Any]) -> Extras:
+    """The features that are named, or set as options, which are taken out of `options`."""
     given = {}
     for name in names:
         if name not in FEATURES:
@@ -103,16 +84,12 @@ def features_from(names: Iterable[str], options: dict[str, Any]) -> Features:
             limits = "between 0 and 1" if name == "ema_decay" else "above 0"
             what = " (the variance at the first step)" if name == "noise" else ""
             raise ValueError(f"--set {name}={value}: expected a number {limits}{what}")
-    numbers = [given.get(name) for name in ("max_grad_norm", "noise", "ema_decay")]
-    return Features(Extras(*numbers), given.get("centralize") is True)
+    clip, noise, ema = (given.get(name) for name in ("max_grad_norm", "noise", "ema_decay"))
+    return Extras(clip, noise, ema, given.get("centralize") is True)
 
 
 def subjects_from(names: Sequence[str], options: dict[str, Any]) -> list[Subject]:
-    """The rules that are named; each is given those of the options that it has.
-
-    Raises:
-        ValueError: there is no such rule, none has an option, or a value is out of its range.
-    """
+    """The rules that are named; each is given those of the options that it has."""
     made = [_subject(name, options) for name in names]
     known = {name for subject in made for name in (*subject.options, *subject.own)}
     if unknown := [name for name in options if name not in known]:
@@ -128,13 +105,11 @@ def _subject(name: str, options: dict[str, Any]) -> Subject:
     from fusedcalib.registry import options_of
 
     classes = fusedcalib.optimizers()
-    lower = {cls.lower(): cls for cls in classes}
-    named = {subject.lower(): subject for subject in SUBJECTS}
-    if name.lower() not in lower and name.lower() not in named:
+    title = next((title for title in SUBJECTS if title.lower() == name.lower()), None)
+    if title is None:
         more = ", ".join(repr(title) for title in SUBJECTS if title not in classes)
         raise ValueError(f"--optimizer {name}: there are {', '.join(classes)}; with options {more}")
-    title = named.get(name.lower()) or lower[name.lower()]
-    start = SUBJECTS[title] if title in SUBJECTS else Subject(title, _DECAY)
+    start = SUBJECTS[title]
     of_rule = {k: v for k, v in options.items() if k in reference_options(start.cls)}
     own = {k: v for k, v in options.items() if k in options_of(classes[start.cls]) and k not in of_rule}
     said = ", ".join(f"{k}={v}" for k, v in (of_rule | own).items())
@@ -147,19 +122,15 @@ def _subject(name: str, options: dict[str, Any]) -> Subject:
 
 
 def lists_from(models: Sequence[str], files: Sequence[Path], configs: Sequence[Path]) -> list[ParamList]:
-    """Parameter lists by name, from files of shapes, and from config.json of models.
-
-    Raises:
-        ValueError: there is none of that name, or a file is not as it should be.
-    """
+    """Parameter lists by name, from files of shapes, and from config.json of models."""
     made = [architectures.from_shapes(path) for path in files]
     made += [architectures.from_config(path) for path in configs]
-    return [_list(name) for name in models] + [_of_model(model) for model in made]
+    return [_list(name) for name in models] + [list_of(model.name, model.params) for model in made]
 
 
 def _list(name: str) -> ParamList:
     if name in architectures.LLAMAS:
-        return _of_model(architectures.get(name))
+        return list_of(name, architectures.get(name).params)
     try:
         return shapes.get(MODELS.get(name, name))
     except KeyError:
@@ -167,35 +138,24 @@ def _list(name: str) -> ParamList:
         raise ValueError(f"--model {name}: there are {known}; others: --shapes or --hf-config") from None
 
 
-def _of_model(model: architectures.Model) -> ParamList:
-    return ParamList(model.name, tuple(param.shape for param in model.params))
-
-
-def methods_for(features: Features, against: Sequence[str]) -> tuple[Method, ...]:
-    """Ours and the others. With features all have those; torch's fused step and ours are also without.
-
-    Raises:
-        ValueError: there is no method of that name.
-    """
+def methods_for(extras: Extras, against: Sequence[str]) -> tuple[Method, ...]:
+    """Ours and the others. With features all have those; torch's fused step and ours are also without."""
     if unknown := [name for name in against if name not in AGAINST]:
         raise ValueError(f"--against {unknown[0]}: there are {', '.join(AGAINST)}")
     others = [METHODS[AGAINST[name]] for name in against]
-    if not features.values:
-        return (METHODS["own_plain"], *others)
-    key, (extras, gc) = features.key, features
     ours = METHODS["own_plain"]
-    with_all = Method(
-        f"own_{key}", f"{ours.title} with {features.title('GC')}", gc, own(extras, gc), extras, True
-    )
+    if not extras.values:
+        return (ours, *others)
+    key, title = key_of(extras), f"{ours.title} with {title_of(extras, 'GC')}"
+    with_all = Method(f"own_{key}", title, own(extras), extras, reference=True)
     around = [
         replace(
             method,
             name=f"eager_{key}_{method.name}",
-            title=f"{features.title('eager GC')} + {method.title}",
-            gc=gc,
-            make=composed(extras, gc, method.make),
+            title=f"{title_of(extras, 'eager GC')} + {method.title}",
+            make=composed(extras, method.make),
             extras=extras,
-            like=composed(extras, gc),
+            like=composed(extras),
         )
         for method in others
     ]
@@ -206,12 +166,11 @@ def cases_from(
     subjects: Sequence[Subject],
     lists: Sequence[ParamList],
     dtypes: Sequence[str],
-    features: Features,
+    extras: Extras,
     against: Sequence[str],
 ) -> list[Case]:
     """Every rule on every list in every dtype."""
-    methods = methods_for(features, against)
-    key = features.key
+    methods, key = methods_for(extras, against), key_of(extras)
     with_all = (*(f"eager_{key}_{name}" for name in ANCHORS[:2]), f"own_{key}") if key else ()
     bases = (*with_all, *ANCHORS)
     return [

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from ..env import machine
 from ..models.shapes import ParamList
-from ..report.results import Row, Spread
+from ..report.records import Spread
+from ..report.results import Row
 from . import probe
 from .ceilings import stream_of
 from .method import Built
@@ -18,6 +20,8 @@ from .rivals import sentence
 from .timing import Rounds, Sampler, Step, device_sampler, interleave, repeats_for, wall_sampler
 
 Tell = Callable[[str, float], None]  # what is being done, and which share of it is over
+# Beside one of these, the first that there is, every sample of a CPU stands; tables have their ratios to it.
+ANCHORS = ("torch_fused", "torch_foreach", "own_plain")
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,6 @@ class Effort:
     rounds: int = 30
     seconds: float = 8.0
     warmup: int = 10  # steps on a GPU, whose clocks must rise; on a CPU the gate has warmed all
-
-
-@dataclass(frozen=True)
-class TimingPlan:
-    """How the methods of a case are timed.
-
-    Attributes:
-        flush: whether caches are emptied before each step on a GPU.
-        reads: arrays of the memory stream beside them, if there is to be one.
-        anchors: on a CPU every sample stands beside one of these, the first that there is.
-        references: the ratios to these are written.
-    """
-
-    flush: bool
-    reads: int | None
-    anchors: tuple[str, ...]
-    references: tuple[str, ...]
 
 
 @dataclass
@@ -60,10 +47,18 @@ def measure(
     methods: dict[str, Built],
     device: torch.device,
     effort: Effort,
-    plan: TimingPlan,
     tell: Tell,
+    *,
+    flush: bool,
+    reads: int | None,
+    references: tuple[str, ...],
 ) -> Timed:
     """Time methods in turns. One that raises costs itself only.
+
+    Args:
+        flush: whether caches are emptied before each step on a GPU.
+        reads: arrays of the memory stream beside them, if there is to be one.
+        references: the ratios to these are written.
 
     Raises:
         RuntimeError: the method that the others stand beside raised.
@@ -71,9 +66,9 @@ def measure(
     gpu = machine.on_gpu(device)
     out = Timed()
     steps = {name: _guarded(name, built.step, out.reasons) for name, built in methods.items()}
-    if plan.reads:
+    if reads and methods:
         with suppress(ImportError):  # no ceiling then; `ceil.how` says why
-            steps[stream_name(plan.reads)] = stream_of(device, spec.params, plan.reads)
+            steps[f"stream_{reads}r{reads - 1}w"] = stream_of(device, spec.params, reads)
     probes = _probes(steps, device, effort.warmup if gpu else 1, tell)
     steps = {name: step for name, step in steps.items() if name not in out.reasons}
     if not steps:
@@ -81,35 +76,26 @@ def measure(
     fresh = {name: built.fresh for name, built in methods.items()}
     first = next(iter(steps))
     repeat = 1 if gpu else repeats_for(wall_sampler(steps[first], device, 3)())
-    anchor = None if gpu else next((name for name in plan.anchors if name in steps), first)
-    wall = interleave(
-        {
-            name: wall_sampler(step, device, repeat, name == anchor, fresh.get(name))
-            for name, step in steps.items()
-        },
-        rounds=effort.rounds,
-        seconds=effort.seconds,
-        anchor=anchor,
-        tell=lambda share: tell("wall time", share),
-    )
+    anchor = None if gpu else next((name for name in ANCHORS if name in steps), first)
+    in_turns = partial(interleave, rounds=effort.rounds, seconds=effort.seconds)
+    samplers = {
+        name: wall_sampler(step, device, repeat, name == anchor, fresh.get(name))
+        for name, step in steps.items()
+    }
+    wall = in_turns(samplers, anchor=anchor, tell=lambda share: tell("wall time", share))
     queued: dict[str, Sampler] = {}
     for name, step in steps.items() if gpu and not wall.interrupted else ():
-        fit = probe.queue(probes[name], plan.flush)
+        fit = probe.queue(probes[name], flush)
         if fit is not None:
-            queued[name] = device_sampler(step, device, flush=plan.flush, fresh=fresh.get(name), **fit)
-    on_device = interleave(
-        queued,
-        rounds=effort.rounds,
-        seconds=effort.seconds,
-        tell=lambda share: tell("device time", share),
-    )
+            queued[name] = device_sampler(step, device, flush=flush, fresh=fresh.get(name), **fit)
+    on_device = in_turns(queued, tell=lambda share: tell("device time", share))
     if anchor in out.reasons:
         raise RuntimeError(f"{anchor}, which the others are timed beside, broke: {out.reasons[anchor]}")
     out.interrupted = wall.interrupted or on_device.interrupted
     rounds = (wall.without(out.reasons), on_device.without(out.reasons))
     for name in steps:
         if name not in out.reasons:
-            out.rows[name] = _row(name, *rounds, probes[name], plan.references, gpu)
+            out.rows[name] = _row(name, *rounds, probes[name], references, gpu)
     return out
 
 
@@ -134,11 +120,6 @@ def _probes(steps: dict[str, Step], device: torch.device, warmup: int, tell: Tel
             step()
         found[name] = probe.measure(step, device)
     return found
-
-
-def stream_name(reads: int) -> str:
-    """A stream's name, as `stream_4r3w`: arrays read and written."""
-    return f"stream_{reads}r{reads - 1}w"
 
 
 def _row(

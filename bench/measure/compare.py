@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..report import tables
-from ..report.results import Measured, Results, Spread, load
+from ..report.records import Spread
+from ..report.results import Measured, Results, load
 
 SLOWER, FASTER, SAME, UNKNOWN = "slower", "faster", "no difference", "not known"
 LEAST = 0.02  # a smaller change is none, however sure
@@ -28,21 +29,16 @@ OF_MEDIAN = 1.2533  # the standard error of a median over that of a mean
 
 @dataclass(frozen=True)
 class Change:
-    """One method of one case in both files.
-
-    Attributes:
-        ratio: how many times as long as before, with the interval from `low` to `high`.
-        own: whether it is one of ours, which alone make the exit status.
-    """
+    """One method of one case in both files."""
 
     case: str
     method: str
     to: str
-    ratio: float
-    low: float
+    ratio: float  # how many times as long as before
+    low: float  # where it may be, by the spread of the rounds
     high: float
     verdict: str
-    own: bool
+    own: bool  # whether it is one of ours, which alone make the exit status
 
 
 def changes(before: Results, after: Results, least: float = LEAST) -> list[Change]:

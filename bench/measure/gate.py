@@ -61,19 +61,19 @@ class Verdict:
     def passed(self) -> bool:
         return self.reason is None and self.of_bound <= 1.0  # a NaN is not
 
+    @property
+    def fault(self) -> str | None:
+        """Why it does not pass, if it does not."""
+        wrong = f"wrong result: {self.of_bound:.3g} times the bound away from float64"
+        return None if self.passed else self.reason or wrong
+
 
 class Kind(NamedTuple):
-    """What the reference and its bound depend on.
+    """What the reference and its bound depend on."""
 
-    Attributes:
-        torch_norm: clips by the norm that torch finds.
-        narrow: makes the numbers of its step in fp32.
-    """
-
-    gc: bool
     extras: Extras = NONE
-    torch_norm: bool = False
-    narrow: bool = False
+    torch_norm: bool = False  # clips by the norm that torch finds
+    narrow: bool = False  # makes the numbers of its step in fp32
 
 
 class Entry(NamedTuple):
@@ -193,10 +193,10 @@ def _expected(start: Tensor, wide: list[Tensor], kind: Kind, subject: Subject) -
     """The float64 result of the steps and the bound of each of its elements; the same of an average."""
     unit = torch.finfo(start.dtype).eps / 2
     errors = [grad.abs().mul_(ROUNDINGS * unit) for grad in wide]
-    if kind.gc and start.ndim > 1:
+    if kind.extras.gc and start.ndim > 1:
         for error, grad in zip(errors, wide, strict=True):
             error += SHIFT * unit * float(grad.abs().amax())
-    path = _path(start, wide, kind.gc, subject)
+    path = _path(start, wide, kind.extras.gc, subject)
     bounds = [torch.zeros_like(path[0])]
     for step, (before, after) in enumerate(itertools.pairwise(path), start=1):
         change = (after - before).abs_()
@@ -205,7 +205,9 @@ def _expected(start: Tensor, wide: list[Tensor], kind: Kind, subject: Subject) -
     for sign in (1, -1):
         near = torch.zeros_like(path[0])
         nearby = [grad + sign * error for grad, error in zip(wide, errors, strict=True)]
-        for other, exact, bound in zip(_path(start, nearby, kind.gc, subject), path, bounds, strict=True):
+        for other, exact, bound in zip(
+            _path(start, nearby, kind.extras.gc, subject), path, bounds, strict=True
+        ):
             near += (other - exact).abs_().mul_(2)
             bound += near
     return [

@@ -13,8 +13,6 @@ import argparse
 import itertools
 import json
 import time
-from dataclasses import asdict
-from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -24,7 +22,8 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..report import tables
-from ..report.results import Spread
+from ..report.data import made, write
+from ..report.records import HostCase, HostRow, HostTimes
 from . import timing
 from .baselines import METHODS
 from .timing import Rounds, Sampler, Step, host_seconds, interleave, wall_sampler
@@ -39,7 +38,7 @@ COMPARED = ("torch_fused", "own_plain", "own_gc")
 VARIANTS = ("unchanged", "reallocated", "of a new set")
 
 
-def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> list[dict[str, Any]]:
+def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> list[HostCase]:
     """Host microseconds and ratios to torch fused for each variant."""
     shape = (1024,) if machine.on_gpu(device) else (1,)
     spec = shapes.ParamList(f"{TENSORS}x{shape[0]}", (shape,) * TENSORS)
@@ -57,22 +56,20 @@ def measure(device: torch.device, rounds: int = 30, seconds: float = 6.0) -> lis
             if name.startswith("own") and not machine.on_gpu(device):
                 samplers[f"{name} work"] = _without_loops(turn, built.step)
         timed = interleave(samplers, rounds=rounds, seconds=seconds)
-        rows = [_row(timed, name) for name in COMPARED]
-        out.append({"list": spec.name, "variant": variant, "methods": rows})
+        out.append(HostCase(spec.name, variant, [_row(timed, name) for name in COMPARED]))
     return out
 
 
-def _row(timed: Rounds, name: str) -> dict[str, Any]:
+def _row(timed: Rounds, name: str) -> HostRow:
     """Microseconds of a step and of its host work alone, and their ratios to torch's whole step."""
 
     def microseconds(name: str) -> float | None:
         spread = timed.time(name)
         return 1e6 * spread.median if spread else None
 
-    ratio, work = (timed.ratio(one, COMPARED[0]) for one in (name, f"{name} work"))
-    ratios = {COMPARED[0]: vars(ratio)} if ratio and name != COMPARED[0] else {}
-    row = {"name": name, "host_us": microseconds(name), "ratio_to": ratios}
-    return row | ({"work_us": microseconds(f"{name} work"), "work_to": vars(work)} if work else {})
+    work, ratio = f"{name} work", timed.ratio(name, COMPARED[0])
+    ratios = {COMPARED[0]: ratio} if ratio and name != COMPARED[0] else {}
+    return HostRow(name, microseconds(name), ratios, microseconds(work), timed.ratio(work, COMPARED[0]))
 
 
 def turns(params: list[Tensor], moving: bool) -> Step:
@@ -102,12 +99,12 @@ def others(params: list[Tensor]) -> Step:
 
 def _after(turn: Step, step: Step, device: torch.device) -> Sampler:
     """Time `step` alone, after an untimed `turn`."""
+    if not machine.on_gpu(device):
+        return wall_sampler(step, device, fresh=turn)
 
     def sample() -> float:
         turn()
-        if machine.on_gpu(device):
-            return host_seconds(device, step, repeats=1)
-        return wall_sampler(step, device)()
+        return host_seconds(device, step, repeats=1)
 
     return sample
 
@@ -119,7 +116,6 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
         import fusedcalib.executors.numba.run
 
         cpu: Any = fusedcalib.executors.numba.run
-        turn()
         on_threads, spent = cpu.on_threads, 0.0
 
         def timed(*args: Any) -> None:
@@ -128,13 +124,11 @@ def _without_loops(turn: Step, step: Step) -> Sampler:
             on_threads(*args)
             spent += time.perf_counter() - start
 
-        cpu.on_threads = timed
-        try:
+        turn()
+        with mock.patch.object(cpu, "on_threads", timed):
             start = time.perf_counter()
             step()
             return time.perf_counter() - start - spent
-        finally:
-            cpu.on_threads = on_threads
 
     return sample
 
@@ -155,36 +149,32 @@ def each_tensor(rounds: int = 40, backend: Backend = "auto") -> dict[str, float]
         "own": (own, torch.no_grad()(lambda: ours._engine.prepare(ours.param_groups, ours.state))),
         "torch": (theirs, torchs.step),
     }
-    samplers: dict[str, Sampler] = {}
-    for name, (params, step) in steps.items():
-        samplers[name] = wall_sampler(step, device, fresh=turns(params, moving=True))
-    taken: dict[str, list[float]] = {name: [] for name in samplers}
+    samplers = {
+        name: wall_sampler(step, device, fresh=turns(params, moving=True))
+        for name, (params, step) in steps.items()
+    }
     for optimizer in (ours, torchs):
         optimizer.step()
     with mock.patch.object(torch, "_fused_adamw_"), timing.one_thread():
-        for _ in range(rounds):
-            for name, sample in samplers.items():
-                taken[name].append(sample() / TENSORS)
-    return {name: median(times) for name, times in taken.items()}
+        timed = interleave(samplers, rounds=rounds, seconds=float("inf"))
+    return {name: spread.median / TENSORS for name in samplers if (spread := timed.time(name))}
 
 
-def kept(slug: str) -> dict[str, Any] | None:
+def kept(slug: str) -> HostTimes | None:
     """What was measured on such a device and kept, if it was."""
     path = machine.RESULTS / "host" / f"{slug}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.exists() else None
-    return found
+    return made(HostTimes, json.loads(path.read_text("utf-8")), str(path)) if path.exists() else None
 
 
-def lines(measured: list[dict[str, Any]]) -> list[str]:
+def lines(measured: list[HostCase]) -> list[str]:
     """A sentence for each variant: the whole step, and what of it is neither loop nor launch."""
     found = []
     for case in measured:
-        for row in case["methods"]:
-            ratio, work = row["ratio_to"].get(COMPARED[0]), row.get("work_to")
-            if row["name"] == "own_plain" and ratio:
-                of_which = f", without its loops {tables.spread_text(Spread(**work))}" if work else ""
-                share = f"{tables.spread_text(Spread(**ratio))} of torch's fused step{of_which}"
-                found.append(f"gradients {case['variant']}: {share}")
+        for row in case.methods:
+            if row.name == "own_plain" and (ratio := row.ratio_to.get(COMPARED[0])):
+                of_which = f", without its loops {tables.spread_text(row.work_to)}" if row.work_to else ""
+                share = f"{tables.spread_text(ratio)} of torch's fused step{of_which}"
+                found.append(f"gradients {case.variant}: {share}")
     return found
 
 
@@ -195,10 +185,8 @@ def main(options: argparse.Namespace) -> int:
         return 0
     device = machine.pick_device("auto")
     with timing.one_thread():
-        head = machine.describe(device)
-        results = {**asdict(head), "host": measure(device, rounds=100, seconds=60)}
-    print("\n".join([head.measured_on, *lines(results["host"])]))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        head = vars(machine.describe(device))
+        results = HostTimes(**head, host=measure(device, rounds=100, seconds=60))
+    print("\n".join([results.measured_on, *lines(results.host)]))
+    write(results, options.out)
     return 0

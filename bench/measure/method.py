@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,18 +19,12 @@ HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared: an optimizer class by name, and its options.
-
-    Attributes:
-        options: of the rule, which every method takes that can be compared.
-        own: more options, of our class alone, which the result does not depend on but by rounding.
-        title: what tables call it.
-    """
+    """What is compared: an optimizer class by name, and its options."""
 
     cls: str
-    options: dict[str, Any]
-    own: dict[str, Any] = field(default_factory=dict)
-    title: str = ""
+    options: dict[str, Any]  # of the rule, which every method takes that can be compared
+    own: dict[str, Any] = field(default_factory=dict)  # of our class alone: they change roundings at most
+    title: str = ""  # what tables call it
 
     def states(self) -> int:
         """State tensors of a parameter, which make the bytes that a step must move."""
@@ -91,27 +85,30 @@ class NotAvailableError(Exception):
 
 @dataclass(frozen=True)
 class Extras:
-    """What a step does around its rule, besides centring."""
+    """What a step does around its rule."""
 
     clip: float | None = None  # largest norm of all gradients
     noise: float | None = None  # variance of the gradient's noise at the first step
     ema: float | None = None  # decay of the average of the parameter
+    gc: bool = False  # whether it centralizes the gradient
 
     @property
-    def any(self) -> bool:
-        return self != NONE
+    def values(self) -> dict[str, Any]:
+        """What is on, by the names that users have for it, in the order of the step."""
+        named = {"clip": self.clip, "noise": self.noise, "centralize": self.gc or None, "ema": self.ema}
+        return {name: value for name, value in named.items() if value is not None}
 
     def width(self, storage: Storage, states: int) -> int:
         """Bytes that a step with them must move for each parameter."""
         return storage.moved(states, self.clip is not None, self.ema is not None)
 
 
-NONE = Extras()
+NONE, GC = Extras(), Extras(gc=True)
 EXTRAS = {
     "noise": Extras(noise=0.01),
     "clip": Extras(clip=1.0),
     "ema": Extras(ema=0.999),
-    "chain": Extras(1.0, 0.01, 0.999),
+    "chain": Extras(1.0, 0.01, 0.999, gc=True),
 }
 GAMMA = 0.55  # how fast the noise falls
 
@@ -127,6 +124,7 @@ class Built:
     set_noise: Callable[[float], None] | None = None  # sets the variance, where there is noise
     spoils: bool = False  # whether a step changes gradients, so that the next must be given new ones
     fresh: Step | None = None  # gives them
+    params: list[Tensor] = field(default_factory=list)  # its copy of the list
 
 
 Maker = Callable[..., Built]  # of a list, its parameters and what is compared (AdamW)
@@ -134,27 +132,15 @@ Maker = Callable[..., Built]  # of a list, its parameters and what is compared (
 
 @dataclass(frozen=True)
 class Method:
-    """One way to take a step; `gc` when it centralizes the gradient.
-
-    Attributes:
-        extras: what it does besides.
-        reference: whether the times of others are written as ratios to this one's.
-        like: makes the same extras around torch's step, where they are judged in its place.
-        narrow: whether it makes the numbers of a step, as bias corrections, in fp32.
-    """
+    """One way to take a step."""
 
     name: str
     title: str
-    gc: bool
     make: Maker
-    extras: Extras = NONE
-    reference: bool = False
-    like: Maker | None = None
-    narrow: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"gc": self.gc, **asdict(self.extras)}
+    extras: Extras = NONE  # what it does besides the rule
+    reference: bool = False  # whether the times of others are written as ratios to this one's
+    like: Maker | None = None  # makes the same extras around torch's step, which are judged in its place
+    narrow: bool = False  # whether it makes the numbers of a step, as bias corrections, in fp32
 
     @property
     def own(self) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ def measure(step: Step, device: torch.device) -> Probe:
         return Probe(None, None, _peak_on_cpu(step))
     return Probe(
         host_us=1e6 * host_seconds(device, step, repeats=20),
-        launches=launches(step, device),
+        launches=len(captured(step, device)) or None,  # None where the profiler sees none
         peak_extra_bytes=_peak(step, device),
     )
 
@@ -50,18 +50,36 @@ def queue(probed: Probe, flush: bool) -> dict[str, Any] | None:
     return {"repeat": repeat, "sleep_seconds": sleep}
 
 
-def launches(step: Step, device: torch.device) -> int | None:
-    """Kernels and copies of one step on the device; None if the profiler sees none."""
+class Event(NamedTuple):
+    """A kernel or a copy on the device: its name, when it began and how long it took, in microseconds."""
+
+    name: str
+    start: float
+    took: float
+
+
+def captured(step: Step, device: torch.device, steps: int = 1) -> list[Event]:
+    """Kernels and copies of so many steps on the device, as torch.profiler (CUPTI) sees them."""
     from torch.profiler import ProfilerActivity, profile
 
-    torch.cuda.synchronize(device)
+    machine.synchronize(device)
     with _silence(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize(device)
-    events = profiler.events() or []
-    # torch marks the span of `Optimizer.step` on the device too: that is no kernel.
-    names = [e.name for e in events if str(e.device_type) == "DeviceType.CUDA"]
-    return sum(not name.startswith(("Optimizer.", "ProfilerStep")) for name in names) or None
+        for _ in range(steps):
+            step()
+        machine.synchronize(device)
+    return on_device(profiler.events() or [])
+
+
+def on_device(events: Iterable[Any]) -> list[Event]:
+    """Kernels and copies among the profiler's events, in the order of their start."""
+    found = [
+        Event(event.name, event.time_range.start, event.time_range.elapsed_us())
+        for event in events
+        if str(event.device_type) == "DeviceType.CUDA"
+        # torch marks the span of `Optimizer.step` on the device too: that is no kernel.
+        and not event.name.startswith(("Optimizer.", "ProfilerStep"))
+    ]
+    return sorted(found, key=lambda event: event.start)
 
 
 def _peak(step: Step, device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from .clocks import Tell
 
@@ -12,14 +13,11 @@ from .clocks import Tell
 @contextmanager
 def showing() -> Iterator[Tell]:
     """A function that is told what is being done and which share of it is over."""
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
+    if find_spec("rich") is None or not sys.stdout.isatty():
         yield _lines()
         return
-    if not sys.stdout.isatty():
-        yield _lines()
-        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("", total=1.0)

@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .method import NotAvailableError, Subject
+from torch import Tensor
+
+from ..models.shapes import ParamList
+from .method import ADAMW, Built, NotAvailableError, Subject, groups_of
 
 
 class Rival(NamedTuple):
-    """Another library.
-
-    Attributes:
-        classes: its classes, by the names of ours.
-        options: more arguments for every class of it that takes them.
-        on_gpu: the same, on a GPU.
-        renamed: its names for options of ours.
-        narrow: whether it makes the numbers of a step in fp32, as torch.compile does.
-    """
+    """Another library."""
 
     title: str
     module: str
-    classes: dict[str, str]
-    options: dict[str, Any] = {}  # noqa: RUF012 - of a tuple, not of a class
-    on_gpu: dict[str, Any] = {}  # noqa: RUF012
-    renamed: dict[str, str] = {}  # noqa: RUF012
-    narrow: bool = False
+    classes: Mapping[str, str]  # by the names of ours
+    options: Mapping[str, Any] = MappingProxyType({})  # more arguments, for every class that takes them
+    on_gpu: Mapping[str, Any] = MappingProxyType({})  # the same, on a GPU
+    renamed: Mapping[str, str] = MappingProxyType({})  # its names for options of ours
+    narrow: bool = False  # whether it makes the numbers of a step in fp32, as torch.compile does
+
+    def make(self, spec: ParamList, params: list[Tensor], subject: Subject = ADAMW) -> Built:
+        cls, arguments, note = self.find(subject, params[0].is_cuda)
+        optimizer = cls(groups_of(spec, params), **arguments)
+        return Built(optimizer.step, optimizer, note=note)
 
     def find(self, subject: Subject, gpu: bool) -> tuple[type, dict[str, Any], str]:
         """Its class, the arguments that make it the subject, and a note: which version.
@@ -63,12 +65,14 @@ class Rival(NamedTuple):
                 given[theirs] = value
             elif name in subject.options:
                 raise NotAvailableError(f"{cls.__name__} has no option {name!r}")
-        more = self.options | (self.on_gpu if gpu else {})
+        more = {**self.options, **(self.on_gpu if gpu else {})}
         return given | {name: value for name, value in more.items() if name in taken}
 
 
 def sentence(error: BaseException) -> str:
     """An error in one line: what compilers raise fills pages."""
+    if isinstance(error, NotAvailableError):
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 or len(lines) > 1 else ''}"

@@ -73,7 +73,7 @@ def _clip_fault(method: Method, spare: Spare, limit: float) -> str | None:
     for share in (100.0, 0.5):
         seen = spare.seen(grad * (share * limit))
         wanted = grad * (min(share, 1.0) * limit)
-        if method.gc:
+        if method.extras.gc:
             wanted -= wanted.mean(dim=1, keepdim=True)
         if not float((seen - wanted).abs().amax()) <= 1e-4 * float(wanted.abs().amax()):
             return f"wrong clip of a gradient of {share:g} times the limit"
@@ -87,13 +87,13 @@ def _noise_fault(method: Method, spare: Spare, eta: float) -> str | None:
     for step in range(2):
         noise = spare.seen()
         sigma = math.sqrt(eta / (1 + step) ** GAMMA)
-        share = math.sqrt(1 - 1 / columns) if method.gc else 1.0  # what centring leaves
+        share = math.sqrt(1 - 1 / columns) if method.extras.gc else 1.0  # what centring leaves
         found, mean = float(noise.std()), float(noise.mean())
         if not abs(found / (sigma * share) - 1) <= 0.01:  # ten deviations of it
             return f"wrong noise: deviation {found:.3g} in step {step}, not {sigma * share:.3g}"
         if not abs(mean) <= 6 * sigma / math.sqrt(rows * columns):
             return f"wrong noise: mean {mean:.3g} in step {step}"
-        if method.gc and not float(noise.mean(dim=1).abs().amax()) <= 1e-3 * sigma:
+        if method.extras.gc and not float(noise.mean(dim=1).abs().amax()) <= 1e-3 * sigma:
             return f"wrong noise: not centred in step {step}"
         noises.append(noise.flatten())
     alike = float(torch.corrcoef(torch.stack(noises))[0, 1])

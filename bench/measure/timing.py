@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..env import machine
-from ..report.results import Spread
+from ..report.records import Spread
 from .load import Load
 
 Step = Callable[[], object]

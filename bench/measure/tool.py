@@ -52,7 +52,7 @@ def _measure(cases: list[Case], device: torch.device, options: argparse.Namespac
         for index, case in enumerate(cases):
             left = budget - log.seconds
             if work.interrupted or (index and left <= 0):
-                work.more["left_out"].append(case.title)
+                work.results.left_out.append(case.title)
                 continue
             # Half for building, compiling and the gate; a GPU has two clocks.
             share = left / (len(cases) - index) / (4 if machine.on_gpu(device) else 2)
@@ -72,17 +72,17 @@ def _finish(work: Run, options: argparse.Namespace) -> int:
     whole = work.save()
     if whole.disturbed:
         print(tables.BUSY)
-    for title in work.more["left_out"]:
+    for title in whole.left_out:
         print(f"left out{'' if work.interrupted else ', the time was over (--seconds)'}: {title}")
     if work.interrupted:
         print("interrupted: incomplete")
-    if options.plot and any(case.base for case in work.done):
+    if options.plot and any(case.base for case in whole.cases):
         from ..report import plots
 
         print(f"wrote {plots.compared(whole, options.plot)}")
     if options.json:
         print(f"wrote {options.json}")
-    for line in work.wrong():
+    for line in whole.wrong:
         print(f"FAILED: {line}", file=sys.stderr)
     return work.status()
 
@@ -94,11 +94,7 @@ def _device(name: str) -> torch.device:
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
-    """What is asked for.
-
-    Raises:
-        ValueError: something is asked for that there is not.
-    """
+    """What is asked for."""
     given = choose.options_from(options.set)
     features = choose.features_from(options.features, given)
     subjects = choose.subjects_from(options.optimizer or ["AdamW"], given)
@@ -109,11 +105,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    """Before anything is measured, that what is measured can be written.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Refuses, before anything is measured, what could not be written."""
     for flag, path in (("--json", options.json), ("--plot", options.plot)):
         if path and not path.resolve().parent.is_dir():
             raise ValueError(f"{flag} {path}: there is no folder {path.resolve().parent}; make it first")
@@ -124,7 +116,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _check_memory(cases: list[Case], device: torch.device) -> None:
-    """Raises ValueError where a case is larger than the memory that is free."""
+    """Refuses a case that is larger than the memory that is free."""
     free = machine.free_bytes(device)
     for case in cases:
         needed = choose.needed_bytes(case)

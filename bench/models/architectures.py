@@ -38,6 +38,11 @@ class Model:
     def count(self) -> int:
         return sum(math.prod(param.shape) for param in self.params)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results say of it."""
+        return {"model": self.name, "params": self.count, "tensors": len(self.params)}
+
 
 @dataclass(frozen=True)
 class Llama:
@@ -113,11 +118,7 @@ def _with_bias(name: str, shape: Shape) -> tuple[Param, Param]:
 
 
 def get(name: str) -> Model:
-    """A model by its name.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """A model by its name."""
     if name == "gpt2":
         return Model(name, tuple(gpt2(*GPT2)))
     if name == "row-classes":
@@ -131,11 +132,7 @@ def get(name: str) -> Model:
 
 
 def from_config(path: Path) -> Model:
-    """The model of a config.json of transformers, if it is like Llama.
-
-    Raises:
-        ValueError: it is not, or a number is missing.
-    """
+    """The model of a config.json of transformers, if it is like Llama."""
     config = _read(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a config.json: it holds a {type(config).__name__}, not an object")
@@ -158,11 +155,7 @@ def from_config(path: Path) -> Model:
 
 
 def from_shapes(path: Path) -> Model:
-    """A list of parameters from a file: [{"name": "fc.weight", "shape": [10, 20]}, ...].
-
-    Raises:
-        ValueError: it is not such a list.
-    """
+    """A list of parameters from a file: [{"name": "fc.weight", "shape": [10, 20]}, ...]."""
     entries = _read(path)
     form = 'expected [{"name": "fc.weight", "shape": [10, 20]}, ...]'
     if not isinstance(entries, list) or not entries:
@@ -177,20 +170,8 @@ def from_shapes(path: Path) -> Model:
     return Model(path.stem, tuple(params))
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """The arguments of a command that say which model it is about; see `chosen`."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default=default, help=f"{', '.join(NAMES)} ({default})")
-    which.add_argument("--hf-config", type=Path, metavar="FILE", help="config.json of a llama-like model")
-    which.add_argument("--shapes", type=Path, metavar="FILE", help='JSON: [{"name", "shape"}, ...]')
-
-
 def chosen(options: argparse.Namespace) -> Model:
-    """The model that the arguments name.
-
-    Raises:
-        OSError, ValueError: there is no such model, or the file holds none.
-    """
+    """The model that the arguments name."""
     if options.hf_config:
         return from_config(options.hf_config)
     if options.shapes:

@@ -7,14 +7,14 @@ them: the first axis counts rows, and a row is what gradient centralization take
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import architectures
-from .architectures import Shape
+from .architectures import Param, Shape
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,9 @@ class ParamList:
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-def llama_layer(copies: int) -> Iterator[Shape]:
-    """Layers of Llama-3-8B."""
-    for _ in range(copies):
-        yield from (param.shape for param in architectures.LLAMAS["llama3-8b"].layer())
-
-
-def gpt2(*numbers: int) -> Iterator[Shape]:
-    """GPT-2 of so many layers, width, vocabulary and context."""
-    return (param.shape for param in architectures.gpt2(*numbers))
+def list_of(name: str, params: Iterable[Param]) -> ParamList:
+    """The parameters of a model as such a list."""
+    return ParamList(name, tuple(param.shape for param in params))
 
 
 def resnet50() -> Iterator[Shape]:
@@ -75,32 +69,35 @@ def vit_b() -> Iterator[Shape]:
     yield from ((768,), (768,), (1000, 768), (1000,))
 
 
+LLAMA_LAYER = tuple(architectures.LLAMAS["llama3-8b"].layer())
 SMALL_SET: tuple[Shape, ...] = ((64,), (128, 128), (128,), (64, 64, 3, 3), (256,))
 
-# Made on demand: naming a list costs nothing, and only what is measured is laid out.
-LISTS: dict[str, Callable[[], ParamList]] = {
-    "gpt2-124m": lambda: ParamList("gpt2-124m", tuple(gpt2(*architectures.GPT2))),
-    "gpt2-small-cpu": lambda: ParamList("gpt2-small-cpu", tuple(gpt2(4, 512, 24576, 1024))),
-    "llama3-8b-layer-x1": lambda: ParamList("llama3-8b-layer-x1", tuple(llama_layer(1))),
-    "llama3-8b-layer-x4": lambda: ParamList("llama3-8b-layer-x4", tuple(llama_layer(4))),
-    "resnet50": lambda: ParamList("resnet50", tuple(resnet50())),
-    "vit-b": lambda: ParamList("vit-b", tuple(vit_b())),
-    "small-1000": lambda: ParamList("small-1000", SMALL_SET * 200),
-    "1000x1024": lambda: ParamList("1000x1024", ((1024,),) * 1000),
-    "10000x64": lambda: ParamList("10000x64", ((64,),) * 10_000),
-    "tiny-1000": lambda: ParamList("tiny-1000", ((8,),) * 1000),
-    "long-rows-128k": lambda: ParamList("long-rows-128k", ((512, 131_072),)),
-    "long-rows-4m": lambda: ParamList("long-rows-4m", ((16, 4 * 2**20),)),
-    "odd-columns": lambda: ParamList("odd-columns", ((4099, 2047),)),
-    "even-columns": lambda: ParamList("even-columns", ((4099, 2048),)),
-    "depthwise": lambda: ParamList("depthwise", ((512, 1, 3, 3),)),
-    "unaligned": lambda: ParamList("unaligned", ((4096, 2048),) * 4, offset=1),
-    "aligned": lambda: ParamList("aligned", ((4096, 2048),) * 4),
-    "groups-200": lambda: ParamList("groups-200", ((128, 128),) * 200, group_each=True),
-    # 100M parameters in ever smaller pieces, every row of the same length.
-    "split-10": lambda: ParamList("split-10", ((10_000, 1000),) * 10),
-    "split-1000": lambda: ParamList("split-1000", ((100, 1000),) * 1000),
-    "split-10000": lambda: ParamList("split-10000", ((10, 1000),) * 10_000),
+LISTS = {
+    one.name: one
+    for one in (
+        list_of("gpt2-124m", architectures.gpt2(*architectures.GPT2)),
+        list_of("gpt2-small-cpu", architectures.gpt2(4, 512, 24576, 1024)),
+        list_of("llama3-8b-layer-x1", LLAMA_LAYER),
+        list_of("llama3-8b-layer-x4", LLAMA_LAYER * 4),
+        ParamList("resnet50", tuple(resnet50())),
+        ParamList("vit-b", tuple(vit_b())),
+        ParamList("small-1000", SMALL_SET * 200),
+        ParamList("1000x1024", ((1024,),) * 1000),
+        ParamList("10000x64", ((64,),) * 10_000),
+        ParamList("tiny-1000", ((8,),) * 1000),
+        ParamList("long-rows-128k", ((512, 131_072),)),
+        ParamList("long-rows-4m", ((16, 4 * 2**20),)),
+        ParamList("odd-columns", ((4099, 2047),)),
+        ParamList("even-columns", ((4099, 2048),)),
+        ParamList("depthwise", ((512, 1, 3, 3),)),
+        ParamList("unaligned", ((4096, 2048),) * 4, offset=1),
+        ParamList("aligned", ((4096, 2048),) * 4),
+        ParamList("groups-200", ((128, 128),) * 200, group_each=True),
+        # 100M parameters in ever smaller pieces, every row of the same length.
+        ParamList("split-10", ((10_000, 1000),) * 10),
+        ParamList("split-1000", ((100, 1000),) * 1000),
+        ParamList("split-10000", ((10, 1000),) * 10_000),
+    )
 }
 
 
@@ -110,7 +107,7 @@ def get(name: str) -> ParamList:
     A single tensor is a matrix with rows of 1024, so that there is something to centralize.
     """
     if name in LISTS:
-        return LISTS[name]()
+        return LISTS[name]
     head, _, exponent = name.partition("^")
     if head == "single-2" and exponent.isdigit() and int(exponent) >= 10:
         return ParamList(name, ((2 ** (int(exponent) - 10), 1024),))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .architectures import Model, Param, Shape
@@ -22,7 +23,8 @@ ROWWISE = ("o_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe")
 
 
-class Sharding(NamedTuple):
+@dataclass(frozen=True)
+class Sharding:
     """Sizes of the dimensions of the mesh."""
 
     replicate: int
@@ -31,18 +33,22 @@ class Sharding(NamedTuple):
 
     @property
     def gpus(self) -> int:
-        return math.prod(self)
+        return self.replicate * self.fsdp * self.tp
+
+    @property
+    def dims(self) -> tuple[tuple[str, int], ...]:
+        """Names and sizes of the dimensions that parameters are spread over."""
+        # Without fsdp it is DDP over the replicas, which keeps parameters as they are.
+        sizes = {"tp": self.tp} if self.fsdp == 1 else vars(self)
+        return tuple((name, size) for name, size in sizes.items() if size > 1)
 
     @property
     def mesh(self) -> Mesh | None:
         """What parameters are spread over; None where all of each lies on every GPU, as DDP has it."""
-        # Without fsdp it is DDP over the replicas, which keeps parameters as they are.
-        sizes = {"tp": self.tp} if self.fsdp == 1 else self._asdict()
-        dims = tuple((name, size) for name, size in sizes.items() if size > 1)
-        return Mesh(dims) if dims else None
+        return Mesh(self.dims) if self.dims else None
 
     def __str__(self) -> str:
-        parts = [f"{name} {size}" for name, size in self._asdict().items() if size > 1]
+        parts = [f"{name} {size}" for name, size in vars(self).items() if size > 1]
         return ", ".join(parts) or "one GPU"
 
 
@@ -57,23 +63,14 @@ class Mesh(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What the first rank has of a parameter: no rank has more.
+    """What the first rank has of a parameter: no rank has more."""
 
-    Attributes:
-        shape: of its part; no element may be 0.
-        whole: shape of all of it.
-        kind: "weight", "embedding", or "vector", which neither decays nor is centred.
-        columns_cut: whether its rows are cut by tensor parallel.
-        copies: how many ranks have this very part.
-        offset: elements between the start of the gradients of its FSDP unit and its own.
-    """
-
-    shape: Shape
-    whole: Shape
-    kind: str
-    columns_cut: bool
-    copies: int
-    offset: int
+    shape: Shape  # of its part; no element may be 0
+    whole: Shape  # of all of it
+    kind: str  # "weight", "embedding", or "vector", which neither decays nor is centred
+    columns_cut: bool  # whether its rows are cut by tensor parallel
+    copies: int  # how many ranks have this very part
+    offset: int  # elements between the start of the gradients of its FSDP unit and its own
 
     @property
     def elements(self) -> int:
@@ -81,11 +78,7 @@ class Shard(NamedTuple):
 
 
 def sharding_of(gpus: int, fsdp: int | None, tp: int, replicate: int | None) -> Sharding:
-    """The layout for so many GPUs; what is not said follows, replicate is 1 if that leaves fsdp open.
-
-    Raises:
-        ValueError: they do not multiply to the number of GPUs.
-    """
+    """The layout for so many GPUs; what is not said follows, replicate is 1 if that leaves fsdp open."""
     if fsdp is None:
         shared = tp * (replicate or 1)
         if gpus % shared:
@@ -110,11 +103,7 @@ def part(size: int, parts: int, index: int = 0) -> int:
 
 
 def cut_by(name: str, ndim: int) -> int | None:
-    """The dimension that tensor parallel cuts: 0 by rows, 1 by columns, None where it copies.
-
-    Raises:
-        ValueError: nothing is known of such a name.
-    """
+    """The dimension that tensor parallel cuts: 0 by rows, 1 by columns, None where it copies."""
     module = name.removesuffix(".weight").rpartition(".")[2]
     if ndim == 1 and "norm" in module:
         return None
@@ -139,11 +128,7 @@ def local_shape(param: Param, sharding: Sharding, fsdp_rank: int = 0, tp_rank: i
 
 
 def check(model: Model, sharding: Sharding) -> None:
-    """Whether tensor parallel can cut the model so.
-
-    Raises:
-        ValueError: it cannot; says what stands in the way.
-    """
+    """Refuses a model that tensor parallel cannot cut so."""
     if sharding.tp == 1:
         return
     if model.heads is not None and model.heads % sharding.tp:
@@ -158,11 +143,7 @@ def check(model: Model, sharding: Sharding) -> None:
 
 
 def shards(model: Model, sharding: Sharding) -> Counter[Shard]:
-    """What the first rank has, like parts counted together.
-
-    Raises:
-        ValueError: the layout does not fit the model.
-    """
+    """What the first rank has, like parts counted together."""
     check(model, sharding)
     found: Counter[Shard] = Counter()
     for unit in _units(model.params):
@@ -172,9 +153,7 @@ def shards(model: Model, sharding: Sharding) -> Counter[Shard]:
             cut = cut_by(param.name, len(shape)) if sharding.tp > 1 else None
             copied = cut is None and sharding.tp > 1
             copies = math.prod(
-                size
-                for name, size in (sharding.mesh or Mesh(())).dims
-                if name == "replicate" or (name == "tp" and copied)
+                size for name, size in sharding.dims if name == "replicate" or (name == "tp" and copied)
             )
             found[Shard(shape, param.shape, kind_of(param), cut == 1, copies, offset)] += 1
             if sharding.fsdp > 1:  # without, each gradient has memory of its own

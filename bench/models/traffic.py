@@ -10,6 +10,7 @@ import torch
 from ...kernels.stages import Flags
 
 FP32 = 4  # bytes; an average is always of them
+CACHED = 400e6  # bytes; a step that moves fewer finds some of them in an L2 cache of 50 MB
 
 
 class Storage(NamedTuple):
@@ -45,11 +46,11 @@ DTYPES = {
 
 
 class Traffic(NamedTuple):
-    """Bytes of each element that a kernel reads and writes; `again`: what the L2 cache should still have."""
+    """Bytes of each element that a kernel reads and writes."""
 
     read: int
     written: int
-    read_again: int = 0
+    read_again: int = 0  # which the L2 cache should still have
     written_again: int = 0
 
     @property
@@ -83,3 +84,36 @@ def traffic(kernel: str, flags: Flags, sizes: Sequence[int], looping: bool = Fal
     again = looping * flags.project * (param + average)
     mean = measured * (looping and flags.centralize != "none")
     return Traffic(param + grad + sum(states), param + sum(states), mean + again, again)
+
+
+class Pass(NamedTuple):
+    """One operation over all tensors: how many arrays of each kind it reads and writes."""
+
+    params: int = 0
+    grads: int = 0
+    states: int = 0
+    averages: int = 0
+    lists: int = 0  # that a foreach launch takes; 0: a launch for each tensor
+    weights: bool = False  # whether it is of weights alone
+
+    def width(self, dtype: torch.dtype) -> int:
+        """Bytes that it moves for each parameter, where states are of the parameters' type."""
+        return (self.params + self.grads + self.states) * dtype.itemsize + self.averages * FP32
+
+
+AROUND = {  # what users put around a step: see measure/baselines.py
+    "clip": (Pass(grads=1, lists=1), Pass(grads=2, lists=1)),  # the norms; mul_
+    "noise": (Pass(grads=1), Pass(grads=3)),  # randn_like; add_
+    "centralize": (Pass(grads=1, weights=True), Pass(grads=2, weights=True)),  # mean; sub_
+    "ema": (Pass(params=1, averages=2, lists=2),),  # lerp_
+}
+FOREACH_ADAMW = (
+    Pass(params=2, lists=1),  # mul_ by what decay leaves
+    Pass(states=2, grads=1, lists=2),  # lerp_ of the first moment
+    Pass(states=2, lists=1),  # mul_ of the second
+    Pass(states=2, grads=2, lists=3),  # addcmul_ of it
+    Pass(states=2, lists=2),  # sqrt
+    Pass(states=2, lists=1),  # div_
+    Pass(states=2, lists=1),  # add_
+    Pass(params=2, states=2, lists=3),  # addcdiv_
+)

@@ -195,21 +195,16 @@ def usage(built: Compiled) -> Usage:
         registers = re.search(r"\.vgpr_count: *(\d+)", text)
         assert registers is not None
         return Usage(int(registers[1]), sum(map(int, found)))
-    text = _tool("cuobjdump", "-res-usage", cubin=built.asm["cubin"])
+    text = tool_output("cuobjdump", "-res-usage", cubin=built.asm["cubin"])
     numbers = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     assert numbers is not None
     registers_, stack, local = map(int, numbers.groups())
     return Usage(registers_, stack + local)
 
 
-def spilled(built: Compiled) -> int:
-    """Bytes of stack, where registers are spilled to; on AMD also the number of vector registers."""
-    return usage(built).stack
-
-
 def sass(built: Compiled) -> list[str]:
     """Instructions of NVIDIA's machine code, in order."""
-    text = _tool("nvdisasm", "-c", cubin=built.asm["cubin"])
+    text = tool_output("nvdisasm", "-c", cubin=built.asm["cubin"])
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
 
 
@@ -220,22 +215,8 @@ def instructions(built: Compiled) -> list[str]:
     return re.findall(r"^\s+(v_\w+|(?:global|buffer|flat|ds)_\w+)\s", built.asm["amdgcn"], re.M)
 
 
-def spilled_in_loops(built: Compiled, which: slice = slice(None)) -> int:
-    """Accesses of spilled registers in loops, in their order; on AMD spilled registers anywhere."""
-    if "cubin" not in built.asm:
-        return spilled(built)
-    text = _tool("nvdisasm", "-c", cubin=built.asm["cubin"])
-    lines = [line for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/|\.L_x_\d+:", line)]
-    labels = {line.strip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
-    ends = [
-        (labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*\((\.L_x_\d+)\)", line))
-    ]
-    loops = sorted((range(start, end) for start, end in ends if start < end), key=lambda r: r.start)[which]
-    assert loops
-    return sum(bool(re.search(r"\b(STL|LDL)", lines[i])) for i in {i for loop in loops for i in loop})
-
-
-def _tool(name: str, *arguments: str, cubin: bytes) -> str:
+def tool_output(name: str, *arguments: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools says of a kernel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

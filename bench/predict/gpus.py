@@ -6,13 +6,14 @@ time = max(memory, host) + collectives
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from ..models.shardings import NODE, Sharding
 from .plan_steps import Collective, Step
 
 
-class Gpu(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     """A GPU by its data sheet; bytes a second are per GPU and in one direction."""
 
     name: str
@@ -63,21 +64,22 @@ OWN_LAUNCH, TORCH_LAUNCH = 10e-6, 4e-6
 START, IN_NODE, BETWEEN = 6.8e-6, 0.6e-6, 5e-6
 
 
-class Time(NamedTuple):
+@dataclass
+class Time:
     """What a step takes, in seconds: the host prepares and launches while the memory works."""
 
     memory: float
     host: float
     collectives: float
+    total: float = field(init=False)
 
-    @property
-    def total(self) -> float:
-        return max(self.memory, self.host) + self.collectives
+    def __post_init__(self) -> None:
+        self.total = max(self.memory, self.host) + self.collectives
 
     @property
     def bound(self) -> str:
-        """The largest of them."""
-        return max(zip(self, self._fields, strict=True))[1]
+        """Which of the three is the longest."""
+        return max(("memory", "host", "collectives"), key=lambda name: float(getattr(self, name)))
 
 
 def time_of(step: Step, tensors: int, sharding: Sharding, gpu: Gpu, efficiency: float) -> Time:
@@ -92,9 +94,9 @@ def time_of(step: Step, tensors: int, sharding: Sharding, gpu: Gpu, efficiency: 
 
 def all_reduce(sent: Collective, sharding: Sharding, gpu: Gpu) -> float:
     """Seconds of one all-reduce: its latency, and each byte twice over the slowest link."""
-    sizes = sharding._asdict()
-    ranks: int = sizes[sent.over]
+    sizes = vars(sharding)
     names = list(sizes)
+    ranks: int = sizes[sent.over]
     inner: int = math.prod(sizes[name] for name in names[names.index(sent.over) + 1 :])  # ranks side by side
     in_node = max(1, min(ranks, NODE // inner))
     nodes = -(-ranks // in_node)

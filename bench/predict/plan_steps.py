@@ -10,7 +10,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,9 +27,9 @@ from fusedcalib.layout.split_rows import RowTotals
 from fusedcalib.layout.tables import build_buckets
 
 from ..measure.baselines import METHODS, options_of
-from ..measure.method import Extras, Method, NotAvailableError, Subject
+from ..measure.method import Method, NotAvailableError, Subject
 from ..models.shardings import Mesh, Shard, Sharding
-from ..models.traffic import DTYPES, FP32, Storage, traffic
+from ..models.traffic import AROUND, DTYPES, FOREACH_ADAMW, Pass, Storage, traffic
 
 ROWS = (
     *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
@@ -43,14 +43,16 @@ KINDS: dict[str, dict[str, Any]] = {  # of shardings.kind_of, as fusedcalib.para
 SQUARES = 8  # bytes of the sum of all squares, in fp64
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """One all-reduce: the dimension of the mesh that it goes over, and its bytes."""
 
     over: str
     bytes: int
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """A step on one GPU; `moved` are bytes that its memory reads and writes, `kept` those that stay there."""
 
     name: str
@@ -92,7 +94,7 @@ class Part(NamedTuple):
 
 def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sharding: Sharding) -> Step:
     """Our step, as the engine lays it out."""
-    options = {**subject.options, **options_of(method.extras, method.gc)}
+    options = {**subject.options, **options_of(method.extras)}
     laid = parts_of(subject.cls, options, DTYPES[dtypes], found, sharding)
     parts, slots = laid.parts, [part.slot for part in laid.parts]
     totals = RowTotals(slots)
@@ -105,11 +107,10 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
         sizes = [dtype.itemsize for dtype in bucket.key.dtypes]
         width = sum(traffic(part, flags, sizes).memory for part in (*kernels, *["norm"] * laid.measures))
         moved += sum(width * parts[i].size for i in bucket.indices)
-    mesh = sharding.mesh or Mesh(())
     collectives: list[Collective] = []
     if laid.measures:  # a launch for each list of tiles; over ranks one more, which decides
-        launches += len(buckets) + bool(mesh.ndim)
-        collectives += [Collective(over, SQUARES) for over, _ in mesh.dims]
+        launches += len(buckets) + bool(sharding.dims)
+        collectives += [Collective(over, SQUARES) for over, _ in sharding.dims]
     of_rows = [
         (part.alike, rows) for i, part in enumerate(parts) if (rows := totals.parts.get(i)) is not None
     ]
@@ -122,18 +123,12 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
 
 
 class Laid(NamedTuple):
-    """The slots of our optimizer, on parameters without memory.
-
-    Attributes:
-        groups: its param groups.
-        measures: whether a step needs the norm of all gradients.
-        decides: whether the GPU decides it.
-    """
+    """The slots of our optimizer, on parameters without memory, and its param groups."""
 
     parts: list[Part]
     groups: list[dict[str, Any]]
-    measures: bool
-    decides: bool = False
+    measures: bool  # whether a step needs the norm of all gradients
+    decides: bool  # whether the GPU decides it
 
 
 def parts_of(
@@ -186,35 +181,8 @@ def _place(shard: Shard, mesh: Mesh | None) -> Place | None:
 # -- what else there is
 
 
-class Pass(NamedTuple):
-    """One operation over all tensors: arrays read and written of each kind.
-
-    Attributes:
-        lists: how many lists a foreach launch takes; 0: a launch for each tensor.
-        weights: whether it is of weights alone.
-    """
-
-    params: int = 0
-    grads: int = 0
-    states: int = 0
-    averages: int = 0
-    lists: int = 0
-    weights: bool = False
-
-
 CHUNK, BLOCKS = 65_536, 320  # elements of a block, and blocks of a launch of torch's multi-tensor kernels
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # and tensors, by the number of lists
-CLIP = (Pass(grads=1, lists=1), Pass(grads=2, lists=1))  # the norms; mul_
-NOISE = (Pass(grads=1), Pass(grads=3))  # randn_like; add_
-GC = (Pass(grads=1, weights=True), Pass(grads=2, weights=True))  # mean; sub_
-EMA = (Pass(params=1, averages=2, lists=2),)  # lerp_
-FOREACH_ADAMW = (
-    Pass(params=2, lists=1),  # mul_ by what decay leaves
-    Pass(states=2, grads=1, lists=2),  # lerp_ of the first moment
-    *(Pass(states=2, lists=1), Pass(states=2, grads=2, lists=3)),  # mul_, addcmul_ of the second
-    *(Pass(states=2, lists=2), Pass(states=2, lists=1), Pass(states=2, lists=1)),  # sqrt, div_, add_
-    Pass(params=2, states=2, lists=3),  # addcdiv_
-)
 
 
 def composed(
@@ -224,28 +192,19 @@ def composed(
     storage = DTYPES[dtypes]
     if storage.options:
         raise NotAvailableError("torch.optim makes states in the dtype of the parameter")
-    passes = [*around(method.extras, method.gc), *_steps(method.name, subject)]
+    passes = [one for name in method.extras.values for one in AROUND[name]]
+    passes += _steps(method.name, subject)
     shards = sorted(found.elements(), key=lambda shard: shard.offset)
     moved = launches = 0
-    for p in passes:
-        own = [shard for shard in shards if shard.kind == "weight" or not p.weights]
-        width = (p.params + p.grads + p.states) * storage.param.itemsize + p.averages * FP32
-        moved += width * sum(shard.elements for shard in own)
+    for one in passes:
+        own = [shard for shard in shards if shard.kind == "weight" or not one.weights]
+        moved += one.width(storage.param) * sum(shard.elements for shard in own)
         counts = [shard.elements for shard in own]
-        launches += multi_tensor_launches(counts, TENSORS[p.lists]) if p.lists else len(counts)
-    kept = storage.kept(subject.states(), method.extras.ema is not None) * sum(
-        shard.elements for shard in shards
-    )
+        launches += multi_tensor_launches(counts, TENSORS[one.lists]) if one.lists else len(counts)
+    each = storage.kept(subject.states(), method.extras.ema is not None)
+    kept = each * sum(shard.elements for shard in shards)
     sent = tuple(_sent(method, shards, sharding, storage.param))
     return Step(method.name, method.title, moved, kept, launches, sent)
-
-
-def around(extras: Extras, gc: bool) -> Iterator[Pass]:
-    """What is done besides the rule."""
-    yield from CLIP if extras.clip is not None else ()
-    yield from NOISE if extras.noise is not None else ()
-    yield from GC if gc else ()
-    yield from EMA if extras.ema is not None else ()
 
 
 def _steps(name: str, subject: Subject) -> tuple[Pass, ...]:
@@ -269,9 +228,10 @@ def _sent(
 ) -> Iterator[Collective]:
     """The norm over each dimension that cuts parameters; the means of each tensor whose rows are cut."""
     if method.extras.clip is not None:
-        cutting = (over for over, _ in (sharding.mesh or Mesh(())).dims if over != "replicate")
-        yield from (Collective(over, dtype.itemsize) for over in cutting)
-    if method.gc:
+        for over, _ in sharding.dims:
+            if over != "replicate":
+                yield Collective(over, dtype.itemsize)
+    if method.extras.gc:
         cut = (shard for shard in shards if shard.columns_cut and shard.kind == "weight")
         yield from (Collective("tp", dtype.itemsize * shard.shape[0]) for shard in cut)
 

@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 
 from ..measure.baselines import METHODS
 from ..report.style import COLOURS, INK, SOFT, figure
-from . import profile_gpu, profile_static, profile_steps
 from .gpus import Gpu
+from .plan_results import Plans
+from .profile_gpu import GpuProfile
+from .profile_static import StaticKernel, StaticProfile
 from .static_costs import issue_rate
 
-Results = dict[str, Any]
 ON_PAPER = "On paper: no GPU was measured"
 LINES = {"torch_fused": "-", "own_plain": "-", "eager_chain": "--", "own_chain": "--"}  # the same work alike
 MARKS = {"step": "o", "norm": "s", "sums": "^", "finish": "v"}
@@ -22,14 +23,11 @@ INSIDE: Any = {"xytext": (-6, 0), "ha": "right", "va": "center", "color": "white
 BESIDE: Any = {"xytext": (6, 0), "ha": "left", "va": "center"}
 
 
-# -- a plan
-
-
-def plan(results: Results, title: str, path: Path) -> Path:
+def plan(results: Plans, path: Path) -> Path:
     """Time of a step over the number of GPUs; the dotted line is what the memory alone would take."""
-    titles = (plan_headline(results), f"{title}\n{ON_PAPER}")
+    titles = (plan_headline(results), f"{results.title}\n{ON_PAPER}")
     with figure(path, 4.6, titles, left=0.09, top=0.93, right=0.97) as (axes,):
-        sizes = [found["gpus"] for found in results["plans"]]
+        sizes = [found.gpus for found in results.plans]
         for name, style in LINES.items():
             if times := _milliseconds(results, name, "total"):
                 colour, label = COLOURS.get(name, INK), METHODS[name].title
@@ -51,56 +49,52 @@ def _ticks(axes: Axes, values: list[int]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _milliseconds(results: Results, name: str, part: str) -> list[float]:
-    steps = (step for found in results["plans"] for step in found["steps"] if step["name"] == name)
-    return [1e3 * step["seconds"][part] for step in steps]
+def _milliseconds(results: Plans, name: str, part: str) -> list[float]:
+    steps = (found.step(name) for found in results.plans)
+    return [1e3 * getattr(step.seconds, part) for step in steps if step]
 
 
-def plan_headline(results: Results) -> str:
+def plan_headline(results: Plans) -> str:
     """What binds our plain step, and from where on."""
-    by_memory: list[int] = []
-    others: list[int] = []
-    for found in results["plans"]:
-        for step in found["steps"]:
-            if step["name"] == "own_plain":
-                (by_memory if step["bound"] == "memory" else others).append(found["gpus"])
+    bounds = {found.gpus: step.bound for found in results.plans if (step := found.step("own_plain"))}
+    by_memory = [gpus for gpus, bound in bounds.items() if bound == "memory"]
+    others = [gpus for gpus, bound in bounds.items() if bound != "memory"]
     if not others or not by_memory:
         bound = "host" if others else "memory"
-        return f"A plain step on {results['model']} is bound by the {bound} throughout"
+        return f"A plain step on {results.model} is bound by the {bound} throughout"
     return (
-        f"A plain step on {results['model']}: memory decides up to {max(by_memory):,} GPUs, the host "
+        f"A plain step on {results.model}: memory decides up to {max(by_memory):,} GPUs, the host "
         f"from {min(others):,} on"
     )
 
 
-# -- a profile
-
-
-def profile(results: Results, path: Path) -> Path:
+def profile(results: StaticProfile, path: Path) -> Path:
     """Instructions over bytes of an element; on the line the GPU takes as long for both."""
     points = [
         (case, kernel)
-        for case, found in enumerate(results["cases"])
-        for kernel in found["kernels"]
-        if kernel["elements"]
+        for case, found in enumerate(results.cases)
+        for kernel in found.kernels
+        if kernel.elements
     ]
-    titles = (headline([kernel for _, kernel in points]), f"{profile_static.title(results)}\n{ON_PAPER}")
-    with figure(path, 5.6, titles, left=0.09, top=0.93, right=0.7) as (axes,):
+    kernels = [kernel for _, kernel in points]
+    with figure(
+        path, 5.6, (headline(kernels), f"{results.title}\n{ON_PAPER}"), left=0.09, top=0.93, right=0.7
+    ) as (axes,):
         for case, kernel in points:
             colour = STEPS[case] if case < len(STEPS) else SOFT
-            padded = kernel["instructions"] * kernel["lanes"] / kernel["elements"]
-            axes.plot(kernel["bytes"], padded, MARKS[kernel["kernel"]], color=colour, markersize=8, alpha=0.8)
-        _ridge(axes, Gpu(**results["gpu"]), sorted({kernel["bytes"] for _, kernel in points}))
-        _legend(axes, results, {kernel["kernel"] for _, kernel in points})
+            padded = kernel.instructions * kernel.lanes / kernel.elements
+            axes.plot(kernel.bytes, padded, MARKS[kernel.kernel], color=colour, markersize=8, alpha=0.8)
+        _ridge(axes, results.gpu, sorted({kernel.bytes for kernel in kernels}))
+        _legend(axes, results, {kernel.kernel for kernel in kernels})
     return path
 
 
-def headline(kernels: list[Results]) -> str:
+def headline(kernels: list[StaticKernel]) -> str:
     """What binds the kernels."""
-    by_issue = sum(kernel["bound"] == "issue" for kernel in kernels)
+    by_issue = sum(kernel.bound == "issue" for kernel in kernels)
     if by_issue:
         return f"Instructions bind {by_issue} of {len(kernels)} kernels, the memory the others"
-    nearest = max(kernel["seconds"]["issue"] / kernel["seconds"]["memory"] for kernel in kernels)
+    nearest = max(kernel.seconds.issue / kernel.seconds.memory for kernel in kernels)
     return f"The memory binds every kernel: instructions take at most {100 * nearest:.0f} % of its time"
 
 
@@ -120,35 +114,38 @@ def _ridge(axes: Axes, gpu: Gpu, widths: list[int]) -> None:
     axes.text(0.02, 0.96, "above: bound by instructions", **place)
 
 
-def _legend(axes: Axes, results: Results, kernels: set[str]) -> None:
+def _legend(axes: Axes, results: StaticProfile, kernels: set[str]) -> None:
     entries = [(mark, INK, f"{name} kernel") for name, mark in MARKS.items() if name in kernels]
-    for colour, found in zip(STEPS, results["cases"], strict=False):
-        head, dtypes, *options = profile_steps.case_title(found).split(", ")
+    for colour, case in zip(STEPS, results.cases, strict=False):
+        head, dtypes, *options = case.title.split(", ")
         entries.append(("o", colour, "\n  ".join((f"{head}, {dtypes}", *options))))
-    if len(results["cases"]) > len(STEPS):
+    if len(results.cases) > len(STEPS):
         entries.append(("o", SOFT, "other steps"))
     for mark, colour, label in entries:
         axes.plot([], [], mark, color=colour, markersize=8, label=label)
     axes.legend(frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def measured(results: Results, path: Path) -> Path:
+def measured(results: GpuProfile, path: Path) -> Path:
     """Bytes a second of each kernel, beside a copy's."""
-    bars = [(found, row) for found in results["cases"] for row in found["kernels"] if row["moved"]]
-    names = [f"{profile_steps.case_title(found)}:\n{row['kernel']} {row['tile']}" for found, row in bars]
-    speeds, heights = [row["gbs"] for _, row in bars], range(len(bars))
-    slowest = min(row["pct_copy"] for _, row in bars)
-    head = f"Every kernel moves at least {slowest:.0f} % of what a copy does"
+    bars = [
+        (f"{case.title}:\n{kernel.kernel} {kernel.tile}", kernel.us, kernel.gbs, kernel.pct_copy)
+        for case in results.cases
+        for kernel in case.kernels
+        if kernel.gbs and kernel.pct_copy
+    ]
+    names, _, speeds, shares = zip(*bars, strict=True)
+    head = f"Every kernel moves at least {min(shares):.0f} % of what a copy does"
     grid: dict[str, Any] = {"left": 0.36, "top": 0.97, "right": 0.95}
-    with figure(path, 1.6 + 0.5 * len(bars), (head, profile_gpu.title(results)), **grid) as (axes,):
-        axes.barh(heights, speeds, color=STEPS[0], height=0.62)
-        axes.set_yticks(heights, names)
+    with figure(path, 1.6 + 0.5 * len(bars), (head, results.title), **grid) as (axes,):
+        axes.barh(range(len(bars)), speeds, color=STEPS[0], height=0.62)
+        axes.set_yticks(range(len(bars)), names)
         axes.invert_yaxis()
-        axes.axvline(results["copy_gbs"], color=INK, linewidth=1.6)
-        for height, (_, row) in zip(heights, bars, strict=True):
-            text = f"{row['pct_copy']:.0f} %, {row['us']:,.0f} us"
-            place = INSIDE if row["pct_copy"] > 30 else BESIDE
-            axes.annotate(text, (row["gbs"], height), textcoords="offset points", fontsize=9, **place)
+        axes.axvline(results.copy_gbs, color=INK, linewidth=1.6)
+        for height, (_, time, speed, share) in enumerate(bars):
+            place = INSIDE if share > 30 else BESIDE
+            text = f"{share:.0f} %, {time:,.0f} us"
+            axes.annotate(text, (speed, height), textcoords="offset points", fontsize=9, **place)
         axes.set(xlabel="GB/s; the line is a copy in the same run")
-        axes.set_xlim(0, 1.05 * max(results["copy_gbs"], *speeds))
+        axes.set_xlim(0, 1.05 * max(results.copy_gbs, *speeds))
     return path

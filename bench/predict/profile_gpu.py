@@ -5,10 +5,9 @@ torch.profiler (CUPTI) tells the time of each kernel, the engine's tables which 
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +17,16 @@ import fusedcalib
 from ..env import machine
 from ..measure import ceilings, timing
 from ..measure.method import SUBJECTS
+from ..measure.probe import Event, captured
 from ..models.architectures import Model
 from ..models.shardings import kind_of
-from ..models.traffic import DTYPES
+from ..models.traffic import CACHED, DTYPES
 from ..report import tables
-from . import profile_static, profile_steps
+from ..report.records import Failure
+from . import profile_steps
 from .plan_steps import KINDS
-from .profile_steps import ProfileCase, Variant
+from .profile_steps import Kernel, Profile, ProfileCase, Variant, columns, kernel_of
 
-Results = dict[str, Any]
 WARM, STEPS = 5, 20
 NAMES = {
     "norm": "norm_kernel",
@@ -35,15 +35,6 @@ NAMES = {
     "step": "step_kernel",
     "finish": "project_kernel",
 }
-CACHED = 400e6  # bytes; a step that moves fewer finds some of them in an L2 cache of 50 MB
-
-
-class Event(NamedTuple):
-    """Something that ran on the device: its name, when it began and how long it took, in microseconds."""
-
-    name: str
-    start: float
-    took: float
 
 
 def here() -> torch.device | None:
@@ -51,63 +42,85 @@ def here() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
+@dataclass
+class GpuKernel(Kernel):
+    """One kernel as it ran; a kernel that moves nothing has no speed."""
+
+    us: float  # microseconds
+    gbs: float | None
+    pct_copy: float | None  # % of a copy's bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuCase(ProfileCase):
+    """The kernels of one step, and its times in microseconds."""
+
+    kernels: list[GpuKernel]
+    moved: int
+    device_us: float
+    other_us: float  # of them, other kernels and copies
+    host_us: float
+
+
+@dataclass(kw_only=True)
+class GpuProfile(Profile, machine.Head):
+    """Steps of a model's parameters on a GPU."""
+
+    copy_gbs: float
+    cases: list[GpuCase] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Model, GPU and versions."""
+        versions = f"torch {self.versions['torch']}, Triton {self.versions['triton']}"
+        speed = f"a copy moves {self.copy_gbs:,.0f} GB/s"
+        return f"{self.about_model}, {self.short_name}, {versions}; {speed}"
+
+
 def profile(
     cases: Sequence[ProfileCase],
     model: Model,
     device: torch.device,
-    told: Callable[[Results], None] = lambda results: None,
-) -> Results:
+    told: Callable[[GpuProfile, GpuCase | None], None] = lambda results, case: None,
+) -> GpuProfile:
     """Steps a model's parameters on a GPU under the profiler.
 
-    A case that breaks costs that case only: what was raised is among the "failures". `told` is told what is
-    known after each.
-
-    Raises:
-        ValueError: the model does not fit.
+    A case that breaks costs that case only: what was raised is among the failures. `told` is told what is
+    known after each, and of the case itself unless it broke.
     """
     copy = ceilings.measure(device)["copy_gbs"]
-    results: Results = {
-        **asdict(machine.describe(device)),
-        "model": model.name,
-        "params": model.count,
-        "tensors": len(model.params),
-        "copy_gbs": copy,
-        "cases": [],
-        "failures": [],
-    }
+    results = GpuProfile(**vars(machine.describe(device)), **model.facts, copy_gbs=copy)
     for case in cases:
+        found = None
         try:
-            results["cases"].append(_case(case, model, device, copy))
+            found = _case(case, model, device, copy)
+            results.cases.append(found)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"{model.name} does not fit on {device}: take a smaller --model") from error
         except Exception as error:  # of the compiler or the profiler
-            traceback.print_exc()
-            results["failures"].append({"case": case.title, "error": f"{type(error).__name__}: {error}"})
-        told(results)
+            results.failures.append(Failure.of(case.title, error))
+        told(results, found)
     return results
 
 
-def _case(case: ProfileCase, model: Model, device: torch.device, copy: float) -> Results:
+def _case(case: ProfileCase, model: Model, device: torch.device, copy: float) -> GpuCase:
     optimizer = made(case, model, device)
     for _ in range(WARM):
         optimizer.step()
     plan = optimizer._engine.plan
-    decides = plan.decider.on_device
     alike = [1] * sum(len(bucket.slots) for bucket in plan.buckets)
-    expected = profile_steps.launches(plan.buckets, alike, plan.needs.measure, decides)
-    kernels, other = attributed(captured(optimizer.step, device), expected, STEPS)
-    host = timing.host_seconds(device, optimizer.step)
-    rows = [_row(variant, took, copy) for variant, took in zip(expected, kernels, strict=True)]
-    return {
-        "optimizer": case.optimizer,
-        "options": list(case.options),
-        "dtypes": case.dtypes,
-        "kernels": rows,
-        "moved": sum(row["moved"] for row in rows),
-        "device_us": sum(kernels) + other,
-        "other_us": other,
-        "host_us": 1e6 * host,
-    }
+    expected = profile_steps.launches(plan.buckets, alike, plan.needs.measure, plan.decider.on_device)
+    times, other = attributed(captured(optimizer.step, device, STEPS), expected, STEPS)
+    kernels = [_kernel(variant, took, copy) for variant, took in zip(expected, times, strict=True)]
+    return GpuCase(
+        **vars(case),
+        kernels=kernels,
+        moved=sum(kernel.moved for kernel in kernels),
+        device_us=sum(times) + other,
+        other_us=other,
+        host_us=1e6 * timing.host_seconds(device, optimizer.step),
+    )
 
 
 def made(case: ProfileCase, model: Model, device: torch.device, backend: str = "triton") -> Any:
@@ -126,31 +139,6 @@ def made(case: ProfileCase, model: Model, device: torch.device, backend: str = "
         if params:
             groups.append({"params": params, **own})
     return getattr(fusedcalib, SUBJECTS[case.optimizer].cls)(groups, **options, backend=backend)
-
-
-def captured(step: timing.Step, device: torch.device) -> list[Event]:
-    """What the device did in so many steps."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as watch
-
-    machine.synchronize(device)
-    with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(STEPS):
-            step()
-        machine.synchronize(device)
-    return on_device(profiler.events() or [])
-
-
-def on_device(events: Iterable[Any]) -> list[Event]:
-    """Kernels and copies among the profiler's events, in the order of their start."""
-    found = [
-        Event(event.name, event.time_range.start, event.time_range.elapsed_us())
-        for event in events
-        if str(event.device_type) == "DeviceType.CUDA"
-        # torch marks the span of `Optimizer.step` on the device too: that is no kernel.
-        and not event.name.startswith(("Optimizer.", "ProfilerStep"))
-    ]
-    return sorted(found, key=lambda event: event.start)
 
 
 def attributed(events: Sequence[Event], expected: Sequence[Variant], steps: int) -> tuple[list[float], float]:
@@ -174,56 +162,35 @@ def attributed(events: Sequence[Event], expected: Sequence[Variant], steps: int)
     return [float(took) for took in np.median(times, axis=0)], other / steps
 
 
-def _row(variant: Variant, took: float, copy: float) -> Results:
-    width = profile_steps.traffic_of(variant).memory
-    moved = width * variant.elements
-    gbs = moved / took * 1e-3  # bytes in a microsecond are MB a second
-    return {
-        "kernel": variant.kernel,
-        "tile": profile_steps.tile_text(variant),
-        "tensors": variant.tensors,
-        "elements": variant.elements,
-        "bytes": width,
-        "moved": moved,
-        "us": took,
-        "gbs": gbs if moved else None,
-        "pct_copy": 100 * gbs / copy if moved else None,
-    }
+def _kernel(variant: Variant, took: float, copy: float) -> GpuKernel:
+    found = GpuKernel(*kernel_of(variant), us=took, gbs=None, pct_copy=None)
+    if found.moved:
+        found.gbs = found.moved / took * 1e-3  # bytes in a microsecond are MB a second
+        found.pct_copy = 100 * found.gbs / copy
+    return found
 
 
 # -- shown
 
 
-def title(results: Results) -> str:
-    """Model, GPU and versions."""
-    versions = results["versions"]
-    return (
-        f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
-        f"{machine.Head.of(results).short_name}, torch {versions['torch']}, Triton {versions['triton']}; "
-        f"a copy moves {results['copy_gbs']:,.0f} GB/s"
-    )
-
-
-def table(found: Results) -> tables.Table:
+def table(case: GpuCase) -> tables.Table:
     """Each kernel of a step."""
-    columns: tables.Columns[Results] = {
-        **profile_static.COLUMNS,
-        "bytes": lambda row: str(row["bytes"]),
-        "us": lambda row: f"{row['us']:.1f}",
-        "GB/s": lambda row: tables.number(row["gbs"], ",.0f"),
-        "% of a copy": lambda row: tables.number(row["pct_copy"], ".0f"),
+    shown: tables.Columns[GpuKernel] = {
+        "bytes": lambda kernel: str(kernel.bytes),
+        "us": lambda kernel: f"{kernel.us:.1f}",
+        "GB/s": lambda kernel: tables.number(kernel.gbs, ",.0f"),
+        "% of a copy": lambda kernel: tables.number(kernel.pct_copy, ".0f"),
     }
-    return tables.table_of(found["kernels"], columns)
+    return tables.table_of(case.kernels, columns(shown))
 
 
-def show(found: Results) -> None:
+def show(case: GpuCase) -> None:
     """Prints the table of a case."""
-    case = ProfileCase(found["optimizer"], tuple(found["options"]), found["dtypes"])
     print(f"\n{case.title}:")
-    tables.show(table(found))
+    tables.show(table(case))
     print(
-        f"a step: {found['device_us']:.1f} us on the GPU ({found['other_us']:.1f} of other kernels "
-        f"and copies), {found['host_us']:.1f} us on the host"
+        f"a step: {case.device_us:.1f} us on the GPU ({case.other_us:.1f} of other kernels "
+        f"and copies), {case.host_us:.1f} us on the host"
     )
-    if found["moved"] < CACHED:
+    if case.moved < CACHED:
         print("So few bytes lie partly in the L2 cache: GB/s may be more than the memory's.")

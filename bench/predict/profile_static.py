@@ -5,105 +5,131 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import starmap
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from typing import Any
 
 from ..models.architectures import Model
 from ..models.traffic import Traffic
-from ..report.tables import Columns
+from ..report import tables
 from . import compiled, static_costs
 from .gpus import GPUS, Gpu
-from .profile_steps import ProfileCase, Variant, tile_text, traffic_of, variants
+from .profile_steps import Kernel, Profile, ProfileCase, Variant, columns, kernel_of, traffic_of, variants
+from .static_costs import Bound, Occupancy
 
-Results = dict[str, Any]
 WORKERS = 2
-
-
 FEW = 3  # cases, which this process compiles itself
+NOTE = (
+    "On paper: registers, accesses and instructions are those of the compiled code, bytes what the step must "
+    "move, times the published bandwidth and issue rate of bench/predict/gpus.py; no GPU was measured."
+)
 
 
-def profile(cases: Sequence[ProfileCase], model: Model, gpu_name: str, workers: int = WORKERS) -> Results:
-    """The static profile of steps on a model: numbers in bytes, seconds and instructions of a lane.
+@dataclass
+class StaticKernel(Kernel):
+    """What one kernel would take."""
 
-    Raises:
-        ValueError: an optimizer does not take the options of its case.
-    """
+    lanes: int  # elements of all tiles, those that no tensor fills among them
+    registers: int  # of a thread
+    spilled: int  # bytes of stack of a thread
+    shared: int  # bytes of a program
+    occupancy: Occupancy
+    in_flight: int  # bytes that the warps of a processor ask for at once
+    widest: int | None  # bytes of an access that moves elements
+    narrowest: int | None
+    instructions: float  # of a lane, for each element
+    seconds: Bound
+    bound: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticCase(ProfileCase):
+    """The kernels of one step, and its totals."""
+
+    kernels: list[StaticKernel]
+    launches: int
+    moved: int
+    moved_per_param: float
+    seconds: Bound
+
+
+@dataclass(kw_only=True)
+class StaticProfile(Profile):
+    """Steps on a model: numbers in bytes, seconds and instructions of a lane."""
+
+    schema: int = 1
+    gpu: Gpu
+    triton: str
+    cases: list[StaticCase]
+
+    @property
+    def title(self) -> str:
+        """Model, GPU and compiler."""
+        speed = f"{self.gpu.name} ({self.gpu.target}) at {self.gpu.bandwidth / 1e12:.3g} TB/s"
+        return f"{self.about_model}, {speed}, Triton {self.triton}"
+
+
+def profile(
+    cases: Sequence[ProfileCase], model: Model, gpu_name: str, workers: int = WORKERS
+) -> StaticProfile:
+    """The static profile of steps on a model."""
     import triton
 
-    tasks = [(case, model, gpu_name) for case in cases]
+    gpu = GPUS[gpu_name]
+    one = partial(profile_case, model=model, gpu=gpu)
     if len(cases) <= FEW or workers < 2 or (os.cpu_count() or 1) < 2:
-        profiles = list(starmap(profile_case, tasks))
+        profiles = list(map(one, cases))
     else:  # another process each: the compiler holds the interpreter
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            profiles = list(pool.map(profile_case, *zip(*tasks, strict=True)))
-    return {
-        "schema": 1,
-        "model": model.name,
-        "params": model.count,
-        "tensors": len(model.params),
-        "gpu": GPUS[gpu_name]._asdict(),
-        "triton": triton.__version__,
-        "cases": profiles,
-    }
+            profiles = list(pool.map(one, cases))
+    return StaticProfile(**model.facts, gpu=gpu, triton=triton.__version__, cases=profiles)
 
 
-def profile_case(case: ProfileCase, model: Model, gpu_name: str) -> Results:
+def profile_case(case: ProfileCase, model: Model, gpu: Gpu) -> StaticCase:
     """One step: its kernels, and its totals."""
-    device = GPUS[gpu_name]
-    kernels = [measured(variant, device) for variant in variants(case, model)]
-    seconds = {
-        name: sum(kernel["seconds"][name] for kernel in kernels) for name in ("memory", "issue", "bound")
-    }
-    moved = sum(kernel["moved"] for kernel in kernels)
-    return {
-        "optimizer": case.optimizer,
-        "options": list(case.options),
-        "dtypes": case.dtypes,
-        "kernels": kernels,
-        "launches": len(kernels),
-        "moved": moved,
-        "moved_per_param": moved / model.count,
-        "seconds": seconds,
-    }
+    kernels = [measured(variant, gpu) for variant in variants(case, model)]
+    moved = sum(kernel.moved for kernel in kernels)
+    seconds = [kernel.seconds for kernel in kernels]
+    return StaticCase(
+        **vars(case),
+        kernels=kernels,
+        launches=len(kernels),
+        moved=moved,
+        moved_per_param=moved / model.count,
+        seconds=Bound(*(sum(getattr(one, key) for one in seconds) for key in ("memory", "issue", "bound"))),
+    )
 
 
-def measured(variant: Variant, device: Gpu) -> Results:
+def measured(variant: Variant, gpu: Gpu) -> StaticKernel:
     """What one kernel takes."""
-    built = built_for(variant, device.target)
+    built = built_for(variant, gpu.target)
     used = compiled.usage(built)
     spec = variant.spec
     moves, per_element, warps = traffic_of(variant), 0.0, 4
     if spec is not None:
         counted = built
         if variant.kernel == "norm":  # the last program alone decides
-            counted = compiled.compiled_norm(spec, None, device.target)
+            counted = compiled.compiled_norm(spec, None, gpu.target)
         per_element = len(compiled.instructions(counted)) / counted.elements
         warps = built.built.warps
-    room = static_costs.occupancy(device.target, used.registers, warps, built.shared)
-    moved = moves.memory * variant.elements
-    time = static_costs.bound(device, moved, per_element * variant.lanes)
+    room = static_costs.occupancy(gpu.target, used.registers, warps, built.shared)
+    time = static_costs.bound(gpu, moves.memory * variant.elements, per_element * variant.lanes)
     needed = zip(("ld", "st"), moves.accessed, strict=True)
     widths = [width for kind, of_element in needed for width in built.widths(kind, of_element)]
-    return {
-        "kernel": variant.kernel,
-        "tile": tile_text(variant),
-        "tensors": variant.tensors,
-        "elements": variant.elements,
-        "lanes": variant.lanes,  # those of tiles that no tensor fills among them
-        "registers": used.registers,
-        "spilled": used.stack,
-        "shared": built.shared,
-        "occupancy": {"warps": room.warps, "most": room.most, "limit": room.limit},
-        "in_flight": _in_flight(built, moves, room.warps),
-        "widest": max(widths, default=None),
-        "narrowest": min(widths, default=None),
-        "bytes": moves.memory,
-        "instructions": round(per_element, 2),
-        "moved": moved,
-        "seconds": {"memory": time.memory, "issue": time.issue, "bound": time.seconds},
-        "bound": time.by,
-    }
+    return StaticKernel(
+        *kernel_of(variant),
+        lanes=variant.lanes,
+        registers=used.registers,
+        spilled=used.stack,
+        shared=built.shared,
+        occupancy=room,
+        in_flight=_in_flight(built, moves, room.warps),
+        widest=max(widths, default=None),
+        narrowest=min(widths, default=None),
+        instructions=round(per_element, 2),
+        seconds=time,
+        bound=time.by,
+    )
 
 
 def _in_flight(built: compiled.Compiled, moves: Traffic, warps: int) -> int:
@@ -122,19 +148,53 @@ def built_for(variant: Variant, target: str) -> compiled.Compiled:
     return compiled.compiled_for(variant.spec, target, variant.kernel, variant.as_arguments)
 
 
-def title(results: Results) -> str:
-    """Model, GPU and compiler."""
-    gpu = results["gpu"]
-    return (
-        f"{results['model']}: {results['params'] / 1e6:,.1f}M parameters in {results['tensors']} tensors, "
-        f"{gpu['name']} ({gpu['target']}) at {gpu['bandwidth'] / 1e12:.3g} TB/s, Triton {results['triton']}"
-    )
+# -- shown
 
 
-# What tables of kernels begin with.
-COLUMNS: Columns[Results] = {
-    "kernel": lambda kernel: kernel["kernel"],
-    "tile": lambda kernel: kernel["tile"],
-    "tensors": lambda kernel: str(kernel["tensors"]),
-    "elements": lambda kernel: f"{kernel['elements'] / 1e6:,.3g}M",
-}
+def kernels_table(case: StaticCase) -> tables.Table:
+    """Each kernel of a step."""
+
+    def widths(kernel: StaticKernel) -> str:
+        ends = sorted({kernel.narrowest or 0, kernel.widest or 0} - {0}, reverse=True)
+        return " to ".join(map(str, ends)) or "-"
+
+    shown: tables.Columns[StaticKernel] = {
+        "registers": lambda kernel: str(kernel.registers),
+        "spilled B": lambda kernel: str(kernel.spilled),
+        "warps": lambda kernel: f"{kernel.occupancy.warps}/{kernel.occupancy.most}",
+        "KB in flight": lambda kernel: f"{kernel.in_flight / 1024:.0f}",
+        "access B": widths,
+        "bytes": lambda kernel: str(kernel.bytes),
+        "instr.": lambda kernel: f"{kernel.instructions:.1f}",
+        "memory ms": lambda kernel: tables.milliseconds(kernel.seconds.memory),
+        "issue ms": lambda kernel: tables.milliseconds(kernel.seconds.issue),
+        "bound by": lambda kernel: kernel.bound if kernel.elements else "-",
+    }
+    return tables.table_of(case.kernels, columns(shown))
+
+
+def totals_table(cases: Sequence[StaticCase]) -> tables.Table:
+    """The totals of each step."""
+    shown: tables.Columns[StaticCase] = {
+        "step": lambda case: case.title,
+        "launches": lambda case: str(case.launches),
+        "bytes a parameter": lambda case: f"{case.moved_per_param:.1f}",
+        "GB moved": lambda case: f"{case.moved / 1e9:.3g}",
+        "most registers": lambda case: str(max(kernel.registers for kernel in case.kernels)),
+        "spilled B": lambda case: str(sum(kernel.spilled for kernel in case.kernels)),
+        "memory ms": lambda case: tables.milliseconds(case.seconds.memory),
+        "issue ms": lambda case: tables.milliseconds(case.seconds.issue),
+        "at least ms": lambda case: tables.milliseconds(case.seconds.bound),
+    }
+    return tables.table_of(cases, shown)
+
+
+def show(results: StaticProfile) -> None:
+    """Prints the tables."""
+    print(results.title)
+    for case in results.cases:
+        print(f"\n{case.title}:")
+        tables.show(kernels_table(case), width=170)
+    print("\nEach step:")
+    tables.show(totals_table(results.cases))
+    print(NOTE)

@@ -6,8 +6,8 @@ The engine itself lays the step out, on parameters without memory: what is compi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,9 +22,9 @@ from ..measure.method import SUBJECTS
 from ..models import shardings
 from ..models.architectures import Model
 from ..models.traffic import DTYPES, Traffic, traffic
+from ..report.tables import Columns
 from .plan_steps import parts_of
 
-Results = dict[str, Any]
 ALONE = shardings.Sharding(1, 1, 1)
 
 # What can be switched on around a rule, as an optimizer takes it.
@@ -73,31 +73,19 @@ NOTHING = launch.DeciderSpec()
 
 
 class Variant(NamedTuple):
-    """One kernel of a step; a launch each.
+    """One kernel of a step; a launch each."""
 
-    Attributes:
-        kernel: of launch.KERNELS, "norm" or "control".
-        spec: what is compiled of the bucket; None for control.
-        tensors, elements: of the model that it serves.
-        lanes: elements of all its tiles, those that no tensor has among them.
-        as_arguments: whether its scalars are arguments of the launch, in place of a table.
-    """
-
-    kernel: str
-    spec: launch.Spec | None
+    kernel: str  # of launch.KERNELS, "norm" or "control"
+    spec: launch.Spec | None  # what is compiled of the bucket; None for control
     decider: launch.DeciderSpec
-    tensors: int = 0
+    tensors: int = 0  # of the model that it serves
     elements: int = 0
-    lanes: int = 0
-    as_arguments: bool = False
+    lanes: int = 0  # elements of all its tiles, those that no tensor has among them
+    as_arguments: bool = False  # whether its scalars are arguments of the launch, in place of a table
 
 
 def variants(case: ProfileCase, model: Model) -> list[Variant]:
-    """All kernels of a step, in the order of their launches.
-
-    Raises:
-        ValueError: the optimizer does not take these options.
-    """
+    """All kernels of a step, in the order of their launches."""
     found = shardings.shards(model, ALONE)
     laid = parts_of(SUBJECTS[case.optimizer].cls, case.chosen(), DTYPES[case.dtypes], found, ALONE)
     scalars = Scalars()
@@ -171,6 +159,52 @@ def tile_text(variant: Variant) -> str:
     return " ".join(words)
 
 
-def case_title(found: Results) -> str:
-    """Optimizer, storage and options of a case."""
-    return ProfileCase(found["optimizer"], tuple(found["options"]), found["dtypes"]).title
+# -- what is told of them
+
+
+@dataclass
+class Kernel:
+    """One kernel of a step, and what it moves."""
+
+    kernel: str
+    tile: str
+    tensors: int
+    elements: int
+    bytes: int  # of each element
+    moved: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moved = self.bytes * self.elements
+
+
+def kernel_of(variant: Variant) -> tuple[str, str, int, int, int]:
+    """What any profile tells of a kernel, as Kernel takes it."""
+    width = traffic_of(variant).memory
+    return variant.kernel, tile_text(variant), variant.tensors, variant.elements, width
+
+
+@dataclass(kw_only=True)
+class Profile:
+    """What is told of the model of any profile."""
+
+    model: str
+    params: int
+    tensors: int
+
+    @property
+    def about_model(self) -> str:
+        return f"{self.model}: {self.params / 1e6:,.1f}M parameters in {self.tensors} tensors"
+
+
+K = TypeVar("K", bound=Kernel)
+
+
+def columns(more: Columns[K]) -> Columns[K]:
+    """The columns of a table of kernels."""
+    return {
+        "kernel": lambda kernel: kernel.kernel,
+        "tile": lambda kernel: kernel.tile,
+        "tensors": lambda kernel: str(kernel.tensors),
+        "elements": lambda kernel: f"{kernel.elements / 1e6:,.3g}M",
+        **more,
+    }

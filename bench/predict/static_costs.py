@@ -5,6 +5,7 @@ A processor is a streaming multiprocessor, or a compute unit; a warp is a wavefr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .gpus import Gpu
@@ -38,16 +39,13 @@ PROCESSORS = {
 }
 
 
-class Occupancy(NamedTuple):
+@dataclass(frozen=True)
+class Occupancy:
     """Warps that a processor holds at once, of so many, and what allows no more."""
 
     warps: int
     most: int
     limit: str  # "registers" | "shared memory" | "warps"
-
-    @property
-    def share(self) -> float:
-        return self.warps / self.most
 
 
 def occupancy(target: str, registers: int, warps: int, shared: int) -> Occupancy:
@@ -64,25 +62,24 @@ def occupancy(target: str, registers: int, warps: int, shared: int) -> Occupancy
     return Occupancy(held[limit] * warps, has.warps * PARTS, limit)
 
 
-class Bound(NamedTuple):
-    """Seconds that the memory takes to move the bytes, and processors to start the instructions."""
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that the memory takes to move the bytes, processors to start the instructions, and both."""
 
     memory: float
     issue: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self)
+    bound: float
 
     @property
     def by(self) -> str:
         """Which of the two binds."""
-        return self._fields[self.index(max(self))]
+        return "memory" if self.memory >= self.issue else "issue"
 
 
 def bound(gpu: Gpu, moved: float, executed: float) -> Bound:
     """What binds so many bytes, and instructions of a lane."""
-    return Bound(moved / gpu.bandwidth, executed / issue_rate(gpu))
+    memory, issue = moved / gpu.bandwidth, executed / issue_rate(gpu)
+    return Bound(memory, issue, max(memory, issue))
 
 
 def issue_rate(gpu: Gpu) -> float:

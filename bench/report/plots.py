@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from . import tables
-from .results import Measured, Results, Spread
+from .records import Band, Spread, Training
+from .results import Measured, Results, Row
 from .style import COLOURS, INK, SOFT, bar, dot, figure, name_lines, ratio_axis
 
 NAMES = {
@@ -24,36 +25,38 @@ BUSY = "Step times on a busy machine: do not rely on them"
 
 def training(results: Results, path: Path) -> Path:
     """E1: test accuracy and training loss by epoch; bands are 10-90 % of the seeds."""
-    e1 = results.e1 or {}
-    curves = e1["curves"]
-    epochs = len(curves["gc"]["loss"]["median"])
+    e1 = results.e1
+    assert e1 is not None
+    curves = e1.curves
+    epochs = len(curves["gc"].loss.median)
     subtitle = (
-        f"AdamW, small CNN without batch norm, {e1['setting']['train']} training images; line: "
-        f"median, band: 10-90 % of {len(e1['seeds'])} seeds\n{results.measured_on}"
+        f"AdamW, small CNN without batch norm, {e1.setting['train']} training images; line: "
+        f"median, band: 10-90 % of {len(e1.seeds)} seeds\n{results.measured_on}"
     )
     with figure(path, 4.2, (_training_title(e1), subtitle), (1, 2), wspace=0.22, top=0.97) as (left, right):
-        for axes, key in ((left, "accuracy"), (right, "loss")):
-            for name in NAMES:
-                _curve(axes, name, curves[name][key])
+        for name in NAMES:
+            _curve(left, name, curves[name].accuracy)
+            _curve(right, name, curves[name].loss)
+        for axes in (left, right):
             axes.set(xlabel="epoch", xlim=(1, epochs))
             axes.set_xticks([1, *range(5, epochs + 1, 5)])
-        floor = min(min(curve["accuracy"]["p10"]) for curve in curves.values())
+        floor = min(min(curve.accuracy.p10) for curve in curves.values())
         left.set(ylabel="test accuracy (%)", ylim=(10 * (floor // 10), 100))
         right.set(ylabel="training loss (nats, log scale)", yscale="log")
         right.yaxis.set_major_formatter("{x:g}")
-        _end_labels(right, epochs, {name: curves[name]["loss"]["median"][-1] for name in NAMES})
+        _end_labels(right, epochs, {name: curves[name].loss.median[-1] for name in NAMES})
     return path
 
 
-def _curve(axes: Axes, name: str, band: dict[str, list[float]]) -> None:
+def _curve(axes: Axes, name: str, band: Band) -> None:
     """A median in its band; the plain fusedcalib is dashed, to show the torch line beneath it."""
-    epochs = range(1, len(band["median"]) + 1)
+    epochs = range(1, len(band.median) + 1)
     colour = COLOURS[name]
     if name != "plain":
-        axes.fill_between(epochs, band["p10"], band["p90"], color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(epochs, band.p10, band.p90, color=colour, alpha=0.13, linewidth=0)
     width = {"torch": 3.2, "plain": 1.6, "gc": 2.4}[name]
     style = (0, (2.5, 2)) if name == "plain" else "-"
-    axes.plot(epochs, band["median"], color=colour, linewidth=width, linestyle=style)
+    axes.plot(epochs, band.median, color=colour, linewidth=width, linestyle=style)
 
 
 def _end_labels(axes: Axes, x: float, ends: dict[str, float]) -> None:
@@ -73,13 +76,13 @@ def _end_labels(axes: Axes, x: float, ends: dict[str, float]) -> None:
         free = height - 15 * (1 + NAMES[name].count("\n"))
 
 
-def _training_title(e1: dict[str, Any]) -> str:
-    finals = {name: e1["curves"][name]["accuracy"]["median"][-1] for name in ("torch", "gc")}
-    gain, seeds = e1["gain"], len(e1["seeds"])
-    if gain["mean"] > 0:
+def _training_title(e1: Training) -> str:
+    finals = {name: e1.curves[name].accuracy.median[-1] for name in ("torch", "gc")}
+    gain, seeds = e1.gain, len(e1.seeds)
+    if gain.mean > 0:
         return (
             f"Centralized gradients: {finals['gc']:.1f} % of digits right instead of "
-            f"{finals['torch']:.1f} %, better on {gain['wins']} of {seeds} seeds"
+            f"{finals['torch']:.1f} %, better on {gain.wins} of {seeds} seeds"
         )
     return f"Centralized gradients: no gain in accuracy here ({seeds} seeds)"
 
@@ -161,55 +164,54 @@ def _ratios_on(axes: Axes, spreads: list[Spread], label: str) -> None:
 # -- a panel for each case
 
 Shown = tuple[Measured, str, str]  # case, what is compared with, title
-Line = tuple[str, str, Spread]  # method, title, spread
 
 
 def steps(results: Results, path: Path, names: list[str] | None = None) -> Path:
     """Step time of each method over torch fused's, one panel for each list; bars are 10-90 %."""
     fp32 = [case for case in results.cases if case.kind == ("fp32", "AdamW", "")]
     cases = [case for case in fp32 if names is None or case.list in names]
-    of = "torch.optim.AdamW(fused=True)"
-    return _panels(
-        results, path, [(case, "torch_fused", case.title) for case in cases], of, _steps_title(cases)
-    )
+    shown = [(case, "torch_fused", case.title) for case in cases]
+    return _panels(results, path, shown, "torch.optim.AdamW(fused=True)", _steps_title(cases))
 
 
 def compared(results: Results, path: Path) -> Path:
     """Every case of a run, each method over the one that its table compares with."""
-    shown: list[Shown] = []
-    for case in results.cases:
-        if case.base:
-            title = next(row.title for row in case.methods if row.name == case.base)
-            shown.append((case, case.base, f"{case.title}; 1 is {title}"))
+    shown = [
+        (case, case.base, f"{case.title}; 1 is {case.base_title}") for case in results.cases if case.base
+    ]
     return _panels(results, path, shown, "the method named above the panel", _compared_title(shown))
 
 
 def _panels(results: Results, path: Path, shown: list[Shown], of: str, title: str) -> Path:
     lines = [_lines(case, base) for case, base, _ in shown]
-    heights = [len(of_case) + 1.2 for of_case in lines]
+    heights = [len(rows) + 1.2 for rows in lines]
     height = 0.5 + 0.34 * sum(heights)
     top = min(0.93, 1 - 0.4 / height)  # room for the title of the first panel
     grid = {"height_ratios": heights, "hspace": 0.3, "top": top, "left": 0.2, "sharex": True}
     titles = (title, _subtitle(results, any(case.disturbed for case, _, _ in shown)))
+    spreads = []
     with figure(path, height, titles, (len(shown), 1), **grid) as panels:
-        for axes, (_, _, name), of_case in zip(panels, shown, lines, strict=True):
-            _panel(axes, of_case, name)
+        for axes, (_, base, name), rows in zip(panels, shown, lines, strict=True):
+            spreads += _panel(axes, rows, base)
+            axes.set_title(name, color=SOFT)
         clock = "on the device" if results.device else "of a step"
-        spreads = [spread for of_case in lines for _, _, spread in of_case]
         _ratios_on(panels[-1], spreads, f"time {clock} / time of {of}, log scale")
     return path
 
 
-def _lines(case: Measured, base: str = "torch_fused") -> list[Line]:
+def _lines(case: Measured, base: str) -> list[Row]:
     """The measured methods of a case but the one compared with, slowest first."""
     rows = [row for row in case.methods if base in row.ratio_to and not row.name.startswith("stream_")]
-    found = [(row.name, row.title, row.ratio_to[base]) for row in rows]
-    return sorted(found, key=lambda line: -line[2].median)
+    return sorted(rows, key=lambda row: -row.ratio_to[base].median)
 
 
-def _panel(axes: Axes, lines: list[Line], title: str) -> None:
-    colours = [COLOURS.get(n, COLOURS["own_gc"] if n.startswith("own") else SOFT) for n, _, _ in lines]
-    for y, ((_, _, spread), colour) in enumerate(zip(lines, colours, strict=True)):
+def _panel(axes: Axes, rows: list[Row], base: str) -> list[Spread]:
+    """A line for each method; returns the ratios that are shown."""
+    name_lines(axes, [row.title for row in rows])
+    spreads = [row.ratio_to[base] for row in rows]
+    for y, (row, spread, tick) in enumerate(zip(rows, spreads, axes.get_yticklabels(), strict=True)):
+        colour = COLOURS.get(row.name, COLOURS["own_gc"] if row.own else SOFT)
+        tick.set(color=colour if row.own else INK, fontweight="bold" if row.own else "normal")
         bar(axes, y, (spread.p10, spread.p90), colour)
         dot(axes, y, spread.median, colour, 8)
         place: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
@@ -217,20 +219,16 @@ def _panel(axes: Axes, lines: list[Line], title: str) -> None:
         text = axes.annotate(said, (spread.p90, y), **place)
         text.set(color=colour, fontweight="bold")
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.2})
-    axes.set_title(title, color=SOFT)
-    name_lines(axes, [title for _, title, _ in lines])
-    for tick, (name, _, _), colour in zip(axes.get_yticklabels(), lines, colours, strict=True):
-        own = name.startswith("own")
-        tick.set(color=colour if own else INK, fontweight="bold" if own else "normal")
+    return spreads
 
 
 def _compared_title(shown: list[Shown]) -> str:
     """The finding of the first panel."""
     for case, base, _ in shown:
-        for name, title, spread in _lines(case, base):
-            if name.startswith("own"):
-                names = {row.name: row.title for row in case.methods}
-                finding = f"{title} / {names[base]}: {spread.median:.2f} on {case.list}"
+        for row in _lines(case, base):
+            if row.own:
+                spread = row.ratio_to[base]
+                finding = f"{row.title} / {case.base_title}: {spread.median:.2f} on {case.list}"
                 return BUSY if spread.disturbed else finding
     return "Step times"
 

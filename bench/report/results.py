@@ -6,41 +6,15 @@ What has no default must be in a file; newer fields have one, so that older file
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
-
-import numpy as np
+from typing import Any
 
 from ..env.machine import Head
+from .data import made
+from .records import Failure, GoalValue, HostCase, Spread, Training
 
 SPEEDS = ("wall_ms", "device_ms_median", "host_us", "gbs", "pct_copy", "pct_4r3w", "pct_stream")
-
-
-@dataclass
-class Spread:
-    """A median with the 10th and 90th percentile of `n` values."""
-
-    median: float
-    p10: float
-    p90: float
-    n: int
-    disturbed: bool = False  # too few quiet samples, so that all were taken
-
-    @staticmethod
-    def of(values: list[float], disturbed: bool = False) -> Spread | None:
-        """None where nothing was measured: a missing number is never a zero."""
-        if not values:
-            return None
-        low, middle, high = np.percentile(values, [10, 50, 90])
-        return Spread(float(middle), float(low), float(high), len(values), disturbed)
-
-    @property
-    def quiet(self) -> float | None:
-        """The median; None on a busy machine, where no goal is reached or missed."""
-        return None if self.disturbed else self.median
 
 
 @dataclass
@@ -87,12 +61,7 @@ Names = list[str]
 
 @dataclass
 class Measured:
-    """A case: one rule on one list of parameters.
-
-    Attributes:
-        extras: what it is about besides its rule.
-        base: the method that the others are compared with.
-    """
+    """A case: one rule on one list of parameters."""
 
     list: str
     tensors: int
@@ -103,8 +72,8 @@ class Measured:
     clock: str
     methods: Rows
     subject: str = "AdamW"
-    extras: str = ""
-    base: str | None = "torch_fused"
+    extras: str = ""  # what it is about besides its rule
+    base: str | None = "torch_fused"  # the method that the others are compared with
     hyper: dict[str, Any] = field(default_factory=dict)
     incomplete: bool = False
 
@@ -120,6 +89,11 @@ class Measured:
     def title(self) -> str:
         millions = f"{self.params / 1e6:.3g}M parameters"
         return f"{self.subject}, {self.list}: {self.tensors} tensors, {millions}, {self.dtypes}"
+
+    @property
+    def base_title(self) -> str:
+        """What tables call the method that the others are compared with."""
+        return next((row.title for row in self.methods if row.name == self.base), "-")
 
     @property
     def disturbed(self) -> bool:
@@ -159,28 +133,40 @@ class Measured:
 
 @dataclass
 class Results(Head):
-    """All that a run has found.
+    """All that a run has found."""
 
-    Attributes:
-        ceil: the machine's own limits.
-        host: what host.measure found.
-        e1: the experiment of the main job.
-    """
-
-    torch_mta: dict[str, Any] | None
-    ceil: dict[str, Any]
+    torch_mta: dict[str, Any] | None  # how much torch's fused kernel takes at once
+    ceil: dict[str, Any]  # the machine's own limits
     cases: list[Measured]
-    host: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
+    host: list[HostCase] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    goals: list[dict[str, Any]] = field(default_factory=list)
-    e1: dict[str, Any] | None = None
+    goals: list[GoalValue] = field(default_factory=list)
+    e1: Training | None = None  # the experiment of the main job
     seconds: float | None = None
     incomplete: bool = False
+
+    def add_bandwidths(self) -> None:
+        """Says each time as bandwidth too: in GB/s, and as shares of the ceilings."""
+        copy, stream = (self.ceil.get(of) for of in ("copy_gbs", "stream_4r3w_gbs"))
+        for case in self.cases:
+            for row in case.methods:
+                milliseconds = row.device_ms_median if case.on_gpu else row.wall_ms
+                if milliseconds:
+                    row.gbs = (
+                        1e-6 * (row.bytes_per_param or case.bytes_per_param) * case.params / milliseconds
+                    )
+                    row.pct_copy = 100 * row.gbs / copy if copy else None
+                    row.pct_4r3w = 100 * row.gbs / stream if stream else None
 
     @property
     def disturbed(self) -> bool:
         return any(case.disturbed for case in self.cases)
+
+    @property
+    def wrong(self) -> list[str]:
+        """Our own methods that did not pass, over all cases."""
+        return [line for case in self.cases for line in case.wrong]
 
     def find(
         self, name: str, method: str, dtypes: str = "fp32", subject: str = "AdamW", extras: str = ""
@@ -210,47 +196,10 @@ class Results(Head):
 
 
 def assemble(head: Head, ceil: dict[str, Any], cases: list[Measured], **more: Any) -> Results:
-    """Put a run together, and say each time as bandwidth: in GB/s, and as shares of the ceilings."""
-    for case in cases:
-        for row in case.methods:
-            milliseconds = row.device_ms_median if case.on_gpu else row.wall_ms
-            moved = (row.bytes_per_param or case.bytes_per_param) * case.params
-            row.gbs = gbs = 1e-6 * moved / milliseconds if milliseconds else None
-            row.pct_copy, row.pct_4r3w = (
-                100 * gbs / ceil[of] if gbs and ceil.get(of) else None
-                for of in ("copy_gbs", "stream_4r3w_gbs")
-            )
-    return Results(**vars(head), torch_mta=None, ceil=ceil, cases=cases, **more)
-
-
-def made(hint: Any, value: Any, where: str) -> Any:
-    """A value of that type from what JSON has of it.
-
-    Raises:
-        ValueError: it is of another type, or something is missing; says where.
-    """
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind is UnionType:
-        return None if value is None else made(inner[0], value, where)
-    nested = is_dataclass(kind)
-    accepted = (int, float) if kind is float else dict if nested else object if kind is Any else kind
-    if not isinstance(value, accepted):
-        raise ValueError(f"{where} is {value!r}")
-    found: Any = value
-    if nested:
-        return hint(**dict(_fields(hint, found, where)))
-    if kind is list:
-        return [made(inner[0], one, f"{where} {i}") for i, one in enumerate(found)]
-    return {key: made(inner[1], one, f"{where}: {key!r}") for key, one in found.items()} if inner else found
-
-
-def _fields(cls: type, value: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(cls)
-    for one in fields(cls):
-        if one.name in value:
-            yield one.name, made(hints[one.name], value[one.name], f"{where}: {one.name!r}")
-        elif one.default is one.default_factory is MISSING:
-            raise ValueError(f"{where} has no {one.name!r}")
+    """A run of these cases, with its bandwidths."""
+    results = Results(**vars(head), torch_mta=None, ceil=ceil, cases=cases, **more)
+    results.add_bandwidths()
+    return results
 
 
 def read(data: dict[str, Any]) -> Results:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from .results import Measured, Results, Row, Spread
+from .records import Curve, Spread, Training
+from .results import Measured, Results, Row
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 T = TypeVar("T")
@@ -117,11 +118,10 @@ def case_table(case: Measured, to: str = "torch_fused") -> Table:
 def full_table(case: Measured) -> Table:
     """One case with all that was measured of it."""
     ratio, rounds = _over(case.base)
-    base = case.row(case.base or "")
     columns: Columns[Row] = {
         "step": lambda row: row.title,
         "ms": lambda row: number(row.device_ms_median if case.on_gpu else row.wall_ms),
-        f"/ {base.title if base else '-'} (10-90 %)": ratio,
+        f"/ {case.base_title} (10-90 %)": ratio,
         "n": lambda row: rounds(row) if row.name != case.base else "-",
         "GB/s": lambda row: number(row.gbs),
         "% of copy": lambda row: number(row.pct_copy),
@@ -137,19 +137,19 @@ def full_table(case: Measured) -> Table:
     return table_of(case.passed, columns)
 
 
-def training_table(e1: dict[str, Any]) -> Table:
+def training_table(e1: Training) -> Table:
     """E1: the final test accuracy of each optimizer over the seeds."""
 
-    def accuracy(curve: dict[str, Any]) -> str:
-        low, middle, high = (curve["accuracy"][key][-1] for key in ("p10", "median", "p90"))
-        return f"{middle:.1f} ({low:.1f}-{high:.1f})"
+    def accuracy(curve: Curve) -> str:
+        of = curve.accuracy
+        return f"{of.median[-1]:.1f} ({of.p10[-1]:.1f}-{of.p90[-1]:.1f})"
 
-    columns: Columns[dict[str, Any]] = {
-        "optimizer": lambda curve: curve["title"],
+    columns: Columns[Curve] = {
+        "optimizer": lambda curve: curve.title,
         "test accuracy % (10-90 %)": accuracy,
-        "training loss": lambda curve: f"{curve['loss']['median'][-1]:.4f}",
+        "training loss": lambda curve: f"{curve.loss.median[-1]:.4f}",
     }
-    return table_of(e1["curves"].values(), columns)
+    return table_of(e1.curves.values(), columns)
 
 
 def markdown(table: Table) -> str:

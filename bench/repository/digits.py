@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ..measure.timing import one_thread
-from ..report.results import Spread
+from ..report.records import Band, Curve, Gain, Training
 
 TRAIN, EPOCHS, BATCH, LR = 300, 20, 32, 5e-3
 FIRST_SEED = 100
@@ -107,7 +108,7 @@ def train(
     return Run(torch.stack(losses).tolist(), (100 * torch.stack(accuracies)).tolist())
 
 
-def experiment(seeds: int, device: torch.device, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
+def experiment(seeds: int, device: torch.device, tick: Callable[[], object] = lambda: None) -> Training:
     """Train every optimizer on every seed; `tick` is called after each training.
 
     Raises:
@@ -125,8 +126,8 @@ def experiment(seeds: int, device: torch.device, tick: Callable[[], object] = la
     return summary(runs)
 
 
-def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
-    """The experiment as data, checked."""
+def summary(runs: dict[str, list[Run]]) -> Training:
+    """The experiment, checked."""
     pairs = list(zip(runs["torch"], runs["plain"], strict=True))
     batches = len(pairs[0][0].losses) // EPOCHS
     apart = [[abs(a - b) for a, b in zip(x.losses, y.losses, strict=True)] for x, y in pairs]
@@ -138,30 +139,26 @@ def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
         )
     final = {name: [run.accuracies[-1] for run in of] for name, of in runs.items()}
     gains = [b - a for a, b in zip(final["torch"], final["gc"], strict=True)]
-    return {
-        "setting": {"train": TRAIN, "epochs": EPOCHS, "batch": BATCH, "lr": LR},
-        "seeds": [FIRST_SEED + i for i in range(len(pairs))],
-        "curves": {
-            name: {
-                "title": NAMES[name],
-                "loss": _bands([run.epoch_losses() for run in of]),
-                "accuracy": _bands([run.accuracies for run in of]),
-                "final": final[name],
-            }
+    return Training(
+        setting={"train": TRAIN, "epochs": EPOCHS, "batch": BATCH, "lr": LR},
+        seeds=[FIRST_SEED + i for i in range(len(pairs))],
+        curves={
+            name: Curve(
+                NAMES[name],
+                loss=_band([run.epoch_losses() for run in of]),
+                accuracy=_band([run.accuracies for run in of]),
+                final=final[name],
+            )
             for name, of in runs.items()
         },
-        "max_diff_first_epoch": first,
-        "max_diff_all": max(map(max, apart)),
-        "tolerance_first_epoch": FIRST_EPOCH_TOLERANCE,
-        "gain": {
-            "mean": sum(gains) / len(gains),
-            "wins": sum(gain > 0 for gain in gains),
-            "each": gains,
-        },
-    }
+        max_diff_first_epoch=first,
+        max_diff_all=max(map(max, apart)),
+        tolerance_first_epoch=FIRST_EPOCH_TOLERANCE,
+        gain=Gain(sum(gains) / len(gains), sum(gain > 0 for gain in gains), gains),
+    )
 
 
-def _bands(curves: list[list[float]]) -> dict[str, list[float]]:
+def _band(curves: list[list[float]]) -> Band:
     """Median and 10-90 % over the seeds, for each epoch."""
-    spreads = [Spread.of(list(values)) for values in zip(*curves, strict=True)]
-    return {key: [getattr(spread, key) for spread in spreads if spread] for key in ("median", "p10", "p90")}
+    low, middle, high = np.percentile(curves, [10, 50, 90], axis=0).tolist()
+    return Band(middle, low, high)

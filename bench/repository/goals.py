@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ..report.results import Results, Spread
+from ..report.records import GoalValue, Spread
+from ..report.results import Results
 
 Measure = Callable[[Results], float | None]
 
@@ -76,12 +76,8 @@ def _split(name: str) -> Measure:
 
 def _host(variant: str) -> Measure:
     def measure(results: Results) -> float | None:
-        for entry in results.host:
-            for row in entry["methods"]:
-                spread = row["ratio_to"].get("torch_fused")
-                if entry["variant"] == variant and row["name"] == "own_gc":
-                    return Spread(**spread).quiet if spread else None
-        return None
+        rows = (row for case in results.host if case.variant == variant for row in case.methods)
+        return next((_quiet(row.ratio_to.get(T)) for row in rows if row.name == GC), None)
 
     return measure
 
@@ -163,12 +159,7 @@ CPU = (
 )
 
 
-def judge(results: Results) -> list[dict[str, Any]]:
+def judge(results: Results) -> list[GoalValue]:
     """Every goal of the device with its value and the best mark that it reached."""
-    judged = []
-    for goal in GPU if results.device else CPU:
-        value = goal.measure(results)
-        marks = dict(zip(("must", "target", "stretch"), goal.marks, strict=True))
-        verdict = goal.verdict(value)
-        judged.append({"goal": goal.key, "what": goal.what, "value": value, **marks, "met": verdict})
-    return judged
+    values = [(goal, goal.measure(results)) for goal in (GPU if results.device else CPU)]
+    return [GoalValue(goal.key, goal.what, value, *goal.marks, goal.verdict(value)) for goal, value in values]

@@ -34,19 +34,14 @@ GPU = (
 
 
 class Work:
-    """A run of one or more parts.
-
-    Attributes:
-        wrong: what is, in sentences.
-        stop: set when the user ends it.
-    """
+    """A run of one or more parts."""
 
     def __init__(self, out: Path, python: str, only: str = "", interpreted: bool = False) -> None:
         """`only`: a regular expression for groups of tests; `interpreted`: a trial without a GPU."""
         self.out, self.python, self.only, self.interpreted = out, python, only, interpreted
         self.log = gpu_log.Log(out / "gpu.log")
-        self.wrong: list[str] = []
-        self.stop = Event()
+        self.wrong: list[str] = []  # what is, in sentences
+        self.stop = Event()  # set when the user ends it
 
     def fault(self, sentence: str) -> None:
         self.wrong.append(sentence)
@@ -109,16 +104,12 @@ class Work:
     def explain(self, seconds: float) -> None:
         """Times variants of the kernels, writes a trace, reads counters."""
         deadline = time.monotonic() + seconds - pool.GRACE
-        jobs = [gpu_parts.trace(self.python, self.out)]
-        if gpu_parts.VARIANTS.exists():
-            jobs.insert(0, gpu_parts.variants(self.python, self.out, seconds))
-        else:
-            self.fault(f"{gpu_parts.VARIANTS.name} is not here: no variant of the kernels is timed")
         counters = gpu_parts.counters(self.python)
         if not counters:
             self.fault("ncu is not here: no counter of a kernel is read")
         if self.sees_gpu():
-            self.commands(jobs, deadline)
+            variants = gpu_parts.variants(self.python, self.out, seconds)
+            self.commands([variants, gpu_parts.trace(self.python, self.out)], deadline)
             self.commands(counters, deadline, self.out / "ncu.txt")
 
     def commands(self, jobs: Sequence[pool.Job], deadline: float, path: Path | None = None) -> None:

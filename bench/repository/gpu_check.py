@@ -18,17 +18,12 @@ RESTARTS = 6  # of a group
 
 
 class Check:
-    """Runs groups of tests; the report is right whenever it is read.
-
-    Attributes:
-        groups: of those that have ended, or were begun anew.
-        notes: what does not run here.
-    """
+    """Runs groups of tests; the report is right whenever it is read."""
 
     def __init__(self, report: Path, folder: Path, log: gpu_log.Log, stop: Event) -> None:
         """`report`: the JUnit file; `folder`: has the outcomes of each group."""
-        self.groups: dict[str, outcomes.Group] = {}
-        self.notes: list[str] = []
+        self.groups: dict[str, outcomes.Group] = {}  # those that have ended, or were begun anew
+        self.notes: list[str] = []  # what does not run here
         self._report, self._folder, self._log, self._stop = report, folder, log, stop
 
     def run(self, jobs: Sequence[pool.Job], workers: int, deadline: float) -> list[str]:

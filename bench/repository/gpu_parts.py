@@ -53,7 +53,6 @@ def kernel_files() -> dict[str, int]:
 CHECKERS = ("memcheck", "racecheck")
 CASE_SECONDS = 90.0  # of the suite: what takes longer hangs, or compiles too long
 LAST_SECONDS = 40.0  # before its end the suite begins no case
-VARIANTS = ROOT / "bench" / "repository" / "variants.py"
 # What Nsight Compute looks at: which kernel in which of the steps of gpu_steps.py.
 WATCHED = {"norm": "norm_kernel", "flat": "step_kernel", "8192": "step_kernel", "14336": "step_kernel"}
 SECTIONS = (

@@ -49,11 +49,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     _show(found, console)
     for file in files:
         console.print(f"wrote {file}", highlight=False)
-    bad = [line for case in found.cases for line in case.wrong]
-    for line in bad:
+    for line in found.wrong:
         console.print(f"FAILED: {line}", style="bold red")
     console.print(f"{found.seconds:.0f} s")
-    return 1 if bad else 0
+    return 1 if found.wrong else 0
 
 
 def _measure(options: argparse.Namespace, head: machine.Head, device: torch.device, tell: Tell) -> Results:

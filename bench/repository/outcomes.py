@@ -31,15 +31,11 @@ class Outcome:
 
 @dataclass
 class Group:
-    """Tests of one process, or of several where the first died.
-
-    Attributes:
-        ends: how a process ended that did not end well.
-    """
+    """Tests of one process, or of several where the first died."""
 
     name: str
     tests: list[Outcome] = field(default_factory=list)
-    ends: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)  # how a process ended that did not end well
     seconds: float = 0.0
 
     def count(self) -> Counter[str]:

@@ -14,9 +14,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event
 
 # Signals to a command that is over its limit, and seconds until the next.
@@ -27,33 +27,22 @@ MISSING = 127  # the exit status of a command that cannot be started, as a shell
 
 @dataclass(frozen=True)
 class Job:
-    """A command that is to be run within a limit.
+    """A command that is to be run within a limit."""
 
-    Attributes:
-        name: what reports call it.
-        seconds: its limit.
-        variables: of the environment, beside those that are there.
-    """
-
-    name: str
+    name: str  # what reports call it
     command: tuple[str, ...]
-    seconds: float
-    variables: Mapping[str, str] = field(default_factory=dict)
+    seconds: float  # its limit
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment, beside those there
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended.
-
-    Attributes:
-        status: its exit status; negative, the signal that ended it.
-        late: whether it was stopped at its limit, or with all others.
-    """
+    """A command that has ended."""
 
     job: Job
-    status: int
+    status: int  # its exit status; negative, the signal that ended it
     seconds: float
-    late: bool
+    late: bool  # whether it was stopped at its limit, or with all others
     output: str
 
     @property
@@ -67,70 +56,6 @@ class Ended:
 
 
 Follow = Callable[[str], None]
-
-
-class _Running:
-    """A command under way; its output goes to a file, which no pipe can block."""
-
-    def __init__(self, job: Job, folder: Path, limit: float) -> None:
-        self.job, self._began = job, time.monotonic()
-        self._signals = deque(STAGES)
-        self._next = limit
-        handle, name = tempfile.mkstemp(dir=folder)
-        self._path = Path(name)
-        with os.fdopen(handle, "wb") as output:
-            self._process = subprocess.Popen(
-                job.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **job.variables},
-                start_new_session=True,  # or signals would not reach what it has started itself
-            )
-        self._followed = 0
-
-    def has_ended(self) -> bool:
-        """Whether it has; sends what signal is due if not."""
-        if self._process.poll() is not None:
-            self._send("SIGKILL")  # to what it may have left running
-            return True
-        if time.monotonic() >= self._next and self._signals:
-            name, seconds = self._signals.popleft()
-            self._send(name)
-            self._next = time.monotonic() + seconds
-        return False
-
-    def stop(self) -> None:
-        """It is over its limit from now on, if it was not yet."""
-        if not self._is_late():
-            self._next = time.monotonic()
-
-    def _is_late(self) -> bool:
-        return len(self._signals) < len(STAGES)
-
-    def kill(self) -> None:
-        """Ends it at once."""
-        self._send("SIGKILL")
-        self._process.wait()
-
-    def _send(self, name: str) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # there is nobody left
-            os.killpg(self._process.pid, getattr(signal, name))
-
-    def follow(self, to: Follow) -> None:
-        """Hands on what was written since the last time."""
-        with self._path.open("rb") as file:
-            file.seek(self._followed)
-            new = file.read()
-        self._followed += len(new)
-        if new:
-            to(new.decode(errors="replace"))
-
-    def ended(self) -> Ended:
-        output = self._path.read_text(encoding="utf-8", errors="replace")
-        self._path.unlink()
-        seconds = time.monotonic() - self._began
-        return Ended(self.job, self._process.returncode, seconds, self._is_late(), output)
 
 
 def run(
@@ -154,30 +79,66 @@ def run(
     Returns:
         Those that were not begun.
     """
-    waiting, running = deque(jobs), list[_Running]()
-    with tempfile.TemporaryDirectory() as folder:
+    waiting, running = deque(jobs), set[Future[Ended]]()
+    stopped, killed = stop or Event(), Event()
+
+    def can_begin() -> bool:
+        return bool(waiting) and time.monotonic() < deadline and not stopped.is_set()
+
+    with ThreadPoolExecutor(workers) as threads:
         try:
-            while running or (waiting and time.monotonic() < deadline):
-                while waiting and len(running) < workers and time.monotonic() < deadline:
+            while running or can_begin():
+                while len(running) < workers and can_begin():
                     job = waiting.popleft()
-                    limit = min(time.monotonic() + job.seconds, deadline)
-                    try:
-                        running.append(_Running(job, Path(folder), limit))
-                    except OSError as error:
-                        waiting.extendleft(ended(Ended(job, MISSING, 0.0, False, f"{error}\n")))
-                time.sleep(pause)
-                if stop is not None and stop.is_set() and time.monotonic() < deadline:
-                    deadline = time.monotonic()
-                    for one in running:
-                        one.stop()
-                for one in list(running):
-                    over = one.has_ended()
-                    if follow is not None:
-                        one.follow(follow)
-                    if over:
-                        running.remove(one)
-                        waiting.extendleft(reversed(list(ended(one.ended()))))
+                    running.add(threads.submit(_run, job, deadline, stopped, killed, follow, pause))
+                over, running = wait(running, return_when=FIRST_COMPLETED)
+                for one in over:
+                    waiting.extendleft(reversed(list(ended(one.result()))))
         finally:
-            for one in running:
-                one.kill()
+            killed.set()
     return list(waiting)
+
+
+def _run(
+    job: Job, deadline: float, stopped: Event, killed: Event, follow: Follow | None, pause: float
+) -> Ended:
+    """Runs a command; its output goes to a file, which no pipe can block."""
+    began = time.monotonic()
+    signals, due = deque(STAGES), min(began + job.seconds, deadline)
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **job.variables},
+                start_new_session=True,  # or signals would not reach what it has started itself
+            )
+        except OSError as error:
+            return Ended(job, MISSING, 0.0, False, f"{error}\n")
+        text = b""
+        while not killed.is_set():
+            over = process.poll() is not None
+            new = os.pread(output.fileno(), os.fstat(output.fileno()).st_size - len(text), len(text))
+            text += new
+            if new and follow is not None:
+                follow(new.decode(errors="replace"))
+            if over:
+                break
+            if stopped.is_set() and len(signals) == len(STAGES):
+                due = 0.0
+            if signals and time.monotonic() >= due:
+                name, seconds = signals.popleft()
+                _send(process, name)
+                due = time.monotonic() + seconds
+            time.sleep(pause)
+        _send(process, "SIGKILL")  # also to what it may have left running
+        status = process.wait()
+    late = len(signals) < len(STAGES)
+    return Ended(job, status, time.monotonic() - began, late, text.decode(errors="replace"))
+
+
+def _send(process: subprocess.Popen[bytes], name: str) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # there is nobody left
+        os.killpg(process.pid, getattr(signal, name))

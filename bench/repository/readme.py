@@ -11,11 +11,11 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..env import machine
 from ..measure import host
 from ..report import tables
+from ..report.records import HostTimes
 from ..report.results import Measured, Results, load
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -23,7 +23,7 @@ FIGURE_LISTS = ("gpt2-124m", "gpt2-small-cpu", "resnet50", "small-1000")
 LOSS = 1.02  # slower than torch fused by more than this is said to be so
 
 
-def section(data: Results, figures: Sequence[str], apart: dict[str, Any] | None = None) -> str:
+def section(data: Results, figures: Sequence[str], apart: HostTimes | None = None) -> str:
     """The text between the markers. `apart`: where the host's work was measured, if not with the rest."""
     steps, chained, every = figures
     clock = "on the device" if data.device else "on the CPU"
@@ -104,22 +104,18 @@ def rules(data: Results, figure: str) -> list[str]:
     return [about, tables.markdown(tables.table_of(data.of_rules, columns)), f"![every rule]({figure})"]
 
 
-def host_times(data: Results, apart: dict[str, Any] | None) -> list[str]:
+def host_times(data: Results, apart: HostTimes | None) -> list[str]:
     """What a step costs before the work itself: many tensors of one element; measured apart, if it was."""
-    lines = host.lines(apart["host"] if apart else data.host)
+    lines = host.lines(apart.host if apart else data.host)
     if not lines:
         return []
-    where = f" ({machine.Head.of(apart).measured_on})" if apart else ""
+    where = f" ({apart.measured_on})" if apart else ""
     text = "\n".join(f"- {line}" for line in lines)
     return [f"A step over 1000 tensors of one element each{where}:\n\n{text}"]
 
 
 def insert(page: str, text: str, markers: tuple[str, str] = (BEGIN, END), name: str = "README") -> str:
-    """A page with what stands between the markers replaced.
-
-    Raises:
-        ValueError: it does not hold each marker once, in order.
-    """
+    """A page with what stands between the markers replaced."""
     first, last = markers
     before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)

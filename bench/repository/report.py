@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import tables
+from ..report.records import Training
 from ..report.results import Results
 
 HOW = """\
@@ -45,17 +46,17 @@ def text(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def training(e1: dict[str, Any]) -> list[str]:
-    gain, count = e1["gain"], len(e1["seeds"])
+def training(e1: Training) -> list[str]:
+    gain, count = e1.gain, len(e1.seeds)
     return [
         "## Training on real digits",
         "![training curves](training.png)",
         tables.markdown(tables.training_table(e1)),
-        f"Centralized against torch.optim.AdamW, seed by seed: {gain['mean']:+.1f} points of test "
-        f"accuracy on average, better on {gain['wins']} of {count} seeds.",
+        f"Centralized against torch.optim.AdamW, seed by seed: {gain.mean:+.1f} points of test "
+        f"accuracy on average, better on {gain.wins} of {count} seeds.",
         f"fusedcalib.AdamW retraces torch.optim.AdamW: the losses differ by at most "
-        f"{e1['max_diff_first_epoch']:.1e} in the first epoch (allowed: "
-        f"{e1['tolerance_first_epoch']:.0e}) and {e1['max_diff_all']:.1e} in the whole training.",
+        f"{e1.max_diff_first_epoch:.1e} in the first epoch (allowed: "
+        f"{e1.tolerance_first_epoch:.0e}) and {e1.max_diff_all:.1e} in the whole training.",
     ]
 
 

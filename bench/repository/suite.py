@@ -25,7 +25,7 @@ from ..measure.method import SUBJECTS
 from ..measure.runner import Log, Run
 from ..measure.worker import Worker
 from ..report import tables
-from ..report.results import Measured, Results
+from ..report.results import Results
 from . import goals
 
 OWN = ("torch_fused", "own_plain", "own_gc")
@@ -118,12 +118,12 @@ def _suite(
     effort = Effort(rounds=30, seconds=5) if machine.on_gpu(device) else Effort(40, 40)
     work = Run(head, device, out / head.file_name, log, finish=_finish, worker=worker)
     work.ceilings()
-    log(f"memory: {work.ceil}")
+    log(f"memory: {work.results.ceil}")
     work.host()
     for case in cases:
         title = f"{case.title} ({len(case.methods)} methods)"
         if work.interrupted or log.seconds > seconds:
-            work.more["left_out"].append(title)
+            work.results.left_out.append(title)
             continue
         log(title)
         short = replace(effort, seconds=effort.seconds / 4) if case.subject != "AdamW" else effort
@@ -138,7 +138,7 @@ def _suite(
 
 
 def _finish(whole: Results) -> None:
-    whole.torch_mta = _multi_tensor(whole.cases)
+    whole.torch_mta = _multi_tensor(whole)
     whole.goals = goals.judge(whole)
 
 
@@ -146,25 +146,22 @@ def _say(work: Run, log: Log) -> int:
     """The goals, what is missing and what is wrong; returns the exit status."""
     whole = work.save()
     for goal in whole.goals:
-        value = tables.number(goal["value"])
-        log(f"{goal['goal']:>4} {goal['what']:<48} {value:>8} target {goal['target']:g}: {goal['met']}")
+        value = tables.number(goal.value)
+        log(f"{goal.goal:>4} {goal.what:<48} {value:>8} target {goal.target:g}: {goal.met}")
     if whole.of_chains:
         tables.show(tables.chain_table(whole))
-    for title in work.more["left_out"]:
+    for title in whole.left_out:
         log(f"left out{' by the interrupt' if work.interrupted else ' for want of time'}: {title}")
-    for line in work.wrong():
+    for line in whole.wrong:
         log(f"FAILED: {line}")
     log(f"wrote {work.path}")
     return work.status()
 
 
-def _multi_tensor(done: list[Measured]) -> dict[str, Any] | None:
+def _multi_tensor(whole: Results) -> dict[str, Any] | None:
     """How much torch's fused kernel takes at once: 2^26 elements are 1024 blocks of 65,536."""
-    for case in done:
-        for row in case.methods:
-            if (case.list, row.name) == ("single-2^26", "torch_fused") and row.launches:
-                many = row.launches >= 4
-                sizes = {"max_tensors": 36, "max_blocks": 320}
-                large = {"max_tensors": 252, "max_blocks": 2240}
-                return {**(sizes if many else large), "how": "launch count observed"}
-    return None
+    row = whole.find("single-2^26", "torch_fused")
+    if row is None or not row.launches:
+        return None
+    tensors, blocks = (36, 320) if row.launches >= 4 else (252, 2240)
+    return {"max_tensors": tensors, "max_blocks": blocks, "how": "launch count observed"}

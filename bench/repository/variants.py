@@ -9,20 +9,20 @@ another process: a kernel that does not compile, or crashes the GPU's context, c
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..env.machine import Head
 from ..measure.worker import LostError, Worker, WorkError
 from ..models.architectures import Shape
 from ..report import tables
-from .variants_run import Changes, Variant
+from ..report.data import write
+from .variants_run import Changes, Variant, VariantRow
 
-Row = dict[str, Any]
 LONGEST = 60.0  # seconds of a row: what takes longer hangs
 GC: dict[str, Any] = {"centralize": True}
 CLIP: dict[str, Any] = {"max_grad_norm": 1.0}
@@ -50,42 +50,38 @@ def norm_options(**options: Any) -> Changes:
     return {"launch": {"NORM_OPTIONS": {**NORM_OPTIONS, "cuda": {**NORM_OPTIONS["cuda"], **options}}}}
 
 
+def on_rows(name: str, changes: Changes, *columns: int, dtypes: str = "", **more: Any) -> list[Variant]:
+    """A variant on centred matrices with rows of each of these lengths."""
+    ending = f", {dtypes}" if dtypes else ""
+    more = {"options": GC, "dtypes": dtypes or "fp32", **more}
+    return [Variant(f"{name}, rows of {n}{ending}", changes, rows_of(n), **more) for n in columns]
+
+
 def _walked_twice() -> list[Variant]:
     """Rows that are read twice, and tiles of them."""
-    off: Changes = {"rows": {"HINTS": False}}
-    found = [
-        Variant(f"no eviction hints, rows of {n}", off, rows_of(n), options=GC, exact=True)
-        for n in (9216, 14_336, 32_768)
+    return [
+        *on_rows("no eviction hints", {"rows": {"HINTS": False}}, 9216, 14_336, 32_768, exact=True),
+        *on_rows("tiles of 2048 in a loop", class_of(32_768, 1, 2048, 8, "loop"), 14_336, 32_768),
     ]
-    eight = class_of(32_768, 1, 2048, 8, "loop")
-    found += [
-        Variant(f"tiles of 2048 in a loop, rows of {n}", eight, rows_of(n), options=GC)
-        for n in (14_336, 32_768)
-    ]
-    return found
 
 
 def _held() -> list[Variant]:
     """Rows that registers hold: elements a thread, and shorter rows by a loop."""
+    wide = class_of(8192, 1, 8192, 32, "tile")
+    sixteen, two = class_of(4096, 1, 4096, 16, "tile"), class_of(2048, 2, 2048, 8, "tile")
     loop = class_of(32_768, 1, 4096, 8, "loop", without=[8192])
+    shorter = class_of(32_768, 1, 4096, 8, "loop", without=[4096, 8192])
     found = []
     for dtypes in ("fp32", "bf16"):
-        wide: dict[str, Any] = {"shapes": rows_of(8192), "options": GC, "dtypes": dtypes}
-        found += [
-            Variant(f"32 warps, rows of 8192, {dtypes}", class_of(8192, 1, 8192, 32, "tile"), **wide),
-            Variant(f"a loop, rows of 8192, {dtypes}", loop, **wide),
-        ]
-    sixteen, two = class_of(4096, 1, 4096, 16, "tile"), class_of(2048, 2, 2048, 8, "tile")
-    found += [Variant("16 warps, rows of 4096", sixteen, rows_of(4096), options=GC)]
-    found += [Variant(f"tiles [2, 2048], rows of {n}", two, rows_of(n), options=GC) for n in (1536, 2048)]
-    adan: dict[str, Any] = {"shapes": rows_of(4096), "optimizer": "Adan", "options": GC}
-    found += [
-        Variant("Adan: 16 warps, rows of 4096", sixteen, **adan),
-        Variant(
-            "Adan: a loop, rows of 4096", class_of(32_768, 1, 4096, 8, "loop", without=[4096, 8192]), **adan
-        ),
+        found += on_rows("32 warps", wide, 8192, dtypes=dtypes)
+        found += on_rows("a loop", loop, 8192, dtypes=dtypes)
+    return [
+        *found,
+        *on_rows("16 warps", sixteen, 4096),
+        *on_rows("tiles [2, 2048]", two, 1536, 2048),
+        *on_rows("Adan: 16 warps", sixteen, 4096, optimizer="Adan"),
+        *on_rows("Adan: a loop", shorter, 4096, optimizer="Adan"),
     ]
-    return found
 
 
 def _flat() -> list[Variant]:
@@ -101,11 +97,7 @@ def _flat() -> list[Variant]:
         found.append(Variant(f"at most {limit} registers, flat", capped, LARGE, exact=True))
     sixteen: Changes = {"spec": {"MANY": 9}}
     found.append(Variant("Adan: sixteen elements a thread, flat", sixteen, LARGE, "Adan", exact=True))
-    found += [
-        Variant(f"Adan: sixteen elements a thread, rows of {n}", sixteen, rows_of(n), "Adan", GC)
-        for n in (14_336, 32_768)
-    ]
-    return found
+    return found + on_rows("Adan: sixteen elements a thread", sixteen, 14_336, 32_768, optimizer="Adan")
 
 
 def _norm() -> list[Variant]:
@@ -115,31 +107,22 @@ def _norm() -> list[Variant]:
         **{f"{n} programs": {"decide": {"GRID": n}} for n in (512, 2048)},
         **{f"at most {n} registers": norm_options(maxnreg=n) for n in (48, 96)},
     }
-    found = [
-        Variant(f"norm: {name}, {dtypes}", change, LARGE, options=CLIP, dtypes=dtypes, norm=True)
-        for name, change in changes.items()
-        for dtypes in ("fp32", "bf16")
-    ]
-    single: dict[str, Changes] = {  # of fp32 they are one tile already; blocks of 512 are 128 bits a thread
-        "bf16": {"spec": {"NORM_BYTES": 8192}},
-        "fp32": {"spec": {"NORM_BLOCK": 512}},
-    }
-    for dtypes, change in single.items():
-        name = "a tile at once" if dtypes == "bf16" else "blocks of 512"
-        found.append(
-            Variant(f"norm: {name}, {dtypes}", change, LARGE, options=CLIP, dtypes=dtypes, norm=True)
-        )
+    named = [(name, change, dtypes) for name, change in changes.items() for dtypes in ("fp32", "bf16")]
+    # Of fp32 they are one tile already; blocks of 512 are 128 bits a thread.
+    named += [("a tile at once", {"spec": {"NORM_BYTES": 8192}}, "bf16")]
+    named += [("blocks of 512", {"spec": {"NORM_BLOCK": 512}}, "fp32")]
     forwards: Changes = {"decide": {"BACKWARDS": False}}
-    found += [
-        Variant(f"norm and step: forwards, {size}", forwards, tensors, options=CLIP)
-        for size, tensors in (("4M parameters", SMALL), ("17M parameters", ((4096, 4096),)))
+    return [
+        *(
+            Variant(f"norm: {name}, {dtypes}", change, LARGE, options=CLIP, dtypes=dtypes, norm=True)
+            for name, change, dtypes in named
+        ),
+        Variant("norm and step: forwards, 4M parameters", forwards, SMALL, options=CLIP),
+        Variant("norm and step: forwards, 17M parameters", forwards, ((4096, 4096),), options=CLIP),
     ]
-    return found
 
 
 VARIANTS = (*_walked_twice(), *_held(), *_norm(), *_flat())
-
-
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
@@ -156,15 +139,21 @@ def main(options: argparse.Namespace) -> int:
     names = [name for name in BY_NAME if re.search(options.only, name)]
     if not names:
         raise ValueError(f"no row is like {options.only!r}")
-    head = asdict(machine.describe(torch.device("cuda", torch.cuda.current_device())))
-    options.out.mkdir(parents=True, exist_ok=True)
+    head = machine.describe(torch.device("cuda", torch.cuda.current_device()))
     worker = Worker(LONGEST)
     show(collected(names, options.seconds, options.out / "variants.json", head, worker.call))
     worker.close()
     return 0
 
 
-def work(name: str, seconds: float) -> Row:
+@dataclass
+class VariantRows(Head):
+    """All rows, as the file has them."""
+
+    rows: list[VariantRow]
+
+
+def work(name: str, seconds: float) -> VariantRow:
     """Measures a row on the GPU that is here."""
     import torch
 
@@ -176,35 +165,35 @@ def work(name: str, seconds: float) -> Row:
 
 
 def collected(
-    names: Sequence[str], seconds: float, path: Path, head: Row, call: Callable[..., Row]
-) -> list[Row]:
+    names: Sequence[str], seconds: float, path: Path, head: Head, call: Callable[..., VariantRow]
+) -> list[VariantRow]:
     """The rows, each written as soon as it is there; `call` measures in another process."""
     end = time.monotonic() + seconds
     each = min(2.0, 0.4 * seconds / len(names))  # the rest of the time is for compiling and judging
-    rows: list[Row] = []
+    found = VariantRows(**vars(head), rows=[])
     for name in names:
+        late = VariantRow(name, reason="no time was left")
         try:
-            row = call(work, name, each) if time.monotonic() < end else _failed(name, "no time was left")
+            row = call(work, name, each) if time.monotonic() < end else late
         except (LostError, WorkError) as error:  # it costs this row only
-            row = _failed(name, str(error).partition("\n")[0][:200])
-        rows.append(row)
-        path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    return rows
+            row = VariantRow(name, reason=str(error).partition("\n")[0][:200])
+        found.rows.append(row)
+        write(found, path)
+    return found.rows
 
 
-def _failed(name: str, reason: str) -> Row:
-    return {"name": name, "kept": False, "reason": reason}
-
-
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[VariantRow]) -> None:
     """Prints the rows, and what to change."""
-    header = ["variant", "of the present time", "10-90 %", "keep"]
-    body = []
-    for row in rows:
-        ratio, numbers = row.get("ratio"), ["-", row["reason"] or "-"]
-        if ratio:
-            numbers = [f"{ratio['median']:.3f}", f"{ratio['p10']:.3f}-{ratio['p90']:.3f}"]
-        body.append([row["name"], *numbers, "yes" if row["kept"] else "no"])
-    tables.show((header, body))
-    kept = [row["name"] for row in rows if row["kept"]]
+
+    def spread(row: VariantRow) -> str:
+        return f"{row.ratio.p10:.3f}-{row.ratio.p90:.3f}" if row.ratio else row.reason or "-"
+
+    columns: tables.Columns[VariantRow] = {
+        "variant": lambda row: row.name,
+        "of the present time": lambda row: tables.number(row.ratio.median if row.ratio else None, ".3f"),
+        "10-90 %": spread,
+        "keep": lambda row: "yes" if row.kept else "no",
+    }
+    tables.show(tables.table_of(rows, columns))
+    kept = [row.name for row in rows if row.kept]
     print(f"to be kept: {'; '.join(kept)}" if kept else "no variant is better by more than its spread")

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from typing import Any, NamedTuple
@@ -31,44 +31,45 @@ from ..measure.method import SUBJECTS, Extras
 from ..models import shapes
 from ..models.architectures import Shape
 from ..models.shapes import ParamList
-from ..models.traffic import DTYPES
-from ..report.results import Spread
+from ..models.traffic import CACHED, DTYPES
+from ..report.records import Spread
 
 Changes = Mapping[str, Mapping[str, Any]]  # of modules of the kernels: constants by name
 FOLDER = ROOT / "kernels"
 STEPS = 3
-CACHED = 400e6  # bytes; a step that moves fewer finds some of them in an L2 cache of 50 MB
 _numbers = itertools.count(1)
 
 
 class Variant(NamedTuple):
-    """Kernels with other constants, and the step that shows the difference.
+    """Kernels with other constants, and the step that shows the difference."""
 
-    Attributes:
-        name: of the row.
-        changes: what is exchanged.
-        shapes: of the parameters.
-        optimizer: of method.SUBJECTS.
-        options: `centralize`, `max_grad_norm`.
-        dtypes: of traffic.DTYPES.
-        exact: sums are made in the same order, so that results are the same to the bit.
-        norm: only what measures and decides is timed, not the step.
-    """
-
-    name: str
+    name: str  # of the row
     changes: Changes
     shapes: tuple[Shape, ...]
-    optimizer: str = "AdamW"
-    options: Mapping[str, Any] = {}
-    dtypes: str = "fp32"
-    exact: bool = False
-    norm: bool = False
+    optimizer: str = "AdamW"  # of method.SUBJECTS
+    options: Mapping[str, Any] = {}  # `centralize`, `max_grad_norm`
+    dtypes: str = "fp32"  # of traffic.DTYPES
+    exact: bool = False  # sums are made in the same order, so that results are the same to the bit
+    norm: bool = False  # only what measures and decides is timed, not the step
 
     @property
     def moved(self) -> float:
         """Bytes that the step moves."""
         width = DTYPES[self.dtypes].moved(SUBJECTS[self.optimizer].states())
         return float(width * sum(map(math.prod, self.shapes)))
+
+
+@dataclass
+class VariantRow:
+    """What became of a variant."""
+
+    name: str
+    kept: bool = False  # whether it is faster by more than the spread of its ratios
+    reason: str | None = None  # why it was not timed
+    ratio: Spread | None = None  # its time over that of the present kernels
+    ms: dict[str, float | None] = field(default_factory=dict)
+    moved: float | None = None  # bytes of what was timed
+    flush: str | None = None
 
 
 def launch_with(changes: Changes) -> Any:
@@ -154,19 +155,14 @@ def on_device(
     return timing.interleave(samplers, rounds=40, seconds=seconds)
 
 
-def measured(
-    variant: Variant, device: torch.device, seconds: float, timer: Timer = on_device
-) -> dict[str, Any]:
-    """The row of a variant: whether it may be kept for its results, and for its time.
-
-    `kept` is whether the median of the ratios is better by more than their spread.
-    """
+def measured(variant: Variant, device: torch.device, seconds: float, timer: Timer = on_device) -> VariantRow:
+    """The row of a variant: it may be kept for its results, and for its time."""
     from fusedcalib.kernels import launch as present
 
     sides = {"present": Side(variant, present, device)}
     sides["variant"] = Side(variant, launch_with(variant.changes), device)
     if wrong := fault(variant, sides):
-        return {"name": variant.name, "kept": False, "reason": wrong}
+        return VariantRow(variant.name, reason=wrong)
     steps: dict[str, timing.Step] = {
         name: side.norm if variant.norm else side.step for name, side in sides.items()
     }
@@ -176,21 +172,10 @@ def measured(
     flush = moved < CACHED
     rounds = timer(steps, device, flush, seconds)
     ratio = rounds.ratio("variant", "present")
-    times = {name: spread and spread.median * 1e3 for name in steps for spread in [rounds.time(name)]}
-    return {
-        "name": variant.name,
-        "kept": ratio is not None and better(ratio),
-        "reason": None,
-        "ratio": ratio and asdict(ratio),
-        "ms": times,
-        "moved": moved,
-        "flush": "write" if flush else "none",
-    }
-
-
-def better(ratio: Spread) -> bool:
-    """Whether a variant is faster by more than the spread of its ratios."""
-    return 1 - ratio.median > ratio.p90 - ratio.p10
+    spreads = {name: rounds.time(name) for name in steps}
+    times = {name: 1e3 * spread.median if spread else None for name, spread in spreads.items()}
+    better = ratio is not None and 1 - ratio.median > ratio.p90 - ratio.p10
+    return VariantRow(variant.name, better, None, ratio, times, moved, "write" if flush else "none")
 
 
 def fault(variant: Variant, sides: dict[str, Side]) -> str | None:
@@ -199,9 +184,8 @@ def fault(variant: Variant, sides: dict[str, Side]) -> str | None:
     Both sides are held against the fp64 reference; to the bit against each other where sums are made alike.
     """
     spec, subject = sides["present"].spec, SUBJECTS[variant.optimizer]
-    extras = Extras(clip=variant.options.get("max_grad_norm"))
-    gc = bool(variant.options.get("centralize"))
-    kind = gate.Kind(gc, extras)
+    options = variant.options
+    kind = gate.Kind(Extras(clip=options.get("max_grad_norm"), gc=options.get("centralize", False)))
     entries = {name: gate.Entry(kind, side.params, side.step) for name, side in sides.items()}
     verdicts = gate.check(spec, entries, subject, max(1, spec.params // SAMPLE))
     for name, verdict in verdicts.items():

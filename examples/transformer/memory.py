@@ -1,7 +1,7 @@
 """What it costs in loss to keep parameters and states in fewer bytes: trainings that differ in nothing else.
 
 python examples/transformer/memory.py --run [--seeds 4]   trains in every way and seed, then draws
-python examples/transformer/memory.py                     draws what results/ has
+python examples/transformer/memory.py                     draws results/ and writes docs/memory.md's table
 
 Weights in bf16 are turned to fp32 for the forward pass: only what is kept differs, not the arithmetic.
 """
@@ -29,6 +29,7 @@ import fusedcalib
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+PAGE = HERE.parents[1] / "docs" / "memory.md"
 STEPS, BATCH, CONTEXT, LAYERS, WIDTH, HEADS = 300, 8, 64, 2, 64, 4
 HELD_OUT = 64  # batches, of which the last is not drawn by chance
 
@@ -122,12 +123,40 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot(statistics.mean(each), place, "|", color=colour, markersize=22, markeredgewidth=2.5)
         axes.set_yticks(range(len(shown)), [f"{WAYS[key].name} ({WAYS[key].bytes:g} B)" for key in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("held-out loss minus that of fp32 with the same seed (bits/byte); bars are means")
+        axes.set_xlabel("held-out loss minus fp32's, same seed (bits/byte); bars: means")
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         title = f"Fewer bytes a parameter, {len(found['fp32'])} seeds of a byte transformer"
         about = f"{results['setting']['steps']} steps, {results['device']}, {versions}"
         axes.set_title(f"{title}\n{about}", fontsize=11)
         figure.savefig(path, dpi=100)
+
+
+def table(results: dict[str, Any]) -> str:
+    """What docs/memory.md says of the results."""
+    found, versions = results["held_out"], results["versions"]
+    lines = [
+        f"Held-out bits a byte of a byte transformer ({results['setting']['steps']} steps, "
+        f"{len(found['fp32'])} seeds, {results['device']}, torch {versions['torch']}): mean, and the "
+        "difference from fp32 with the same seed, with its standard deviation over seeds. "
+        "`python examples/transformer/memory.py --run` makes it.",
+        "",
+        "| kept as | bytes | bits a byte | minus fp32 |",
+        "|---|---|---|---|",
+    ]
+    for key, way in WAYS.items():
+        each = differences(found, key)
+        spread = statistics.stdev(each) if len(each) > 1 else 0.0
+        apart = "" if key in ("fp32", "sgd") else f"{statistics.mean(each):+.4f} ({spread:.4f})"
+        lines.append(f"| {way.name} | {way.bytes:g} | {statistics.mean(found[key]):.4f} | {apart} |")
+    picture = "../examples/transformer/results/memory.png"
+    return "\n".join([*lines, "", f"![what fewer bytes cost in loss]({picture})"])
+
+
+def with_table(page: str, results: dict[str, Any]) -> str:
+    """The page with the table between its two marks."""
+    begin, end = "<!-- memory:begin -->", "<!-- memory:end -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{table(results)}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
@@ -140,11 +169,8 @@ def main() -> None:
         file.write_text(json.dumps(run(options.seeds)) + "\n")
     results = json.loads(file.read_text())
     draw(results, RESULTS / "memory.png")
-    for key in WAYS:
-        each = differences(results["held_out"], key)
-        spread = statistics.stdev(each) if len(each) > 1 else 0.0
-        mean = statistics.mean(results["held_out"][key])
-        print(f"{WAYS[key].name:32} {mean:.4f} {statistics.mean(each):+.4f} ({spread:.4f})")
+    PAGE.write_text(with_table(PAGE.read_text(), results))
+    print(table(results))
 
 
 if __name__ == "__main__":

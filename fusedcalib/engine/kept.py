@@ -52,7 +52,7 @@ def _set_bytes(
 ) -> None:
     shapes = tuple(param.shape), scales_shape(param.shape)
     for key, part, shape in zip(names_of(name, "signed"), kept, shapes, strict=True):
-        entry[key] = like(param, versions.counted(part), shape)
+        entry[key] = like(param, versions.counted(part.contiguous()), shape)
 
 
 def state_values(entry: Entry, name: str, nonnegative: bool) -> Tensor:

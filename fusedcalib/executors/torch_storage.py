@@ -47,7 +47,8 @@ def as_rows(t: Tensor) -> Tensor:
 def _blocks(t: Tensor) -> Tensor:
     """[rows, blocks, 64], with zeros where a row ends before its last block."""
     rows = as_rows(t)
-    return pad(rows, (0, -rows.shape[1] % BLOCK)).reshape(rows.shape[0], -1, BLOCK)
+    count = -(-rows.shape[1] // BLOCK)
+    return pad(rows, (0, -rows.shape[1] % BLOCK)).reshape(rows.shape[0], count, BLOCK)
 
 
 def _elements(blocks: Tensor, like: Tensor) -> Tensor:
