@@ -49,7 +49,7 @@ def test_the_chain_moves_40_bytes(row_class: str):
 
 
 def says_most(kind: str, row_class: str, target: str) -> bool:
-    """The dtypes that are most work in every class; the most states, and other GPUs, where rows are longest."""
+    """Most work in every class; most states, and other GPUs, where rows are longest."""
     longest = row_class.startswith(("longest", "loop"))
     return longest if target != "sm_90" else kind == MIXED or (kind == "Adan plain" and longest)
 
