@@ -22,6 +22,12 @@ from fusedcalib import GradientNoise, WeightNoise
 
 # Even and uneven rows, fewer rows or columns than ranks, a convolution, vectors, a scalar.
 SHAPES = ((8, 8), (5, 7), (1, 6), (3, 1), (4, 3, 2, 2), (9,), (1,), (12, 4))
+SPLIT = (
+    (8, 8),
+    (5, 7),
+    (1, 6),
+    (4, 3, 2, 2),
+)  # ranks share rows of all
 STEPS = 5
 LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
@@ -62,11 +68,13 @@ def spread(t: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> DTensor:
     return distribute_tensor(t, mesh, own, src_data_rank=None)
 
 
-def trial(rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, ...]) -> dict[str, float]:
+def trial(
+    rule: str, options: dict[str, Any], mesh: Any, placements: tuple[Any, ...], shapes: Any = SHAPES
+) -> dict[str, float]:
     """How far parameters, averages and norm lie from those of one process; collectives of a step."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float64
-    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    start = [torch.randn(shape, dtype=dtype) for shape in shapes]
     whole = [torch.nn.Parameter(t.clone()) for t in start]
     parts = [torch.nn.Parameter(spread(t, mesh, placements)) for t in start]
     runs = [RULES[rule].ours(params, **options) for params in (whole, parts)]
@@ -115,7 +123,7 @@ def trials(ranks: int) -> dict[str, dict[str, float]]:
             )
         if LOOPS and (ranks, name) == (2, "tp of rows"):
             options = {**CHAIN, "max_row_norm": 2.0, "backend": "numba", "lr": 0.1}
-            found[f"SGD by loops, {name}"] = trial("SGD", options, mesh, placements)
+            found[f"SGD by loops, {name}"] = trial("SGD", options, mesh, placements, SPLIT)
     return found
 
 

@@ -82,8 +82,25 @@ def test_shared_rows_cost_one_more_reading_of_the_gradient(columns: int):
     assert sums.narrow("st") == 1  # the row's sum
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("options", [CENTRED, CHAIN], ids=["centred", "chain"])
+SPREAD = [
+    ({"centred": CENTRED, "chain": CHAIN}[stages], stages, t)
+    for stages in ("centred", "chain")
+    for t in TARGETS
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        pytest.param(
+            options,
+            target,
+            id=f"{stages}-{target}",
+            marks=[] if target == "sm_90" or stages == "chain" else pytest.mark.slow,
+        )
+        for options, stages, target in SPREAD
+    ],
+)
 def test_shared_rows_spill_no_register(options: dict[str, Any], target: str):
     asked = rows("ranks", 3584, options)
     for part in launch.parts_of(spec_of(asked).tile, spec_of(asked).FLAGS):

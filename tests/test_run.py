@@ -1,6 +1,7 @@
 """The test command itself: two processes, one verdict."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -40,6 +41,10 @@ def test_the_verdict_on_both_processes(codes, outcomes, code, line):
 def test_who_sets_the_number_of_threads_knows_better():
     expected = {"OMP_NUM_THREADS": "7", "NUMBA_NUM_THREADS": "2"}
     assert runner.threaded({"OMP_NUM_THREADS": "7"}, 2) == expected
+
+
+def test_interrupts_are_not_ignored_here_whoever_started_the_tests():
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
 TESTS = """
