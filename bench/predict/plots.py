@@ -98,7 +98,7 @@ def headline(kernels: list[StaticKernel]) -> str:
     return f"The memory binds every kernel: instructions take at most {100 * nearest:.0f} % of its time"
 
 
-def _ridge(axes: Axes, gpu: Gpu, widths: list[int]) -> None:
+def _ridge(axes: Axes, gpu: Gpu, widths: list[float]) -> None:
     """The axes, and the line on which the memory and the processors take as long."""
     ends = [0.8 * widths[0], 1.25 * widths[-1]]
     ridge = issue_rate(gpu) / gpu.bandwidth  # instructions in the time of a byte
