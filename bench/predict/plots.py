@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def plan(results: Plans, path: Path) -> Path:
     return path
 
 
-def _ticks(axes: Axes, values: list[int]) -> None:
+def _ticks(axes: Axes, values: Sequence[float]) -> None:
     """Just these on the one axis, plain numbers on the other."""
     axes.set_xticks(values, [f"{value:,}" for value in values])
     axes.set_xticks([], minor=True)

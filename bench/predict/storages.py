@@ -81,8 +81,9 @@ def draw(found: list[Row], model: Model, gpu: Gpu, path: Path) -> Path:
     titles = (
         "Computed from bytes, no GPU was measured: AdamW by how it is kept",
         f"bf16 parameters and gradients but for all fp32; {model.name} on {gpu.name} at "
-        f"{gpu.bandwidth / 1e12:.3g} TB/s; grey: bytes as other libraries publish them.\nDots: the memory alone; "
-        "orange: to where every compiled instruction would be executed, of which some are seldom.",
+        f"{gpu.bandwidth / 1e12:.3g} TB/s; grey: bytes as other libraries publish them.\n"
+        "Dots: the memory alone; orange: to where every compiled instruction would be executed, "
+        "of which some are seldom.",
     )
     with figure(path, 4.6, titles, (1, 2), left=0.27, right=0.98, top=0.93, wspace=0.08) as (left, right):
         name_lines(left, [row.title for row in lines], 0)
