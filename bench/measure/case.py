@@ -13,7 +13,7 @@ from torch import Tensor
 from ..env import machine
 from ..models import shapes
 from ..models.shapes import ParamList
-from ..models.traffic import CACHED, DTYPES, Storage
+from ..models.traffic import CACHED, DTYPES
 from ..report.results import Measured, Row
 from . import clocks, gate, spare
 from .baselines import METHODS
@@ -94,7 +94,7 @@ class Prepared:
         alike: dict[torch.dtype, dict[str, gate.Entry]] = {}
         for name, one in built.items():
             storage = self.rows[name].storage(self.storage)
-            alike.setdefault(storage.param, {})[name] = _entry(self.rows[name], one, storage)
+            alike.setdefault(storage.param, {})[name] = _entry(self.rows[name], one, storage.coded)
         self.tell("three steps of each, held against float64", 0)
         every = max(1, self.spec.params // SAMPLE)
         verdicts: dict[str, gate.Verdict] = {}
@@ -182,12 +182,12 @@ def _let_go(gpu: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def _entry(method: Method, built: Built, storage: Storage) -> gate.Entry:
+def _entry(method: Method, built: Built, coded: bool = False) -> gate.Entry:
     """A method for the gate: without its noise, and clipped by the norm that it has."""
     if built.set_noise:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
-    form = method.form or ("fusedcalib" if storage.coded else "")
+    form = method.form or ("fusedcalib" if coded else "")
     kind = gate.Kind(extras, built.spoils and extras.clip is not None, method.narrow, form)
     return gate.Entry(kind, built.params, built.step, built.averages)
 
