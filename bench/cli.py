@@ -159,6 +159,15 @@ def _profile(parser: Parser) -> None:
     kept.add_argument("--accept", help="write the profile that is kept anew", **FLAG)
 
 
+def _storages(parser: Parser) -> None:
+    from .predict.gpus import GPUS
+
+    _model(parser, "gpt2")
+    add = parser.add_argument
+    add("--gpu", default="h200", choices=list(GPUS), help="(h200)")
+    add("--plot", help="draws the figure of docs/memory.md", **FILE)
+
+
 def _env(parser: Parser) -> None:
     parser.add_argument("--json", help="as data", **FLAG)
 
@@ -218,11 +227,7 @@ def _gpu(parser: Parser) -> None:
 USERS: Commands = {
     "plan": ("predict.plan.main", "what a step costs on so many GPUs, on paper", _plan),
     "bench": ("measure.tool.main", "times the step of any rule, beside torch.optim's and others'", _bench),
-    "profile": (
-        "predict.profile.main",
-        "what its kernels take of a GPU, on paper or measured",
-        _profile,
-    ),
+    "profile": ("predict.profile.main", "what its kernels take of a GPU, on paper or measured", _profile),
     "env": ("env.env.main", "versions, devices and what is missing here", _env),
 }
 OWN: Commands = {  # of the repository alone, by bench/run.py
@@ -231,6 +236,7 @@ OWN: Commands = {  # of the repository alone, by bench/run.py
     "readme": ("repository.readme.main", "the README's benchmarks from such a file", _readme),
     "host": ("measure.host.main", "what the host does in a step of 1000 tensors", _host),
     "steps": ("repository.gpu_steps.main", "few steps on a GPU, for other tools to look at", _steps),
+    "storages": ("predict.storages.main", "bytes and time of each way to keep AdamW", _storages),
     "variants": ("repository.variants.main", "kernels with other constants, on a GPU", _variants),
     "gpu": ("repository.gpu.main", "all that a machine with a GPU can tell: bench/gpu.sh", _gpu),
 }

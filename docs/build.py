@@ -88,7 +88,7 @@ def said_of(cls: type) -> dict[str, str]:
     return found
 
 
-def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, int]]:
+def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, float]]:
     """(state, bytes kept, bytes moved) of each kind of state that the options make, fewest first."""
     kinds = sorted(dict.fromkeys(cls.rule.states.values()), key=len)
     return [

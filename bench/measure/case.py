@@ -58,43 +58,48 @@ class Prepared:
         self.subject = SUBJECTS[case.subject] if isinstance(case.subject, str) else case.subject
         self.rows = case.rows()
         self.storage = DTYPES[case.dtypes]
-        self.dtype = self.storage.param
         self.device, self.tell = device, tell
         self.reasons: dict[str, str] = {}
         self.states = self.subject.states()
 
-    def width(self, *methods: Method) -> int:
+    def width(self, *methods: Method) -> float:
         """Bytes that a step of one of these moves for each parameter, the most."""
-        return max((m.extras.width(self.storage, self.states) for m in methods), default=0)
+        return max((m.extras.width(m.storage(self.storage), self.states) for m in methods), default=0)
 
     def build(self) -> dict[str, Built]:
         """Each method that can be had, on its own copy of the list."""
         built: dict[str, Built] = {}
-        source: list[Tensor] | None = None
+        sources: dict[torch.dtype, list[Tensor]] = {}
         for index, (name, method) in enumerate(self.rows.items()):
             self.tell(f"building {method.title}", index / len(self.rows))
-            params = shapes.build(self.spec, self.device, self.dtype, source)
+            dtype = method.storage(self.storage).param
+            params = shapes.build(self.spec, self.device, dtype, sources.get(dtype))
             try:
                 made = method.make(self.spec, params, self._subject_of(method))
             except Exception as error:  # of another library: it costs that method only
                 self.reasons[name] = sentence(error)
             else:
                 built[name] = replace(made, params=params)
-                source = params
+                sources[dtype] = params
         return built
 
     def _subject_of(self, method: Method) -> Subject:
-        options = self.storage.options
-        if options and not method.own:
+        options = method.storage(self.storage).options
+        if options and not method.own and not method.form:
             raise NotAvailableError("takes no state of another type than the parameter's")
         return replace(self.subject, own=self.subject.own | options)
 
     def judge(self, built: dict[str, Built]) -> dict[str, gate.Verdict]:
         """Hold all against the reference; what does not pass is taken out of `built`."""
-        gated = {name: _entry(self.rows[name], one) for name, one in built.items()}
+        alike: dict[torch.dtype, dict[str, gate.Entry]] = {}
+        for name, one in built.items():
+            storage = self.rows[name].storage(self.storage)
+            alike.setdefault(storage.param, {})[name] = _entry(self.rows[name], one, storage.coded)
         self.tell("three steps of each, held against float64", 0)
         every = max(1, self.spec.params // SAMPLE)
-        verdicts = gate.check(self.spec, gated, self.subject, every) if built else {}
+        verdicts: dict[str, gate.Verdict] = {}
+        for gated in alike.values():
+            verdicts |= gate.check(self.spec, gated, self.subject, every)
         for name, verdict in verdicts.items():
             if fault := verdict.fault or self._fault(self.rows[name], built[name]):
                 self.reasons[name] = fault
@@ -105,14 +110,16 @@ class Prepared:
         """Judges what the gate cannot see, and gives the method its noise back."""
         if built.set_noise and method.extras.noise is not None:
             built.set_noise(method.extras.noise)
-        subject = self.subject
+        subject, storage = self.subject, method.storage(self.storage)
+        # States in bytes cannot be read: the same is judged where they are plain.
+        dtype = torch.float32 if storage.packed else storage.param
         if method.like is not None or not spare.shows_gradient(subject):
             method, subject = (
                 replace(method, make=method.like or method.make),
                 replace(ADAMW, own=subject.own),
             )
         try:
-            return spare.fault(method, subject, self.device, self.dtype)
+            return spare.fault(method, subject, self.device, dtype)
         except Exception as error:  # as in the gate
             return sentence(error)
 
@@ -175,12 +182,13 @@ def _let_go(gpu: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def _entry(method: Method, built: Built) -> gate.Entry:
+def _entry(method: Method, built: Built, coded: bool = False) -> gate.Entry:
     """A method for the gate: without its noise, and clipped by the norm that it has."""
     if built.set_noise:
         built.set_noise(0.0)
     extras = replace(method.extras, noise=None)
-    kind = gate.Kind(extras, built.spoils and extras.clip is not None, method.narrow)
+    form = method.form or ("fusedcalib" if coded else "")
+    kind = gate.Kind(extras, built.spoils and extras.clip is not None, method.narrow, form)
     return gate.Entry(kind, built.params, built.step, built.averages)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from ..models import architectures, shapes
 from ..models.shapes import ParamList, list_of
-from ..models.traffic import DTYPES
+from ..models.traffic import DTYPES, Storage
 from .baselines import METHODS, RIVALS, composed, own
 from .case import Case
 from .clocks import ANCHORS
 from .method import EXTRAS, SUBJECTS, Extras, Method, Subject, reference_options
+from .rivals import COMPRESSED
 
 AGAINST = {  # what a user calls the methods that ours is compared with
     "fused": "torch_fused",
@@ -138,14 +139,16 @@ def _list(name: str) -> ParamList:
         raise ValueError(f"--model {name}: there are {known}; others: --shapes or --hf-config") from None
 
 
-def methods_for(extras: Extras, against: Sequence[str]) -> tuple[Method, ...]:
+def methods_for(
+    extras: Extras, against: Sequence[str], storage: Storage = DTYPES["fp32"]
+) -> tuple[Method, ...]:
     """Ours and the others. With features all have those; torch's fused step and ours are also without."""
     if unknown := [name for name in against if name not in AGAINST]:
         raise ValueError(f"--against {unknown[0]}: there are {', '.join(AGAINST)}")
-    others = [METHODS[AGAINST[name]] for name in against]
+    others = _others(against, storage)
     ours = METHODS["own_plain"]
     if not extras.values:
-        return (ours, *others)
+        return (ours, *([FP32_STEP] if storage.packed else []), *others)
     key, title = key_of(extras), f"{ours.title} with {title_of(extras, 'GC')}"
     with_all = Method(f"own_{key}", title, own(extras), extras, reference=True)
     around = [
@@ -162,6 +165,28 @@ def methods_for(extras: Extras, against: Sequence[str]) -> tuple[Method, ...]:
     return (METHODS["torch_fused"], ours, with_all, *around)
 
 
+FP32_STEP = Method("own_fp32", "fusedcalib, all fp32", own(), reference=True, kept=DTYPES["fp32"])
+
+
+def _others(against: Sequence[str], storage: Storage) -> list[Method]:
+    """The methods beside ours; where we keep less than a dtype, libraries that do so too."""
+    methods = [METHODS[AGAINST[name]] for name in against]
+    if not storage.packed:
+        return methods
+    plain = next(name for name, one in DTYPES.items() if one == storage.plain)
+    found = [
+        replace(method, title=f"{method.title}, all {plain}")
+        for method in methods
+        if method.name not in RIVALS
+    ]
+    for name in (name for name in against if storage.coded and name in COMPRESSED):
+        one = COMPRESSED[name].beside(storage)
+        kept, rival = one.kept(storage), one.rival
+        made = Method(f"{name}_8bit", rival.title, rival.make, narrow=rival.narrow, kept=kept, form=one.form)
+        found.append(made)
+    return found
+
+
 def cases_from(
     subjects: Sequence[Subject],
     lists: Sequence[ParamList],
@@ -170,11 +195,11 @@ def cases_from(
     against: Sequence[str],
 ) -> list[Case]:
     """Every rule on every list in every dtype."""
-    methods, key = methods_for(extras, against), key_of(extras)
+    key = key_of(extras)
     with_all = (*(f"eager_{key}_{name}" for name in ANCHORS[:2]), f"own_{key}") if key else ()
     bases = (*with_all, *ANCHORS)
     return [
-        Case(spec, methods, dtype, subject, key, bases)
+        Case(spec, methods_for(extras, against, DTYPES[dtype]), dtype, subject, key, bases)
         for spec in lists
         for dtype in dtypes
         for subject in subjects
@@ -186,6 +211,5 @@ def needed_bytes(case: Case) -> int:
     assert not isinstance(case.list, str)
     assert not isinstance(case.subject, str)
     storage, states = DTYPES[case.dtypes], case.subject.states()
-    return case.list.params * sum(
-        storage.kept(states, m.extras.ema is not None) for m in case.rows().values()
-    )
+    each = (m.storage(storage).kept(states, m.extras.ema is not None) for m in case.rows().values())
+    return round(case.list.params * sum(each))

@@ -14,6 +14,11 @@ or a sign magnifies that, up to a change of sign: so does the reference.
 A method that makes the numbers of its step in fp32 (compiled by torch, it does) is allowed for each beta
 (t + 2) u |change of p| / (1 - beta^t) more in step t: beta is rounded, raised to a power and taken from 1.
 
+A method that keeps its states in bytes is allowed what its format is off by (FORMATS): the reference's
+states are moved by as much after each step, outwards or inwards, in every combination of those, and twice the
+most that p is then off by is added.
+Weights that are kept in more bits than u's are judged as what the model sees, which is rounded once.
+
 Gradients that are clipped are so in the reference, by the float64 norm of all. What is made of
 torch.nn.utils.clip_grad_norm_ is judged with torch's own norm, which is far off on long lists (2e-4 of
 12M elements in one tensor). An average has a bound of its own: the share of the parameters' bounds that
@@ -27,7 +32,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +41,7 @@ from torch import Tensor
 
 from ..models import shapes
 from ..models.shapes import ParamList
+from .formats import FORMATS, NONNEGATIVE, Format
 from .method import NONE, Extras, Subject
 from .rivals import sentence
 from .timing import one_thread
@@ -74,6 +80,7 @@ class Kind(NamedTuple):
     extras: Extras = NONE
     torch_norm: bool = False  # clips by the norm that torch finds
     narrow: bool = False  # makes the numbers of its step in fp32
+    form: str = ""  # of FORMATS, if its states are kept in bytes
 
 
 class Entry(NamedTuple):
@@ -210,10 +217,31 @@ def _expected(start: Tensor, wide: list[Tensor], kind: Kind, subject: Subject) -
         ):
             near += (other - exact).abs_().mul_(2)
             bound += near
+    if kind.form:
+        _allow(FORMATS[kind.form], start, wide, kind.extras.gc, subject, path, bounds)
     return [
         (path[-1], bounds[-1]),
         *([] if kind.extras.ema is None else [_average(path, bounds, kind.extras.ema)]),
     ]
+
+
+def _allow(
+    form: Format,
+    start: Tensor,
+    wide: list[Tensor],
+    gc: bool,
+    subject: Subject,
+    path: list[Tensor],
+    bounds: list[Tensor],
+) -> None:
+    """Adds to the bounds what states in bytes may be off by: rules are monotone in each of them."""
+    worst = [torch.zeros_like(bound) for bound in bounds]
+    for signs in itertools.product((1, -1), repeat=2 * (STEPS - 1)):
+        moved = _path(start, wide, gc, subject, (form, signs))
+        for most, other, exact in zip(worst, moved, path, strict=True):
+            torch.maximum(most, (other - exact).abs_(), out=most)
+    for bound, most in zip(bounds, worst, strict=True):
+        bound += most.mul_(2)
 
 
 def _narrowness(subject: Subject, step: int) -> float:
@@ -233,11 +261,22 @@ def _average(path: list[Tensor], bounds: list[Tensor], decay: float) -> tuple[Te
     return average, bound
 
 
-def _path(start: Tensor, grads: list[Tensor], gc: bool, subject: Subject) -> list[Tensor]:
-    """The parameters before and after each step of the reference."""
+def _path(
+    start: Tensor,
+    grads: list[Tensor],
+    gc: bool,
+    subject: Subject,
+    off: tuple[Format, Sequence[int]] | None = None,
+) -> list[Tensor]:
+    """The parameters before and after each step of the reference; `off`: where its states then go."""
     path = [start.double()]
     state: dict[str, Any] = {}
-    for grad in grads:
+    for step, grad in enumerate(grads):
         param, state = oracle(subject)(path[-1], grad, state, **subject.options, centralize=gc)
         path.append(param)
+        if off is not None and step < len(grads) - 1:
+            form, signs = off
+            like = [name for name, x in state.items() if isinstance(x, Tensor) and x.shape == start.shape]
+            for name in like:
+                state[name] = form.off(state[name], name, signs[2 * step + (name in NONNEGATIVE)])
     return path

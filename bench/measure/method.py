@@ -98,7 +98,7 @@ class Extras:
         named = {"clip": self.clip, "noise": self.noise, "centralize": self.gc or None, "ema": self.ema}
         return {name: value for name, value in named.items() if value is not None}
 
-    def width(self, storage: Storage, states: int) -> int:
+    def width(self, storage: Storage, states: int) -> float:
         """Bytes that a step with them must move for each parameter."""
         return storage.moved(states, self.clip is not None, self.ema is not None)
 
@@ -141,10 +141,16 @@ class Method:
     reference: bool = False  # whether the times of others are written as ratios to this one's
     like: Maker | None = None  # makes the same extras around torch's step, which are judged in its place
     narrow: bool = False  # whether it makes the numbers of a step, as bias corrections, in fp32
+    kept: Storage | None = None  # how it keeps things, if not as the case says
+    form: str = ""  # of gate.FORMATS, where it has states in bytes that are not ours
 
     @property
     def own(self) -> bool:
         return self.name.startswith("own")
+
+    def storage(self, asked: Storage) -> Storage:
+        """How it keeps things where that is asked for: what only ours can do others leave."""
+        return self.kept or (asked if self.own or not asked.packed else asked.plain)
 
 
 def groups_of(spec: ParamList, params: list[Tensor]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Other libraries' optimizers, which are used where they can be imported and never required.
 
-Each is asked for the plain computation of the rule: one that keeps its states in 8 bits computes something
-else, and could not be held against the reference.
+Each is asked for the plain computation of the rule. Those that keep states in 8 bits (COMPRESSED) stand
+beside ours that do so too, and are held against the reference with what their format is off by.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..models.shapes import ParamList
+from ..models.traffic import Storage
 from .method import ADAMW, Built, NotAvailableError, Subject, groups_of
 
 
@@ -100,5 +101,43 @@ RIVALS = {
         *("pytorch_optimizer", "pytorch_optimizer"),
         _same("Adam AdamW Adan ADOPT Lion NAdam RAdam RMSprop SGD SGDW", Adamax="AdaMax"),
         renamed={"decoupled_weight_decay": "weight_decouple"},
+    ),
+}
+
+
+class Compressed(NamedTuple):
+    """A library whose states are in bytes: what it is called with, and how it keeps things."""
+
+    rival: Rival
+    form: str  # of gate.FORMATS
+    block: int  # elements of a scale of 4 bytes, or what is as much
+    splits: bool = False  # whether it keeps bits beside bf16 weights, as asked for
+
+    def beside(self, storage: Storage) -> Compressed:
+        """The same, with as many bits of the weights as ours has."""
+        bits = {"split16": 32, "split8": 24}.get(storage.master or "")
+        more = {"master_weight_bits": bits} if self.splits else {}
+        return self._replace(rival=self.rival._replace(options={**self.rival.options, **more}))
+
+    def kept(self, storage: Storage) -> Storage:
+        """What it keeps beside ours."""
+        return Storage(storage.param, "8bit", storage.master if self.splits else None, block=self.block)
+
+
+def _in_bytes(names: str) -> dict[str, str]:
+    return {name: f"{name}8bit" for name in names.split()}
+
+
+COMPRESSED = {
+    "bitsandbytes": Compressed(
+        Rival("bitsandbytes 8-bit", "bitsandbytes.optim", _in_bytes("Adam AdamW Lion RMSprop SGD")),
+        *("dynamic", 256),
+    ),
+    "torchao": Compressed(
+        Rival("torchao 8-bit", "torchao.optim", _in_bytes("Adam AdamW"), narrow=True), "dynamic", 256
+    ),
+    "flashoptim": Compressed(
+        RIVALS["flashoptim"]._replace(title="flashoptim 8-bit", options={"quantize": True}),
+        *("companded", 64, True),
     ),
 }

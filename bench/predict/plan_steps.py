@@ -16,20 +16,22 @@ from typing import Any, NamedTuple, cast
 import torch
 
 import fusedcalib
-from fusedcalib.engine.state import make_state, states_of
+from fusedcalib.engine.state import make_state, scales_of, states_of
 from fusedcalib.executors.triton.executor import EXECUTOR
 from fusedcalib.kernels import launch
+from fusedcalib.kernels.storage import BLOCK, CODED
 from fusedcalib.layout.buckets import Slot
-from fusedcalib.layout.recipe import merged, needs_of, recipe_of
+from fusedcalib.layout.recipe import Recipe, merged, needs_of, recipe_of
 from fusedcalib.layout.scalars import Scalars
 from fusedcalib.layout.shards import Place
 from fusedcalib.layout.split_rows import RowTotals
+from fusedcalib.layout.storage import in_bytes
 from fusedcalib.layout.tables import build_buckets
 
 from ..measure.baselines import METHODS, options_of
 from ..measure.method import Method, NotAvailableError, Subject
 from ..models.shardings import Mesh, Shard, Sharding
-from ..models.traffic import AROUND, DTYPES, FOREACH_ADAMW, Pass, Storage, traffic
+from ..models.traffic import AROUND, DTYPES, FOREACH_ADAMW, FP32, Pass, Storage, sizes_of, traffic
 
 ROWS = (
     *("torch_foreach", "torch_fused", "own_plain", "eager_gc_fused", "own_gc"),
@@ -91,6 +93,19 @@ class Part(NamedTuple):
         """Elements of all that are alike."""
         return self.alike * self.slot.tensors()[0].numel()
 
+    @property
+    def kept(self) -> int:
+        """Bytes of all that are alike."""
+        tensors = (*self.slot.tensors(), *self.slot.scales)
+        return self.alike * sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def sizes(self) -> list[float]:
+        """Bytes of an element of each tensor, with its share in the scales that are laid out."""
+        tensors, scales = self.slot.tensors(), self.slot.scales
+        share = FP32 * scales[0].numel() / max(1, tensors[0].numel()) if scales else 0.0
+        return sizes_of((t.element_size() for t in tensors), self.slot.compiled().kept, share)
+
 
 def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sharding: Sharding) -> Step:
     """Our step, as the engine lays it out."""
@@ -104,9 +119,9 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
         flags = bucket.key.recipe.flags
         kernels = launch.parts_of(cast(launch.Tile, bucket.key.row_class), flags)
         launches += len(kernels)
-        sizes = [dtype.itemsize for dtype in bucket.key.dtypes]
-        width = sum(traffic(part, flags, sizes).memory for part in (*kernels, *["norm"] * laid.measures))
-        moved += sum(width * parts[i].size for i in bucket.indices)
+        for part in (parts[i] for i in bucket.indices):
+            each = (traffic(name, flags, part.sizes) for name in (*kernels, *["norm"] * laid.measures))
+            moved += round(sum(one.memory for one in each) * part.size)
     collectives: list[Collective] = []
     if laid.measures:  # a launch for each list of tiles; over ranks one more, which decides
         launches += len(buckets) + bool(sharding.dims)
@@ -118,7 +133,7 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
         collectives.append(
             Collective("tp", sum(alike * t.numel() * t.element_size() for alike, t in of_rows))
         )
-    kept = sum(part.alike * t.numel() * t.element_size() for part in parts for t in part.slot.tensors())
+    kept = sum(part.kept for part in parts)
     return Step(method.name, method.title, moved, kept, launches, tuple(collectives))
 
 
@@ -144,21 +159,44 @@ def parts_of(
     groups: list[dict[str, Any]] = [
         {"params": params[kind], **own} for kind, own in KINDS.items() if params[kind]
     ]
-    optimizer = getattr(fusedcalib, cls)(groups, **options, **storage.options)
+    optimizer = getattr(fusedcalib, cls)(groups, **options | storage.options)
     needs = needs_of(optimizer.param_groups, None, None)
     asked = merged([recipe_of(optimizer.rule, group, needs) for group in optimizer.param_groups])
     recipes = [replace(r, flags=r.flags._replace(skips=needs.tentative)) for r in asked]
     parts = []
     for index, kind in enumerate(kind for kind in KINDS if params[kind]):
-        group, recipe = optimizer.param_groups[index], recipes[index]
+        group = optimizer.param_groups[index]
         for shard, param in zip(shards[kind], params[kind], strict=True):
+            recipe = _kept_as(recipes[index], shard, sharding.mesh)
             make_state(optimizer.state, optimizer._engine.versions, param, recipe, group)
             states = states_of(optimizer.state, param, recipe)
             place = _place(shard, sharding.mesh)
-            slot = Slot(param, states, index, recipe, EXECUTOR, (0, 0, 0), place)
+            scales = scales_of(optimizer.state, param, recipe)
+            slot = Slot(param, states, index, recipe, EXECUTOR, (0, 0, 0), place, scales=scales)
             parts.append(Part(slot, found[shard]))
     decides = needs.remote or needs.measure or needs.scaled or needs.tentative
     return Laid(parts, optimizer.param_groups, needs.measure, decides)
+
+
+def _kept_as(recipe: Recipe, shard: Shard, mesh: Mesh | None) -> Recipe:
+    """The recipe of a part: whether its states are kept in bytes depends on the whole parameter.
+
+    Raises:
+        ValueError: the part of a row begins within a block that has a scale.
+    """
+    storage = recipe.storage
+    if not storage.least:
+        return recipe
+    whole = torch.empty(shard.whole, device="meta")
+    if not in_bytes(whole, storage.least) or (whole.ndim == 1 and mesh is not None):
+        states = tuple("cast" if kind in CODED else kind for kind in storage.states)
+        return replace(recipe, storage=storage._replace(states=states))
+    if shard.columns_cut and (width := math.prod(shard.shape[1:])) % BLOCK:
+        raise ValueError(
+            f"tensor parallel leaves {width} columns of a row of {math.prod(shard.whole[1:])}, which is no "
+            f"multiple of the {BLOCK} that share a scale: take a smaller --tp, or other --dtypes"
+        )
+    return replace(recipe, storage=storage._replace(least=1))
 
 
 def _tensor(shard: Shard, dtype: torch.dtype) -> torch.nn.Parameter:
@@ -202,7 +240,7 @@ def composed(
         counts = [shard.elements for shard in own]
         launches += multi_tensor_launches(counts, TENSORS[one.lists]) if one.lists else len(counts)
     each = storage.kept(subject.states(), method.extras.ema is not None)
-    kept = each * sum(shard.elements for shard in shards)
+    kept = round(each * sum(shard.elements for shard in shards))
     sent = tuple(_sent(method, shards, sharding, storage.param))
     return Step(method.name, method.title, moved, kept, launches, sent)
 

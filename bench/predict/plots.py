@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def plan(results: Plans, path: Path) -> Path:
     return path
 
 
-def _ticks(axes: Axes, values: list[int]) -> None:
+def _ticks(axes: Axes, values: Sequence[float]) -> None:
     """Just these on the one axis, plain numbers on the other."""
     axes.set_xticks(values, [f"{value:,}" for value in values])
     axes.set_xticks([], minor=True)
@@ -98,7 +99,7 @@ def headline(kernels: list[StaticKernel]) -> str:
     return f"The memory binds every kernel: instructions take at most {100 * nearest:.0f} % of its time"
 
 
-def _ridge(axes: Axes, gpu: Gpu, widths: list[int]) -> None:
+def _ridge(axes: Axes, gpu: Gpu, widths: list[float]) -> None:
     """The axes, and the line on which the memory and the processors take as long."""
     ends = [0.8 * widths[0], 1.25 * widths[-1]]
     ridge = issue_rate(gpu) / gpu.bandwidth  # instructions in the time of a byte

@@ -176,7 +176,7 @@ def _kernel(variant: Variant, took: float, copy: float) -> GpuKernel:
 def table(case: GpuCase) -> tables.Table:
     """Each kernel of a step."""
     shown: tables.Columns[GpuKernel] = {
-        "bytes": lambda kernel: str(kernel.bytes),
+        "bytes": lambda kernel: f"{kernel.bytes:g}",
         "us": lambda kernel: f"{kernel.us:.1f}",
         "GB/s": lambda kernel: tables.number(kernel.gbs, ",.0f"),
         "% of a copy": lambda kernel: tables.number(kernel.pct_copy, ".0f"),

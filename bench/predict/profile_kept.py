@@ -28,6 +28,8 @@ PATH = machine.RESULTS / "static" / "sm_90.json"
 CASES = (
     *(ProfileCase(name) for name in SUBJECTS),
     *(ProfileCase("AdamW", (), dtypes) for dtypes in ("bf16", "bf16+fp32-state")),
+    *(ProfileCase("AdamW", (), dtypes) for dtypes in ("split16", "split8+8bit")),
+    ProfileCase("Lion", (), "split8+8bit"),
     *(ProfileCase("AdamW", (name,)) for name in OPTIONS if name != "stochastic_rounding"),
     ProfileCase("AdamW", ("stochastic_rounding",), "bf16"),
     ProfileCase("AdamW", everything("fp32")),
@@ -47,7 +49,7 @@ class KeptKernel:
     shared: int
     widest: int | None
     narrowest: int | None
-    bytes: int
+    bytes: float
     instructions: float
 
     @classmethod
@@ -149,7 +151,7 @@ def table(kept: Kept) -> tables.Table:
     columns: tables.Columns[tuple[tuple[str, str], list[KeptKernel]]] = {
         "step": lambda group: group[0][0],
         "kernel": lambda group: group[0][1],
-        "bytes": lambda group: str(group[1][0].bytes),
+        "bytes": lambda group: _span([row.bytes for row in group[1]], "g"),
         "instructions": lambda group: _span([row.instructions for row in group[1]]),
         "of the memory's time": lambda group: shares(group[1]),
         "registers": lambda group: _span([row.registers for row in group[1]]),
@@ -158,9 +160,9 @@ def table(kept: Kept) -> tables.Table:
     return tables.table_of(groups.items(), columns)
 
 
-def _span(values: Sequence[float]) -> str:
+def _span(values: Sequence[float], form: str = ".0f") -> str:
     """The least and the most of them, in whole numbers."""
-    ends = dict.fromkeys(f"{end(values):.0f}" for end in (min, max))
+    ends = dict.fromkeys(f"{end(values):{form}}" for end in (min, max))
     return " to ".join(ends)
 
 

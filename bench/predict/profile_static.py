@@ -136,7 +136,7 @@ def _in_flight(built: compiled.Compiled, moves: Traffic, warps: int) -> int:
     """Bytes that the warps of a processor ask for at once, where each asks for all of its tile."""
     if built.tile is None:
         return 0
-    return moves.read * built.elements * warps * static_costs.PROCESSORS[built.target].lanes
+    return int(moves.read) * built.elements * warps * static_costs.PROCESSORS[built.target].lanes
 
 
 def built_for(variant: Variant, target: str) -> compiled.Compiled:
@@ -164,7 +164,7 @@ def kernels_table(case: StaticCase) -> tables.Table:
         "warps": lambda kernel: f"{kernel.occupancy.warps}/{kernel.occupancy.most}",
         "KB in flight": lambda kernel: f"{kernel.in_flight / 1024:.0f}",
         "access B": widths,
-        "bytes": lambda kernel: str(kernel.bytes),
+        "bytes": lambda kernel: f"{kernel.bytes:g}",
         "instr.": lambda kernel: f"{kernel.instructions:.1f}",
         "memory ms": lambda kernel: tables.milliseconds(kernel.seconds.memory),
         "issue ms": lambda kernel: tables.milliseconds(kernel.seconds.issue),

@@ -14,6 +14,7 @@ import numpy as np
 import fusedcalib
 from fusedcalib.executors.triton import run as gpu
 from fusedcalib.kernels import launch
+from fusedcalib.kernels.storage import CODED
 from fusedcalib.layout.buckets import Bucket
 from fusedcalib.layout.scalars import Scalars, scalars_of, shape_of, tape_of
 from fusedcalib.layout.tables import build_buckets
@@ -21,7 +22,7 @@ from fusedcalib.layout.tables import build_buckets
 from ..measure.method import SUBJECTS
 from ..models import shardings
 from ..models.architectures import Model
-from ..models.traffic import DTYPES, Traffic, traffic
+from ..models.traffic import DTYPES, Traffic, sizes_of, traffic
 from ..report.tables import Columns
 from .plan_steps import parts_of
 
@@ -44,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def everything(dtypes: str) -> tuple[str, ...]:
     """All of OPTIONS that can be on together and do something to parameters in this storage."""
-    never = ("centralize_update", "capturable", *["stochastic_rounding"] * (dtypes == "fp32"))
+    never = ("centralize_update", "capturable", *["stochastic_rounding"] * (not DTYPES[dtypes].rounds))
     return tuple(name for name in OPTIONS if name not in never)
 
 
@@ -141,7 +142,7 @@ def traffic_of(variant: Variant) -> Traffic:
     spec = variant.spec
     if spec is None or spec.FLAGS is None:
         return Traffic(0, 0)
-    sizes = [dtype.primitive_bitwidth // 8 for dtype in spec.DTYPES]
+    sizes = sizes_of((dtype.primitive_bitwidth // 8 for dtype in spec.DTYPES), spec.KEPT)
     return traffic(variant.kernel, spec.FLAGS, sizes, spec.REDUCTION == "loop")
 
 
@@ -152,6 +153,8 @@ def tile_text(variant: Variant) -> str:
         return "one program"
     tile = (spec.measured() if variant.kernel == "norm" else spec).tile
     words = [f"{tile.rows}x{tile.columns} {tile.warps}w"]
+    if {*spec.KEPT} & {*CODED}:
+        words.append("8-bit")
     if tile.reduction != "none":
         words.append(tile.reduction)
     if spec.VECTOR == 1:
@@ -170,14 +173,14 @@ class Kernel:
     tile: str
     tensors: int
     elements: int
-    bytes: int  # of each element
+    bytes: float  # of each element
     moved: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.moved = self.bytes * self.elements
+        self.moved = round(self.bytes * self.elements)
 
 
-def kernel_of(variant: Variant) -> tuple[str, str, int, int, int]:
+def kernel_of(variant: Variant) -> tuple[str, str, int, int, float]:
     """What any profile tells of a kernel, as Kernel takes it."""
     width = traffic_of(variant).memory
     return variant.kernel, tile_text(variant), variant.tensors, variant.elements, width

@@ -39,7 +39,7 @@ class Row:
     wall_ratio_to: dict[str, Spread] = field(default_factory=dict)
     note: str = ""
     reason: str | None = None
-    bytes_per_param: int | None = None
+    bytes_per_param: float | None = None
     first_steps_s: float | None = None
     gbs: float | None = None
     pct_copy: float | None = None
@@ -67,7 +67,7 @@ class Measured:
     tensors: int
     params: int
     dtypes: str
-    bytes_per_param: int
+    bytes_per_param: float
     flush: str
     clock: str
     methods: Rows

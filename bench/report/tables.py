@@ -75,7 +75,7 @@ def chain_table(results: Results) -> Table:
     columns: Columns[Measured] = {
         "with": chain_name,
         "composed of": composed,
-        "bytes": lambda case: str(case.bytes_per_param),
+        "bytes": lambda case: f"{case.bytes_per_param:g}",
         "fusedcalib / composed": over("own", "eager"),
         "/ fusedcalib without": over("own", "own_plain"),
         "composed / torch fused without": over("eager", "torch_fused"),

@@ -91,7 +91,7 @@ def rules(data: Results, figure: str) -> list[str]:
 
     columns: tables.Columns[Measured] = {
         "rule": lambda case: case.subject,
-        "bytes": lambda case: str(case.bytes_per_param),
+        "bytes": lambda case: f"{case.bytes_per_param:g}",
         "fusedcalib / torch fused": _over("own_plain", "torch_fused"),
         "/ torch foreach": _over("own_plain", "torch_foreach"),
         "/ stream": over_stream("own_plain"),
