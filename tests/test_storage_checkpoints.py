@@ -72,7 +72,9 @@ def test_keys_dtypes_and_shapes_of_a_file(kind):
     assert {small[name].dtype for name in KINDS} == {dtype}
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["deepcopy", "pickle"]
+)
 @each_kind
 def test_copies_go_on_to_the_same_bits(kind, copied):
     optimizer = adamw(weights(), **KEPT[kind])
