@@ -157,7 +157,7 @@ def test_the_report_is_there_after_each_group(check, tmp_path, monkeypatch):
 
 def test_a_command_is_one_test_and_a_tool_that_the_device_refuses_is_said(check):
     wrong, report, _ = check(
-        command("step", "print('so far'); raise SystemExit('2 away from plain torch')"),
+        command("step", "print('so far', flush=True); raise SystemExit('2 away from plain torch')"),
         command("memcheck", "print('Error: Device not supported'); raise SystemExit(1)"),
     )
     by_name = {case.get("classname"): case for case in report.iter("testcase")}

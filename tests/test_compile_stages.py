@@ -212,7 +212,7 @@ def test_noise_on_hostile_rows_spills_no_register(
 def test_no_hyperparameter_is_compiled_in(rule: str):
     """Whatever is a number may change; options that are words or switches are other kernels."""
     options = {k: p.default for k, p in inspect.signature(getattr(fusedcalib, rule)).parameters.items()}
-    whole = ("centralize_min_ndim", "seed")
+    whole = ("centralize_min_ndim", "min_8bit_size", "seed")
     numbers = [k for k, v in options.items() if type(v) in (int, float) and k not in whole]
     assert {"lr", "l1", "weight_decay"} <= {*numbers}
     betas = options.get("betas", ())
