@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from kernel_cases import device_of
 
 import fusedcalib
+from fusedcalib.layout import storage
 
 BF16, F32 = torch.bfloat16, torch.float32
 # Each form of a parameter and of states, and the random bits of both.
@@ -28,9 +30,12 @@ def long_rows() -> list[torch.Tensor]:
     return [torch.randn(2, 9001), torch.randn(2, 33000)]
 
 
+FLAT = 1 << 14  # elements of a vector that is kept in bytes here: of 2^20 the interpreter takes a minute
+
+
 def flat() -> list[torch.Tensor]:
     """A vector so long that it is kept in bytes, as one row."""
-    return [torch.randn((1 << 20) + 5)]
+    return [torch.randn(FLAT + 5)]
 
 
 def rows_with_ends() -> list[torch.Tensor]:
@@ -73,10 +78,12 @@ def stepped(
     params = [torch.nn.Parameter(moved(t, device, dtype)) for t in {**ARRANGEMENTS, **BY_ROWS}[arrangement]()]
     options = {"lr": 1e-2, "min_8bit_size": 0, "backend": backend, **options}
     optimizer = getattr(fusedcalib, rule)(params, **options)
-    for step in range(steps):
-        for p in params:
-            p.grad = (torch.randn(p.shape) * 10.0 ** (-2 * step)).to(device, dtype)
-        optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "FLAT", FLAT)
+        for step in range(steps):
+            for p in params:
+                p.grad = (torch.randn(p.shape) * 10.0 ** (-2 * step)).to(device, dtype)
+            optimizer.step()
     return optimizer, params
 
 
