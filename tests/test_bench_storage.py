@@ -139,8 +139,10 @@ def test_a_storage_without_bytes_has_none_of_those():
     ]
 
 
-@pytest.mark.parametrize("dtypes", PACKED)
-@pytest.mark.parametrize("subject", ["AdamW", "Lion"])
+@pytest.mark.parametrize(
+    ("subject", "dtypes"),
+    [("AdamW", name) for name in PACKED] + [pytest.param("Lion", n, marks=pytest.mark.slow) for n in PACKED],
+)
 def test_all_pass_the_gate(subject, dtypes):
     work = prepared(dtypes, method.SUBJECTS[subject], ["fused"])
     built = work.build()

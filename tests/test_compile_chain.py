@@ -37,7 +37,10 @@ EVERYWHERE += [(MIXED, c, t) for c in ("flat", *HELD[3:], "loop") for t in TARGE
 ISSUES_PER_BYTE = 132 * 128 * 1.7e9 / 4.3e12
 
 
-@pytest.mark.parametrize("row_class", HELD)
+@pytest.mark.parametrize(
+    "row_class",
+    [c if c in ("flat", "longest rows") else pytest.param(c, marks=pytest.mark.slow) for c in HELD],
+)
 def test_the_chain_moves_40_bytes(row_class: str):
     """AdamW in fp32 and its average: 28 + 8, and 4 for the norm; all by 128-bit accesses."""
     built = compiled(config("AdamW plain", row_class, **CHAIN))
@@ -49,9 +52,12 @@ def test_the_chain_moves_40_bytes(row_class: str):
 
 
 def says_most(kind: str, row_class: str, target: str) -> bool:
-    """Most work in every class; most states, and other GPUs, where rows are longest."""
-    longest = row_class.startswith(("longest", "loop"))
-    return longest if target != "sm_90" else kind == MIXED or (kind == "Adan plain" and longest)
+    """Most work in each kind of class; most states, and other GPUs, where rows are longest."""
+    if target != "sm_90":
+        return row_class == "longest rows, all stages"
+    if kind == MIXED:
+        return row_class in ("flat", "rows of 1024", "longest rows, all stages", "loop", "pieces")
+    return kind == "Adan plain" and row_class in ("longest rows, all stages", "loop")
 
 
 @pytest.mark.parametrize(("kind", "row_class", "target"), slow_unless(says_most, EVERYWHERE))
@@ -70,7 +76,7 @@ def test_the_chain_spills_no_register(kind: str, row_class: str, target: str):
 @pytest.mark.parametrize(
     ("rule", "target"),
     slow_unless(
-        lambda rule, target: target == "sm_90" or rule == "NAdam",
+        lambda rule, target: (rule, target) in (("NAdam", "sm_90"), ("NAdam", "gfx942"), ("AdamW", "sm_90")),
         [(r, t) for r in fusedcalib.optimizers() for t in TARGETS if t == "sm_90" or r in ("NAdam", "RAdam")],
     ),
 )
@@ -98,7 +104,12 @@ NORMS = [
 
 @pytest.mark.parametrize(
     ("kind", "row_class", "target"),
-    slow_unless(lambda kind, row_class, target: target == "sm_90" or row_class == "rows of 1024", NORMS),
+    slow_unless(
+        lambda kind, row_class, target: (
+            row_class == "rows of 1024" or (target == "sm_90" and kind == "AdamW plain")
+        ),
+        NORMS,
+    ),
 )
 def test_the_norm_asks_for_many_bytes_before_it_waits(kind: str, row_class: str, target: str):
     """128 a thread by 128-bit accesses; then a conversion and a fused multiply-add of each, in fp64.
@@ -136,9 +147,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["SGD bf16", "AdamW plain"])
-@pytest.mark.parametrize("flag", OPTIONS)
-def test_what_is_off_leaves_no_instruction(flag: str, kind: str):
+@pytest.mark.parametrize(
+    ("kind", "flag"), [*(("SGD bf16", flag) for flag in OPTIONS), ("AdamW plain", "rounding")]
+)
+def test_what_is_off_leaves_no_instruction(kind: str, flag: str):
     """Off is the very kernel that knows nothing of it; on is another one."""
     spec, on = spec_of(config(kind)), spec_of(config(kind, **OPTIONS[flag]))
     default = Flags._field_defaults[flag]

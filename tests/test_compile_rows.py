@@ -42,7 +42,9 @@ WALKED = [
 ]
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100"))]
+)
 @pytest.mark.parametrize(("options", "widths"), WALKED, ids=["centred", "update", "projected", "coupled"])
 def test_caches_keep_what_is_read_again(options: dict[str, Any], widths: tuple[int, ...], target: str):
     """Bytes of an element: read to be kept, in the first walk; read and written for the last time."""
@@ -107,7 +109,9 @@ def test_shared_rows_spill_no_register(options: dict[str, Any], target: str):
         assert spilled(compiled(asked, target, part)) == 0, part
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [t if t in ("sm_90", "gfx942") else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS]
+)
 def test_factors_of_rows_cost_nothing(target: str):
     """Bytes of an element are those without; so is the norm's launch, which they go into too."""
     asked, without = (rows(slicing, 1024, {**CENTRED, "max_grad_norm": 1.0}) for slicing in ("factors", ""))

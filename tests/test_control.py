@@ -55,7 +55,7 @@ class Runs:
                 assert_near(mine[name], theirs[name], 0 if name == "step" else limit, name)
 
 
-@each_rule
+@each_few
 def test_capturable_steps(rule, backend):
     """Powers of the device differ from the host's by some 1e-13: numbers by one rounding of fp32 at most."""
     runs = Runs(rule, backend, capturable=True, weight_decay=0.1)
@@ -73,7 +73,9 @@ def test_doubles(rule, backend):
 def test_the_whole_chain(rule, backend):
     """Norm, clip, centring, noise, projection, average over every row class and two dtypes."""
     options = {"max_grad_norm": 3.0, "ema_decay": 0.9, "centralize": True, "noise": GradientNoise(1e-3)}
-    runs = Runs(rule, backend, CLASSES, (torch.float32, torch.bfloat16), max_row_norm=30.0, **options)
+    runs = Runs(rule, backend, CLASSES, max_row_norm=30.0, **options)
+    runs.step(2).check()
+    runs = Runs(rule, backend, CLASSES[:5], (torch.float32, torch.bfloat16), max_row_norm=30.0, **options)
     runs.step(2).check()
     assert_near(runs.ours.grad_norm, runs.theirs.grad_norm, 1e-6 * runs.theirs.grad_norm.item(), "norm")
     assert runs.ours.grad_norm.device.type == DEVICE
@@ -111,7 +113,7 @@ def test_skipped_steps(rule, backend):
     assert runs.ours.skipped_steps.item() == 2
 
 
-@each_few
+@each({name: RULES[name] for name in ("SGD", "AdamW", "NAdam")})
 @pytest.mark.parametrize("limit", [None, 3.0])
 def test_a_scaler(rule, backend, limit):
     runs = Runs(rule, backend, fused=True, max_grad_norm=limit)

@@ -76,7 +76,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("missing", ["triton", "numba", "triton+numba"])
+@pytest.mark.parametrize("missing", ["triton", "numba", pytest.param("triton+numba", marks=pytest.mark.slow)])
 def test_works_without(missing, tmp_path):
     """What is not installed is not needed, unless asked for by name; the path taken is told."""
     path, refusal = python(LACKING, missing, cwd=tmp_path).split("\n", 1)

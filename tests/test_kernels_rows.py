@@ -48,7 +48,9 @@ def test_rows_within_the_limit_keep_their_bits(backend: str, dtypes: Dtypes):
         again = 5 if columns < 1024 else 1  # more rows than a tile has
         rows = torch.stack([four(columns, 1), four(columns, 2), short, 0 * short] * again)
         expected = torch.stack([rows[0], rows[0], rows[2], rows[3]] * again).to(dtypes.param)
-        for view in VIEWS if columns < 1024 else VIEWS[:1]:
+        for view in (
+            VIEWS if columns < 1024 and (dtypes is DTYPES["fp32"] or backend != "numba") else VIEWS[:1]
+        ):
             found = stepped(backend, rows, dtypes, view)
             assert torch.equal(bits(found), bits(expected)), f"{view}, {columns} columns"
 
