@@ -196,7 +196,7 @@ def says_most(target: str, kind: str, shape: tuple[int, ...], slicing: str) -> b
     """Most tensors where rows are longest or lie worst in memory; of other rules the longest that are held."""
     if target != "sm_90":
         return kind == WIDEST[0] and slicing == "transposed"
-    return shape[1] == 8191 and kind in OFTEN or (kind == WIDEST[0] and (bool(slicing) or shape[1] > 4095))
+    return (shape[1] == 8191 and kind in OFTEN) or (kind == WIDEST[0] and (bool(slicing) or shape[1] > 4095))
 
 
 @pytest.mark.parametrize(("target", "kind", "shape", "slicing"), slow_unless(says_most, UNEVEN))
