@@ -193,7 +193,7 @@ UNEVEN += [("sm_90", "AdamW plain", (8, 1023), "transposed")]
 
 
 def says_most(target: str, kind: str, shape: tuple[int, ...], slicing: str) -> bool:
-    """Most tensors where rows are longest or lie worst in memory; of other rules the longest that are held."""
+    """Most tensors where rows are longest or lie worst in memory; of other rules the longest held."""
     if target != "sm_90":
         return kind == WIDEST[0] and slicing == "transposed"
     return (shape[1] == 8191 and kind in OFTEN) or (kind == WIDEST[0] and (bool(slicing) or shape[1] > 4095))
