@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import RLock
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,9 @@ class GradientRelease:
         self._waiting: dict[torch.device, list[Tensor]] = {}  # for their bucket to be full
         self._bytes: dict[torch.device, int] = {}  # of their gradients
         self._begun: tuple[Plan, torch.device] | None = None  # the bucket that is being stepped
-        untyped: list[Any] = params
-        self._hooks = [param.register_post_accumulate_grad_hook(self._collect) for param in untyped]
+        # Python does not find circles through a tensor's hooks: those must not keep the optimizer alive.
+        hook, untyped = partial(_collect_in, ref(self)), list[Any](params)
+        self._hooks = [param.register_post_accumulate_grad_hook(hook) for param in untyped]
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._hooks.append(model.register_forward_pre_hook(_check_forward))
@@ -176,14 +178,15 @@ class GradientRelease:
             self._end_bucket()
             if id(param) in self._seen:
                 raise RuntimeError(
-                    f"{_name(self._optimizer)}: a second gradient of a parameter within a step, whose first is "
-                    "released; call optimizer.step() after each backward pass (handle.discard() after one "
-                    "that failed), and run all but the last of several in `with handle.paused():`"
+                    f"{_name(self._optimizer)}: a second gradient of a parameter within a step, which has "
+                    "released the first; call optimizer.step() after each backward pass, or "
+                    "handle.discard() after one that failed, and run all but the last of several within "
+                    "`with handle.paused():`"
                 )
             if self._pauses or param.grad is None:
                 return
-            device = param.device
-            size = self._bytes.get(device, 0) + local_of(param.grad).nbytes
+            device, grad = param.device, local_of(param.grad)
+            size = self._bytes.get(device, 0) + grad.numel() * grad.element_size()
             self._waiting.setdefault(device, []).append(param)
             self._bytes[device] = size
             self._seen.add(id(param))
@@ -248,6 +251,13 @@ class GradientRelease:
         self._waiting.clear()
         self._bytes.clear()
         self._seen.clear()
+
+
+def _collect_in(handle: ref[GradientRelease], param: Tensor) -> None:
+    """Hands a parameter whose gradient has come to the handle that waits for it, if that lives."""
+    found = handle()
+    if found is not None:
+        found._collect(param)
 
 
 def _name(optimizer: object) -> str:

@@ -141,8 +141,11 @@ def _met(choice: dict[str, Any], meetings: Iterable[tuple[str, ...]]) -> set[Any
 
 
 ALL = covering(("variant", *STAGES, "dtypes"))
-# What has to be compiled or interpreted: every variant, every rule and every dtype with every stage.
+# What is interpreted: every variant, every rule and every dtype with every stage.
 COVERING = covering(("rule", "variant"), ("rule", *STAGES), ("dtypes", *STAGES))
+# What is compiled to loops, a second and more each: every variant, every dtype with every stage. What a rule
+# does beside a stage is in its source, which is that of all executors.
+LOOPS = covering(("rule", "variant"), ("dtypes", *STAGES))
 
 
 def matrix(eager: Mapping[str, Case], numba: Mapping[str, Case], triton: Mapping[str, Case]) -> list[Any]:

@@ -117,6 +117,8 @@ def test_a_lazy_gradient_once_does_not_leave_the_loops_for_good():
     assert ran[0] != "eager"
 
 
+@each({"AdamW": RULES["AdamW"]})
+@pytest.mark.parametrize("backend", ["eager"])
 def test_few_plans_are_kept(ours, laid_out):
     params = parameters([(3, 2)] * 12)
     opt = ours(params)
