@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,7 @@ class Measured:
     """
 
     def __init__(self, bucket_bytes, **options):
-        pairs = zip(SIZES, SIZES[1:], strict=False)
-        layers = [torch.nn.Linear(n, m, bias=False, dtype=torch.bfloat16) for n, m in pairs]
+        layers = [torch.nn.Linear(n, m, bias=False, dtype=torch.bfloat16) for n, m in pairwise(SIZES)]
         self.model = torch.nn.Sequential(*layers).to(DEVICE)
         self.params = list(self.model.parameters())
         self.largest = max(p.nbytes for p in self.params)
