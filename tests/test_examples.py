@@ -200,7 +200,15 @@ def release(monkeypatch):
     """examples/transformer/release.py, with few steps of a smaller model."""
     monkeypatch.syspath_prepend(str(EXAMPLE))
     module = importlib.import_module("release")
-    small = {"STEPS": 3, "ROUNDS": 2, "WARM": 1, "WIDTH": 64, "LAYERS": 2, "BUCKET": 20_000, "MANY": (20,)}
+    small = {
+        "STEPS": 3,
+        "ROUNDS": 2,
+        "WARM": 1,
+        "WIDTH": 64,
+        "LAYERS": 2,
+        "BUCKETS": (20_000, 1 << 20),
+        "MANY": (20,),
+    }
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "OPTIONS", {**module.OPTIONS, "backend": "eager"})

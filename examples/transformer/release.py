@@ -34,7 +34,7 @@ RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "memory.md"
 STEPS, ROUNDS, WARM, CONTEXT, LAYERS, WIDTH, HEADS = 60, 60, 5, 64, 4, 384, 4
 SMALL_BATCH, BATCH = 1, 4  # sequences: where memory is looked at, where time is
-BUCKET = 1 << 20  # bytes
+BUCKETS = (1 << 20, 4 << 20)  # bytes; memory is looked at in the first
 MANY, FEW, MOST, SMALL = (100, 1000, 10_000), 10, 100, 8  # parameters, those of a bucket, buckets, elements
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 SEVEN: dict[str, Any] = {"master_weights": "split8", "state_dtype": "8bit"}
@@ -76,22 +76,22 @@ class Training:
     """One of the two trainings.
 
     Args:
-        release: whether gradients are released.
+        bucket_bytes: in which gradients are released; None for no release.
         batch: sequences a step.
         dtype: of the weights.
         **options: AdamW's.
     """
 
     def __init__(
-        self, text: data.Text, release: bool, batch: int, dtype: torch.dtype, **options: Any
+        self, text: data.Text, bucket_bytes: int | None, batch: int, dtype: torch.dtype, **options: Any
     ) -> None:
         torch.manual_seed(0)
         self.text, self.batch, self.taken = text, batch, 0
         self.model = Transformer(LAYERS, WIDTH, HEADS, CONTEXT).to(dtype)
         self.params = list(self.model.parameters())
         self.optimizer = fusedcalib.AdamW(self.params, **{**OPTIONS, **options})
-        if release:
-            fusedcalib.enable_gradient_release(self.model, self.optimizer, BUCKET)
+        if bucket_bytes is not None:
+            fusedcalib.enable_gradient_release(self.model, self.optimizer, bucket_bytes)
 
     def step(self) -> float:
         """The loss, in bits a byte, before the step."""
@@ -111,7 +111,7 @@ class Training:
 
 def training(text: data.Text, release: bool) -> dict[str, Any]:
     """Losses of a training in bf16, and the bytes that live within its last step."""
-    run = Training(text, release, SMALL_BATCH, torch.bfloat16, **SEVEN)
+    run = Training(text, BUCKETS[0] if release else None, SMALL_BATCH, torch.bfloat16, **SEVEN)
     losses = [run.step() for _ in range(STEPS - 1)]
     run.optimizer.zero_grad()
     with Live(run.tensors()) as live:
@@ -120,16 +120,18 @@ def training(text: data.Text, release: bool) -> dict[str, Any]:
 
 
 def times(text: data.Text) -> dict[str, Any]:
-    """Seconds of whole training steps in fp32, both ways in turns."""
-    runs = {key: Training(text, key == "with", BATCH, torch.float32) for key in ("with", "without")}
+    """CPU seconds of whole training steps in fp32, in each size of buckets and without release, in turns."""
+    sizes: dict[str, int | None] = {"without": None, **{str(size): size for size in BUCKETS}}
+    runs = {key: Training(text, size, BATCH, torch.float32) for key, size in sizes.items()}
     found: dict[str, list[float]] = {key: [] for key in runs}
     for number in range(WARM + ROUNDS):
         for key in sorted(runs, reverse=number % 2 == 0):
-            begin = time.perf_counter()
+            begin = time.process_time()
             runs[key].step()
             if number >= WARM:
-                found[key].append(time.perf_counter() - begin)
-    return {"seconds": found, "buckets": len(runs["with"].optimizer._engine._plans._parts)}
+                found[key].append(time.process_time() - begin)
+    plans = {key: len(run.optimizer._engine._plans._parts) for key, run in runs.items()}
+    return {"seconds": found, "buckets": plans}
 
 
 def bucket_times() -> dict[str, float]:
@@ -143,10 +145,10 @@ def bucket_times() -> dict[str, float]:
             for _ in range(WARM + ROUNDS):
                 for param in params:
                     param.grad = torch.ones(SMALL)
-                begin = time.perf_counter()
+                begin = time.process_time()
                 for param in params:
                     handle._collect(param)
-                each.append((time.perf_counter() - begin) * FEW / len(params))
+                each.append((time.process_time() - begin) * FEW / len(params))
                 optimizer.step()
         found[str(count)] = 1e6 * statistics.median(each[WARM:])
     return found
@@ -168,7 +170,7 @@ def run() -> dict[str, Any]:
     return {
         "device": "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "setting": {**setting, "bucket_bytes": BUCKET, "bucket": FEW},
+        "setting": {**setting, "bucket_bytes": BUCKETS[0], "bucket": FEW},
         "parameters": {"count": sum(sizes), "tensors": len(sizes), "largest": max(sizes)},
         "trainings": found,
         "times": times(text),
@@ -208,28 +210,32 @@ def words(results: dict[str, Any]) -> str:
     parameters, setting = results["parameters"], results["setting"]
     live = {key: max(results["trainings"][key]["live"]) for key in ("with", "without")}
     saved = (live["without"] - live["with"]) / parameters["count"]
-    seconds = results["times"]["seconds"]
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
-    low, high = (statistics.quantiles(ratios, n=10)[i] for i in (0, -1))
-    took = {key: statistics.median(values) * 1e3 for key, values in seconds.items()}
     hosts = [f"{value:.0f} among {int(name):,}" for name, value in results["bucket_times"].items()]
+    took = [_share_of_time(results["times"], key) for key in results["times"]["seconds"] if key != "without"]
     versions = f"one thread, torch {results['versions']['torch']}"
     lines = [
         f"A byte transformer of {parameters['count'] / 1e6:.1f}M parameters in {parameters['tensors']} "
-        f"tensors ({results['device']}, {versions}), in buckets of 1 MiB; "
+        f"tensors ({results['device']}, {versions}), in buckets of 1 MiB unless said; "
         "`python examples/transformer/release.py --run` measures it:",
         "",
         f"- Its {setting['steps']} losses are the same numbers with release and without.",
         f"- Tensors take {live['without'] / 1e6:.1f} MB at most within a step without release, and "
         f"{live['with'] / 1e6:.1f} MB with it: {saved:.2f} bytes a parameter less (bf16, a sequence a step).",
-        f"- A training step takes {statistics.median(ratios):.3f} ({low:.3f}-{high:.3f}) of the time "
-        f"without: {took['with']:.0f} and {took['without']:.0f} ms, medians of {len(ratios)} in turns "
-        f"(fp32, {setting['batches'][1]} sequences a step, {results['times']['buckets']} buckets).",
+        f"- A training step takes {', '.join(took)} of the time without (seconds of the CPU, medians of "
+        f"{len(results['times']['seconds']['without'])} in turns; fp32, {setting['batches'][1]} sequences).",
         f"- A bucket of {setting['bucket']} small parameters takes the host, in µs: {', '.join(hosts)}.",
         "",
         "![loss and memory with gradient release](../examples/transformer/results/release.png)",
     ]
     return "\n".join(lines)
+
+
+def _share_of_time(times: dict[str, Any], key: str) -> str:
+    """How long a step takes as a share of one without release, in buckets of one size."""
+    ratios = [a / b for a, b in zip(times["seconds"][key], times["seconds"]["without"], strict=True)]
+    low, high = (statistics.quantiles(ratios, n=10)[i] for i in (0, -1))
+    about = f"in {times['buckets'][key]} buckets of {int(key) >> 20} MiB"
+    return f"{statistics.median(ratios):.3f} ({low:.3f}-{high:.3f}) {about}"
 
 
 def with_words(page: str, results: dict[str, Any]) -> str:
