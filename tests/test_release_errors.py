@@ -67,6 +67,16 @@ def test_capturable_and_numbers_on_a_device():
         enable(run)
 
 
+def test_a_graph_that_captures(monkeypatch):
+    """It would replay the numbers of one step."""
+    run = Run("AdamW", 0).step()
+    before = copy.deepcopy(run.left())
+    monkeypatch.setattr(part, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"AdamW: gradient release cannot be captured .* remove\(\) it"):
+        run.backward()
+    unchanged(run, before)
+
+
 def test_rows_that_lie_on_several_ranks(monkeypatch):
     """Of the parameters that are centred, or shortened, alone."""
     monkeypatch.setattr(part, "is_spread", lambda p: p.ndim > 1)

@@ -150,9 +150,6 @@ class Engine:
         plan = self._plans.of_part(part.key)
         if plan is None or not plan.fits(part.of(asked), part.watched(state)):
             return self._lay_out(asked, state, part)
-        if plan.on_device:
-            self._note_capture(plan)
-        plan.resume()
         plan.refresh(asked)
         return plan
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..executors.triton.resident import capturing
 from ..hostmath import is_on
 from ..layout.recipe import NOTHING, Asked, Recipe
 from ..layout.shards import is_spread, place_of
@@ -88,6 +89,11 @@ def check_options(name: str, groups: Groups, asked: Asked) -> None:
     Raises:
         RuntimeError: names the option, its group and what to do instead.
     """
+    if capturing():
+        raise RuntimeError(
+            f"{name}: gradient release cannot be captured in a CUDA graph, as its numbers come from the host; "
+            "remove() it before the capture"
+        )
     if asked.needs == NOTHING:
         return
     for number, group in enumerate(groups):
