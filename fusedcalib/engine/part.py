@@ -91,8 +91,8 @@ def check_options(name: str, groups: Groups, asked: Asked) -> None:
     """
     if capturing():
         raise RuntimeError(
-            f"{name}: gradient release cannot be captured in a CUDA graph, as its numbers come from the host; "
-            "remove() it before the capture"
+            f"{name}: gradient release cannot be captured in a CUDA graph: its numbers come from the "
+            "host; remove() it before the capture"
         )
     if asked.needs == NOTHING:
         return
