@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .registry import create as create
     from .registry import optimizers as optimizers
     from .registry import register_timm as register_timm
+    from .release import enable_gradient_release as enable_gradient_release
     from .rules.adadelta import Adadelta as Adadelta
     from .rules.adagrad import Adagrad as Adagrad
     from .rules.adam import Adam as Adam
@@ -43,6 +44,7 @@ _HOMES = {
     "LangevinNoise": ".noise",
     "WeightNoise": ".noise",
     "create": ".registry",
+    "enable_gradient_release": ".release",
     "optimizers": ".registry",
     "param_groups": ".groups",
     "register_timm": ".registry",

@@ -177,12 +177,16 @@ class FusedOptimizer(MasterWeights, Optimizer):
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> Any:
         """What the closure returns."""
-        if self._swapped:
-            raise RuntimeError("step() within ema_weights(): the parameters are averages; leave it first")
+        self._check_weights()
         if closure is None:
             return None
         with torch.enable_grad():
             return closure()
+
+    def _check_weights(self) -> None:
+        """Raises where parameters are not what is to be stepped."""
+        if self._swapped:
+            raise RuntimeError("step() within ema_weights(): the parameters are averages; leave it first")
 
     def _scaling(self) -> Scaling:
         """What a GradScaler has left here: the scale of the gradients, and whether one is not finite."""

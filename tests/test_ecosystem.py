@@ -132,7 +132,7 @@ ORDER = """
 __main__
 bench
 __init__
-nn registry
+nn registry release
 rules
 optimizer groups
 masters
@@ -242,6 +242,7 @@ def test_every_rule_has_an_oracle():
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
     others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm"}
+    others |= {"enable_gradient_release"}
     others |= {"GradientNoise", "LangevinNoise", "WeightNoise", "checkpoints", "nn", "reference"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))

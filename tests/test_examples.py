@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+import fusedcalib
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "transformer"
@@ -69,17 +72,20 @@ def folder(tmp_path_factory):
         [*CENTRED, *out(folder, "tp-2"), "--parallel", "tp"],
         [*TINY, *out(folder, "bad"), "--parallel", "fsdp2", "--batch", "7"],
         [*TINY, *out(folder, "bad"), "--parallel", "tp", "--heads", "1"],
+        [*TINY, *out(folder, "bad"), "--parallel", "ddp", "--release", "--max-grad-norm", "0"],
     ]
-    assert trained(2, folder, two)[0] == [0, 0, 2, 2]
+    assert trained(2, folder, two)[0] == [0, 0, 2, 2, 2]
     one = [
         [*CENTRED, *out(folder, "1")],
         [*TINY, *out(folder, "1-plain")],
+        [*TINY, *out(folder, "1-unclipped"), "--max-grad-norm", "0"],
+        [*TINY, *out(folder, "1-released"), "--max-grad-norm", "0", "--release"],
         [*CENTRED, *out(folder, "fsdp2-2-resumed-1"), *after(folder, "fsdp2-2")],
         [*TINY, *out(folder, "bad"), "--resume", str(folder / "nowhere")],
         [*TINY, *out(folder, "bad"), *after(folder, "tp-2"), "--batch", "4"],
     ]
     codes, output = trained(1, folder, one)
-    assert codes == [0, 0, 0, 2, 2]
+    assert codes == [0, 0, 0, 0, 0, 2, 2]
     assert f"--resume: no checkpoint in {folder / 'nowhere'}" in output
     assert "is of a training with --batch 8, not 4" in output
     return folder
@@ -142,6 +148,18 @@ def test_centring_changes_the_training(folder):
     assert abs(plain - centred) > 1e-5
 
 
+@linux
+@pytest.mark.timeout(600)
+def test_gradients_that_are_released_train_alike(folder):
+    """To the last bit; and unclipped it is another training than the clipped one."""
+    names = ("step", "loss", "held_out", "held_out_average")
+    released, kept, clipped = (
+        [[row.get(name) for name in names] for row in rows(folder / name)]
+        for name in ("1-released", "1-unclipped", "1-plain")
+    )
+    assert released == kept != clipped
+
+
 def test_the_comparison_is_drawn_from_its_numbers(tmp_path):
     pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location("compare", EXAMPLE / "compare.py")
@@ -175,3 +193,42 @@ def test_the_page_has_the_table_of_the_results(memory):
     assert memory.with_table(memory.PAGE.read_text(), results) == memory.PAGE.read_text()
     assert {len(losses) for losses in results["held_out"].values()} == {len(results["held_out"]["fp32"])}
     assert results["held_out"].keys() == memory.WAYS.keys()
+
+
+@pytest.fixture
+def release(monkeypatch):
+    """examples/transformer/release.py, with few steps of a smaller model."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    module = importlib.import_module("release")
+    small = {
+        "STEPS": 3,
+        "ROUNDS": 2,
+        "WARM": 1,
+        "WIDTH": 64,
+        "LAYERS": 2,
+        "BUCKETS": (20_000, 1 << 20),
+        "MANY": (20,),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "OPTIONS", {**module.OPTIONS, "backend": "eager"})
+    monkeypatch.setattr(module.data, "read", lambda read=module.data.read: read(ROOT / "fusedcalib"))
+    return module
+
+
+def test_release_is_measured_and_told(release, monkeypatch, tmp_path):
+    """Equal losses, fewer bytes, in the words of the page; what the repository has of it is no less so."""
+    monkeypatch.setattr(release.fusedcalib, "AdamW", partial(fusedcalib.AdamW, backend="eager"))
+    made = json.loads(json.dumps(release.run()))
+    kept = json.loads((release.RESULTS / "release.json").read_text())
+    assert release.with_words(release.PAGE.read_text(), kept) == release.PAGE.read_text()
+    for results in (made, kept):
+        runs = results["trainings"]
+        assert len(runs["with"]["loss"]) == results["setting"]["steps"]
+        assert runs["with"]["loss"] == runs["without"]["loss"]
+    assert max(kept["trainings"]["with"]["live"]) < max(kept["trainings"]["without"]["live"])
+    if importlib.util.find_spec("matplotlib"):
+        release.draw(made, tmp_path / "release.png")
+        assert (tmp_path / "release.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        importlib.import_module("train").parsed(["--release"])

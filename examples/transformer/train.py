@@ -47,7 +47,7 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.Ad
         groups,
         lr=options.lr,
         betas=(0.9, 0.95),
-        max_grad_norm=options.max_grad_norm,
+        max_grad_norm=options.max_grad_norm or None,
         ema_decay=options.ema_decay or None,
         noise=fusedcalib.GradientNoise(options.noise) if options.noise else None,
         master_weights=options.master_weights,
@@ -88,6 +88,12 @@ def train(options: argparse.Namespace) -> None:
     if options.batch % share.count:
         raise ValueError(f"--batch {options.batch} cannot be divided into {share.count} shares")
     optimizer = optimizer_of(model, options)
+    if options.release:
+        if options.parallel == "ddp":
+            raise ValueError(
+                "--release and DDP, which keeps all gradients, do not go together: --parallel fsdp2"
+            )
+        fusedcalib.enable_gradient_release(model, optimizer)
     settings = {key: getattr(options, key) for key in SETTINGS}
     start = parallel.load(options.resume, model, optimizer, settings) if options.resume else 0
     with Log(options.out, options.steps, start) as log:
@@ -151,12 +157,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--master-weights", choices=("split16", "split8", "float32"), help="beside bf16 weights")
     add("--state-dtype", help="of the states: float32, bfloat16, 8bit, bfloat16_stochastic; the weights' own")
     add("--stochastic-rounding", action="store_true", help="of bf16 weights, or of the last bit of split8")
+    add(
+        "--release",
+        action="store_true",
+        help="step within backward and free gradients; needs --max-grad-norm 0",
+    )
     add("--backend", default="auto", help="of the optimizer: auto, triton, numba or eager")
     add("--out", type=Path, help="folder of metrics.jsonl and checkpoints; nothing is written unless said")
     add("--resume", type=Path, help="a checkpoint, such as OUT/step-100, of any number of ranks")
     options = parser.parse_args(arguments)
     if options.save_every and not options.out:
         parser.error("--save-every needs --out, the folder to save to")
+    if options.release and options.max_grad_norm:
+        parser.error("--release frees gradients before their norm is known: --max-grad-norm 0")
     return options
 
 

@@ -95,12 +95,13 @@ class HostDecider:
         self._groups = np.array([slot.group for slot in work.slots], dtype=np.int64)
         self._firsts, self._of_slots = np.unique(self._groups, return_index=True, return_inverse=True)[1:]
         entries, everyone = entries_of_slots(work), work.state.values()
+        room = sum(len(group["params"]) for group in work.groups)
         taken, self._most = begun(work)
-        self._taken = HostCounts(work.counters, "step", entries, everyone, taken)
+        self._taken = HostCounts(work.counters, "step", entries, everyone, room, taken)
         self._product: HostCounts | None = None
         if name := product_of(work):
             ones = np.ones(len(work.slots), dtype=np.float32)
-            self._product = HostCounts(work.counters, name, entries, everyone, ones)
+            self._product = HostCounts(work.counters, name, entries, everyone, room, ones)
         self._new_products = np.empty(0, dtype=np.float32)  # of each row
         self._rows: Array | None = None  # of each slot
         self._numbers: dict[int, tuple[int, dict[str, Any]]] = {}
@@ -210,21 +211,33 @@ class HostCounts:
         name: of the state.
         entries: of each slot; {} where it keeps no count, and only its first step is told from later ones.
         everyone: the entries of all parameters.
+        room: how many those may become.
         own: fp32 [slots], where those begin that keep none.
     """
 
     def __init__(
-        self, counters: Counters, name: str, entries: Entries, everyone: Iterable[dict[str, Any]], own: Array
+        self,
+        counters: Counters,
+        name: str,
+        entries: Entries,
+        everyone: Iterable[dict[str, Any]],
+        room: int,
+        own: Array,
     ) -> None:
         self._kept = np.array([bool(entry) for entry in entries], dtype=bool)
         self._own = own
         kept = [entry for entry in entries if entry]
         self._shared, self._places = torch.empty(0), np.empty(0, dtype=np.int64)
+        self._whole = len(kept) == len(entries)  # and they lie one after the other
         if kept:
-            self._shared, self._places = counters.on_host(name, kept, everyone)
+            buffer, places = counters.on_host(name, kept, everyone, room)
+            first, count = int(places[0]), len(places)
+            if np.array_equal(places, np.arange(first, first + count)):
+                buffer, places = buffer[first : first + count], np.arange(count)
+            else:
+                self._whole = False
+            self._shared, self._places = buffer, places
         self._seen: Array = self._shared.numpy()
-        count = len(self._shared)
-        self._whole = len(kept) == len(entries) == count and bool((self._places == np.arange(count)).all())
 
     def read(self) -> Array:
         """The numbers as they are now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from ..layout.buckets import Executor, Slot
 from ..layout.counts import Counters
 from ..layout.inputs import PlanInputs, StepReport
 from ..layout.recipe import Asked, Recipe, recipe_of
-from ..layout.row_scales import factored, row_factors_of
-from ..layout.shards import is_spread, local_of, place_of, redistribute_gradient
+from ..layout.row_scales import factors_of
+from ..layout.shards import local_of, redistribute_gradient
 from ..layout.tables import Laid
 from ..noise import words_for
 from ..rule import Rule
@@ -24,10 +24,11 @@ from .check_storage import check_storage
 from .checks import check_parameter, check_slots, describe, warn_of_flat
 from .decide import decider_of
 from .guards import OptionGuards
+from .part import Part, Places, check_options, check_rows
 from .plan import Plan
 from .plans import Plans
-from .slots import Live, live_of
-from .state import StateBefore, make_state, scales_of, states_of
+from .slots import Live, everyone, live_of, slot_of
+from .state import StateBefore, make_state
 from .versions import VersionCounters
 
 Groups = Sequence[dict[str, Any]]
@@ -64,7 +65,7 @@ class Engine:
     ) -> None:
         self._name, self._rule, self._backend, self._owner = name, rule, backend, owner
         self._check_options, self._options = check, OptionGuards(rule, check)
-        self._counters = Counters()
+        self._counters, self._places = Counters(), Places(name, rule)
         self._undo: StateBefore | None = None  # where the last plan is a new one
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
         self._warned = False
@@ -92,7 +93,10 @@ class Engine:
             scaling: the scale of the gradients, and whether one is not finite, of a GradScaler.
             beside: gets ready what goes with the step; what it raises leaves everything as it was.
         """
-        plan = self.prepare(groups, state, scaling)
+        return self.run(self.prepare(groups, state, scaling), scaling, beside)
+
+    def run(self, plan: Plan, scaling: Scaling = UNSCALED, beside: Callable[[], None] | None = None) -> bool:
+        """Takes the step that a plan has just been prepared for; as `step`."""
         try:
             if beside is not None:
                 beside()
@@ -130,6 +134,33 @@ class Engine:
         self.plan = plan
         return plan
 
+    def prepare_part(self, groups: Groups, state: State, params: Sequence[Tensor]) -> Plan:
+        """The plan of a step of these parameters only, all of which have gradients: `run` takes it.
+
+        Where it is laid out already it costs nothing for the others. Raises as `step` and `check_parts`.
+        """
+        asked = self._options.look(groups, *UNSCALED)
+        check_options(self._name, groups, asked)
+        part, same = self._places.part(groups, params)
+        if not same:  # of whose places noise goes by
+            self.drop_plans()
+        for param in params:
+            redistribute_gradient(param)
+        self._undo = self.plan = None
+        plan = self._plans.of_part(part.key)
+        if plan is None or not plan.fits(part.of(asked), part.watched(state)):
+            return self._lay_out(asked, state, part)
+        plan.refresh(asked)
+        return plan
+
+    def check_parts(self, groups: Groups, params: Collection[Tensor]) -> None:
+        """Raises where these parameters cannot be stepped without the others, and says what to do."""
+        asked = self._options.look(groups, *UNSCALED)
+        check_options(self._name, groups, asked)
+        if params:
+            live = [each for each in everyone(groups, self._rule) if each.param in params]
+            check_rows(self._name, groups, live, asked.recipes)
+
     def make_states(self, groups: Groups, state: State) -> None:
         """Makes the states of all parameters, before any has been stepped."""
         for number, group in enumerate(groups):
@@ -166,7 +197,7 @@ class Engine:
 
     # -- a step laid out ----------------------------------------------------------------------
 
-    def _lay_out(self, asked: Asked, state: State) -> Plan:
+    def _lay_out(self, asked: Asked, state: State, part: Part | None = None) -> Plan:
         """A new plan, ready for its first step; whatever fails leaves state and plans as before."""
         if capturing():
             raise RuntimeError(
@@ -175,60 +206,47 @@ class Engine:
             )
         if self._plans.stale:
             self.drop_plans()
-        self._undo = StateBefore(state)
+        self._undo = undo = StateBefore(state)
         try:
-            plan = self._plan_for(asked, state)
+            plan = self._plan_for(asked, state, undo, part)
             plan.refresh(asked)
         except BaseException:  # as out of memory
             self._take_back()
             raise
-        self._plans.keep(plan)
+        self._plans.keep(plan, part.key if part else None)
         return plan
 
-    def _plan_for(self, asked: Asked, state: State) -> Plan:
+    def _plan_for(self, asked: Asked, state: State, undo: StateBefore, part: Part | None) -> Plan:
         """Checks everything, then makes missing state, then plans."""
         groups, recipes, shelf = asked.groups, asked.recipes, self._plans.shelf
-        live = list(live_of(groups, self._rule))
-        factors: list[Tensor | None] = (
-            [self._factors(each.param) for each in live] if factored() else [None] * len(live)
-        )
+        live = part.live if part else list(live_of(groups, self._rule))
+        if part:
+            check_rows(self._name, groups, live, recipes)
+        factors = factors_of([each.param for each in live], self._owner(), self._name)
         found = [
             shelf.find(each.param, each.group, recipes[each.group], state.get(each.param), factor)
             for each, factor in zip(live, factors, strict=True)
         ]
-        self._check(
-            live, [each for each, slot in zip(live, found, strict=True) if slot is None], asked, state
-        )
-        executors = [
-            slot.executor if slot else self.executor_of(each.param)
-            for slot, each in zip(found, live, strict=True)
-        ]
+        pairs = list(zip(live, found, strict=True))
+        unknown = [each for each, slot in pairs if slot is None]
+        self._check([] if part else live, unknown, asked, state, undo)  # a part may have no rows by chance
+        executors = [slot.executor if slot else self.executor_of(each.param) for each, slot in pairs]
         places = {(executor, each.param.device) for executor, each in zip(executors, live, strict=True)}
         decider = decider_of(self._name, groups, places, asked.needs)
         skips = decider is not None and asked.needs.tentative
         compiled = self._plans.compiled(recipes, groups, skips)
         shelf = self._plans.shelf  # another one, where something else is compiled
         found = [slot if slot and slot.recipe is compiled[slot.group] else None for slot in found]
-        self._remember(each.param for each, slot in zip(live, found, strict=True) if slot is None)
+        undo.remember(each.param for each, slot in zip(live, found, strict=True) if slot is None)
         check_slots(self._name, [each.param for each in live])
         slots, fresh = self._slots(live, found, executors, factors, compiled, groups, state)
-        everyone = (each.param for each in live)
-        kin = (
-            np.zeros(len(live))
-            if decider is None
-            else self._plans.kin(everyone, groups, self.captured, self._name)
-        )
+        kin = np.zeros(len(live))
+        if decider is not None:
+            kin = self._plans.kin((each.param for each in live), groups, self.captured, self._name)
+        stepped, watched = (part.of(asked).stepped, part.watched(state)) if part else (asked.stepped, state)
         inputs = PlanInputs(
-            slots,
-            fresh,
-            groups,
-            asked.stepped,
-            state,
-            compiled,
-            asked.needs,
-            self.report,
-            self._counters,
-            kin,
+            *(slots, fresh, groups, stepped, watched, state),
+            *(compiled, asked.needs, self.report, self._counters, kin),
         )
 
         def lay(slot: Slot, totals: Tensor | None) -> Laid:
@@ -236,13 +254,11 @@ class Engine:
 
         return Plan(inputs, recipes, decider, self.versions, lay)
 
-    def _remember(self, params: Iterable[Tensor]) -> None:
-        assert self._undo is not None
-        self._undo.remember(params)
-
-    def _check(self, live: list[Live], unknown: list[Live], asked: Asked, state: State) -> None:
+    def _check(
+        self, live: list[Live], unknown: list[Live], asked: Asked, state: State, undo: StateBefore
+    ) -> None:
         """Raises where a parameter that is not laid out yet cannot be stepped; warns of flat ones once."""
-        self._remember(each.param for each in unknown)
+        undo.remember(each.param for each in unknown)
         self._misplaced += [each.param for each in unknown if redistribute_gradient(each.param)]
         for group, index, param in unknown:
             owner = describe(self._name, asked.groups, group, index)
@@ -273,19 +289,7 @@ class Engine:
                 if self._undo is not None:
                     self._undo.remember_values(param, recipe.storage.of(param).master)
                 fresh.append(make_state(state, self.versions, param, recipe, groups[group]))
-                states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
-                place = place_of(param) if is_spread(param) else None
                 stream = words.get(param, (0, 0, 0))
-                slot = Slot(param, states, group, recipe, executor, stream, place, factor, scales)
+                slot = slot_of(param, group, recipe, executor, state, stream, factor)
             slots.append(slot)
         return slots, fresh
-
-    def _factors(self, param: Tensor) -> Tensor | None:
-        """The factors of the rows of its gradient, to be multiplied here."""
-        found = row_factors_of(param)
-        if found and found.optimizer() is not self._owner():
-            raise RuntimeError(
-                f"{self._name}: a gradient's rows have factors that another optimizer multiplies; "
-                "fusedcalib.nn.scale_in_step(model, optimizer) says which one"
-            )
-        return found.values if found else None

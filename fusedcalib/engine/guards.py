@@ -166,7 +166,7 @@ def _geometry(params: list[Tensor], grads: list[Tensor]) -> list[Any]:
 
 def _are_plain(grads: list[Tensor], lazy: Sequence[Any]) -> bool:
     """Whether memory holds the very values: a lazy negation or conjugate would have to be undone."""
-    return {*map(type, grads)} == {Tensor} and not any(any(map(is_lazy, grads)) for is_lazy in lazy)
+    return {*map(type, grads)} <= {Tensor} and not any(any(map(is_lazy, grads)) for is_lazy in lazy)
 
 
 class OptionGuards:

@@ -57,7 +57,7 @@ class Plan:
             bucket.key.device.type != "cpu" or bucket.key.executor.decider for bucket in self.buckets
         )
         self._written = versions.to_count(work.slots)
-        self._guards = Guards(work.stepped, work.state)
+        self._guards = Guards(work.stepped, work.watched)
         self._addresses = self._guards.grad_pointers  # as the buckets have them
         # Of the gradients of slots all of whose other tensors are aligned: whether they are, too.
         self._alignable = np.zeros(len(work.slots), dtype=bool)
@@ -66,7 +66,12 @@ class Plan:
         self._aligned = self._alignment(self._addresses)
 
     def fits(self, asked: Asked, state: Mapping[Tensor, Any]) -> bool:
-        """Whether the plan still fits; takes over gradients that moved."""
+        """Whether the plan still fits; takes over gradients that moved.
+
+        Args:
+            asked: of the coming step.
+            state: of the parameters that are watched.
+        """
         if asked.recipes is not self._recipes:
             if asked.recipes != self._recipes:
                 return False

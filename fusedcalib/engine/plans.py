@@ -15,6 +15,7 @@ from ..layout.recipe import Asked, Recipe, merged
 from .plan import Plan
 from .slots import Shelf
 
+PARTS = 256  # plans of steps of some parameters only: as many buckets of a backward pass
 KEPT = 8  # plans, of as many live sets or options: mixtures of experts, layers that are not always used
 
 
@@ -28,6 +29,7 @@ class Plans:
     def __init__(self) -> None:
         self.shelf = Shelf()
         self._kept: list[Plan] = []  # the latest first
+        self._parts: dict[tuple[int, ...], Plan] = {}  # the latest last
         self._live_sets: list[Array] = []
         self._compiled: list[Recipe] = []
         self._params: list[int] = []
@@ -46,14 +48,26 @@ class Plans:
                 return plan
         return None
 
+    def of_part(self, key: tuple[int, ...]) -> Plan | None:
+        """The plan of a step of some parameters only, if one is kept; it may not fit any more."""
+        plan = self._parts.pop(key, None)
+        if plan is not None:
+            self._parts[key] = plan
+        return plan
+
     @property
     def stale(self) -> bool:
         """Whether one describes what is no more, and would keep it alive."""
-        return any(plan.stale for plan in self._kept)
+        return any(plan.stale for plan in (*self._kept, *self._parts.values()))
 
-    def keep(self, plan: Plan) -> None:
-        """Takes one more in; the one that was used longest ago goes."""
-        self._kept = [plan, *self._kept[: KEPT - 1]]
+    def keep(self, plan: Plan, part: tuple[int, ...] | None = None) -> None:
+        """Takes one more in, of all parameters or of a part; the one that was used longest ago goes."""
+        if part is None:
+            self._kept = [plan, *self._kept[: KEPT - 1]]
+            return
+        self._parts[part] = plan
+        if len(self._parts) > PARTS:
+            del self._parts[next(iter(self._parts))]
 
     def compiled(
         self, recipes: list[Recipe], groups: Sequence[Mapping[str, Any]], skips: bool

@@ -9,27 +9,48 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from ..layout.buckets import Key, Slot
+from ..layout.buckets import Executor, Key, Slot
 from ..layout.recipe import Recipe
+from ..layout.shards import is_spread, place_of
 from ..layout.tables import Laid, lay_slot
 from ..rule import Rule
+from .state import scales_of, states_of
 
 
 class Live(NamedTuple):
-    """A parameter that has a gradient: its group, its place in that, itself."""
+    """A parameter to step: its group, its place in that, itself."""
 
     group: int
     place: int
     param: Tensor
 
 
-def live_of(groups: Sequence[Mapping[str, Any]], rule: Rule) -> Iterator[Live]:
-    """The parameters with a gradient that a rule steps, in the order of the groups."""
+def everyone(groups: Sequence[Mapping[str, Any]], rule: Rule) -> Iterator[Live]:
+    """The parameters that a rule steps where they have a gradient, in the order of the groups."""
     for number, group in enumerate(groups):
         if rule.steps(group):
             for index, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    yield Live(number, index, param)
+                yield Live(number, index, param)
+
+
+def live_of(groups: Sequence[Mapping[str, Any]], rule: Rule) -> Iterator[Live]:
+    """Those of them that have one."""
+    return (each for each in everyone(groups, rule) if each.param.grad is not None)
+
+
+def slot_of(
+    param: Tensor,
+    group: int,
+    recipe: Recipe,
+    executor: Executor,
+    state: Mapping[Tensor, Any],
+    words: tuple[int, int, int],
+    factors: Tensor | None,
+) -> Slot:
+    """The slot of a parameter whose states are there."""
+    states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
+    place = place_of(param) if is_spread(param) else None
+    return Slot(param, states, group, recipe, executor, words, place, factors, scales)
 
 
 class Kept(NamedTuple):

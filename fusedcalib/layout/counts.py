@@ -52,25 +52,28 @@ class Counters:
         return self._private.setdefault(param, {})
 
     def on_host(
-        self, name: str, entries: Entries, everyone: Iterable[dict[str, Any]]
+        self, name: str, entries: Entries, everyone: Iterable[dict[str, Any]], room: int
     ) -> tuple[Tensor, Array]:
         """A buffer, and the places in it of the counters of some entries.
 
-        Where one lies elsewhere, as after loading, those of all entries move into a new buffer.
+        One that lies elsewhere takes the next free place. Where there are none left, as after loading, those
+        of all entries move into a new buffer, with room for at least so many.
         """
-        places = self._places.get(name, {})
-        found = [places.get(id(entry[name])) for entry in entries]
-        if None in found:
-            every = [entry for entry in everyone if name in entry]
-            values = values_of([entry[name] for entry in every])
-            buffer = torch.from_numpy(values)
-            views = list(buffer.unbind())
-            for entry, view in zip(every, views, strict=True):
-                entry[name] = view
-            places = {id(view): place for place, view in enumerate(views)}
-            self._buffers[name], self._views[name], self._places[name] = buffer, views, places
-            found = [places[id(entry[name])] for entry in entries]
-        return self._buffers[name], np.array(found, dtype=np.int64)
+        places, buffer = self._places.get(name, {}), self._buffers.get(name, torch.empty(0))
+        moving = [entry for entry in entries if id(entry[name]) not in places]
+        if len(places) + len(moving) > len(buffer):
+            moving, places = [entry for entry in everyone if name in entry], {}
+            buffer = torch.zeros(max(room, len(moving)), dtype=torch.float32, device="cpu")
+            self._buffers[name], self._places[name] = buffer, places
+            self._views[name] = list(buffer.unbind())
+        if moving:
+            first = len(places)
+            values = torch.from_numpy(values_of([entry[name] for entry in moving]))
+            buffer[first : first + len(moving)] = values
+            for place, entry in enumerate(moving, first):
+                entry[name] = view = self._views[name][place]
+                places[id(view)] = place
+        return buffer, np.array([places[id(entry[name])] for entry in entries], dtype=np.int64)
 
 
 def on_device(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class PlanInputs:
         slots: the parameters to step.
         fresh: of each, whether its state is new.
         groups, state: the optimizer's.
-        stepped: the groups whose parameters are stepped.
+        stepped: the groups whose parameters are stepped, or one of some parameters only.
+        watched: the state of their parameters: a plan is made anew where it changes.
         recipes: what is compiled for each group.
         needs: what the step is asked for besides.
         report, counters: the optimizer's, over all its plans.
@@ -35,6 +36,7 @@ class PlanInputs:
     fresh: list[bool]
     groups: Sequence[dict[str, Any]]
     stepped: Sequence[dict[str, Any]]
+    watched: Mapping[Tensor, Any]
     state: MutableMapping[Tensor, Any]
     recipes: list[Recipe]
     needs: Needs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Protocol
 from weakref import ref
 
@@ -51,9 +51,21 @@ def row_factors_of(param: Tensor) -> RowFactors | None:
     return found if found and found.optimizer() is not None else None
 
 
-def factored() -> bool:
-    """Whether any parameter has factors: most programs have none, and need not ask for each."""
-    return len(_FOUND) > 0
+def factors_of(params: Sequence[Tensor], optimizer: object, name: str) -> list[Tensor | None]:
+    """The factors of the rows of their gradients, to be multiplied in a step of this optimizer.
+
+    Raises:
+        RuntimeError: another optimizer multiplies them.
+    """
+    if not _FOUND:  # most programs have none, and need not ask for each
+        return [None] * len(params)
+    found = [row_factors_of(param) for param in params]
+    if any(factors and factors.optimizer() is not optimizer for factors in found):
+        raise RuntimeError(
+            f"{name}: a gradient's rows have factors that another optimizer multiplies; "
+            "fusedcalib.nn.scale_in_step(model, optimizer) says which one"
+        )
+    return [factors.values if factors else None for factors in found]
 
 
 def set_row_factors(param: Tensor, factors: RowFactors | None) -> None:
