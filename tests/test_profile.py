@@ -49,7 +49,7 @@ def constants_of(variant):
     return {"SPEC": spec, "num_warps": warps, **launch.OPTIONS}
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32-state"])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16+fp32-state", "split8+8bit"])
 @pytest.mark.parametrize("options", CHOICES, ids=["plain", "clip", "capturable", "everything"])
 def test_what_is_compiled_is_what_the_engine_launches(options, dtypes, launched):
     """Kernel by kernel, with every compile-time argument."""
