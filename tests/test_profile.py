@@ -97,7 +97,7 @@ def test_registers_and_widths_are_read():
     assert 32 < row.registers <= 128
     assert row.moved == 28 * row.elements
     assert row.seconds.memory == pytest.approx(row.moved / 3.35e12)
-    issued = row.instructions * row.lanes / (132 * 128 * 1.98e9)
+    issued = row.executed * row.lanes / (132 * 128 * 1.98e9)
     assert row.seconds.issue == pytest.approx(issued, rel=1e-3)
     assert (row.bound, row.seconds.bound) == ("memory", row.seconds.memory)
     # 104 registers at most leave 16 warps, each of which asks for 16 B of 4 tensors 4 times a thread.
