@@ -46,6 +46,9 @@ class MasterWeights:
             model: whose parameters are stepped here. Parameters of 32 and more bits, and buffers, are as they
                 are; parts of a whole (DTensor) stay such.
 
+        Raises:
+            RuntimeError: FSDP1 has made flat parts of the model's parameters.
+
         >>> import torch, fusedcalib
         >>> model = torch.nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
         >>> opt = fusedcalib.SGD(model.parameters(), lr=2**-12, master_weights="split16")
@@ -65,7 +68,8 @@ class MasterWeights:
             weights: what `master_state_dict` gave, or the state dict of such a model in fp32.
 
         Raises:
-            RuntimeError: names or shapes are not the model's. Nothing is changed then.
+            RuntimeError: names or shapes are not the model's, or FSDP1 has made flat parts of them. Nothing
+                is changed then.
         """
         masters.load_master_weights(model, weights, self.param_groups, self.state, self._engine.versions)
 

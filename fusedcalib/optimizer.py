@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .engine.engine import Engine, Scaling
+from .engine.flat import check_gathered
 from .engine.state import load_state
 from .executors.choose import choose
 from .masters import MasterWeights
@@ -114,7 +115,12 @@ class FusedOptimizer(MasterWeights, Optimizer):
                 group.setdefault(key, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a checkpoint needs, as torch.optim; groups with bytes say of which version."""
+        """Everything that a checkpoint needs, as torch.optim; groups with bytes say of which version.
+
+        Raises:
+            RuntimeError: FSDP1 wants to gather states that it cannot, as 8-bit ones.
+        """
+        check_gathered(type(self).__name__, self.param_groups)
         found: dict[str, Any] = super().state_dict()
         for group in found["param_groups"]:
             if keeps_bytes(group):

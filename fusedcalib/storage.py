@@ -46,6 +46,11 @@ def state_format(asked: Any, name: str) -> str:
     return found
 
 
+def state_formats(asked: Any) -> tuple[Any, ...]:
+    """All forms that a group asks for, as it says them."""
+    return tuple(asked.values()) if isinstance(asked, Mapping) else (asked,)
+
+
 def is_format(value: Any) -> bool:
     """Whether states can be kept so."""
     if isinstance(value, Mapping):
@@ -86,8 +91,7 @@ def check_storage(cls: type[Any], group: Mapping[str, Any]) -> None:
 
 def keeps_bytes(group: Mapping[str, Any]) -> bool:
     """Whether a param group has states or master weights kept in another form than a dtype."""
-    asked = group.get("state_dtype")
-    forms = asked.values() if isinstance(asked, Mapping) else [asked]
+    forms = state_formats(group.get("state_dtype"))
     return MASTERS[group.get("master_weights")] != "none" or any(form in FORMS for form in forms)
 
 

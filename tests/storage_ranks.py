@@ -18,6 +18,7 @@ import torch._dynamo  # which loading imports, in every rank
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from storage_flat import flat
 from storage_runs import adamw
 from storage_spread import OPTIONS, SHARDED, converted, cut, differing, grids, left_out, sharded, train
 from torch.distributed.checkpoint import state_dict as states
@@ -150,7 +151,7 @@ def found_by(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     cuts = (((9, 200), 1), ((9, 64 * (ranks - 1)), 1), ((4, 3, 10, 10), 2))
     found["cut"] = [cut(ranks, shape, dim) for shape, dim in cuts]
     found["templates"] = other_templates(folder) if ranks == 2 else {}
-    return found
+    return found | (flat() if ranks == 2 else {})
 
 
 def main(rank: int, ranks: int, folder: Path) -> None:

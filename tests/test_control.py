@@ -194,6 +194,21 @@ def test_two_launches(backend, columns):
         assert prepared(opt).step() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_launch_measures_lists_that_are_kept_otherwise(backend, dtype):
+    """Matrices in bytes and vectors in fp32 are stepped by a launch each; others have a norm each, too."""
+    shapes = ((8, 128), (64,), (2, 64), (96,), (9_000,))
+    options = {"max_grad_norm": 1.0, "min_8bit_size": 0, "master_weights": "split8"}
+    runs = Runs(RULES["AdamW"], backend, shapes, (dtype,), state_dtype="8bit", **options)
+    for _ in range(2):
+        runs.step()
+        expected = torch.cat([p.grad.double().flatten() for p in runs.params]).norm()
+        assert_near(runs.ours.grad_norm.double(), expected, 2**-24 * expected.item(), "norm")
+    assert prepared(runs.ours).step() == 1 + 2
+    plain = Runs(RULES["AdamW"], backend, ((8, 128), (66,)), (dtype,), max_grad_norm=1.0).step()
+    assert prepared(plain.ours).step() == 2 * 2
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @each_rule
 def test_a_captured_step_replays(rule, backend):

@@ -144,6 +144,28 @@ def test_replays_read_the_gradients_of_the_capture(rule, backend, options, graph
     runs.both(runs.ours.step)  # and eager ones read theirs after a replay
 
 
+def test_replays_measure_lists_that_are_kept_otherwise(backend, graph):
+    """In one launch, which reads the addresses of the gradients of all lists."""
+    params = parameters(((8, 128), (64,), (2, 64)), torch.bfloat16)
+    options = {"state_dtype": "8bit", "min_8bit_size": 0, "max_grad_norm": 1.0, "capturable": True}
+    optimizer = fusedcalib.AdamW(params, backend=backend, **options)
+    static = [torch.ones_like(p) for p in params]
+    elements = sum(p.numel() for p in params)
+
+    def step(take, gradients, value):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.fill_(value)
+        take()
+        assert optimizer.grad_norm.item() == pytest.approx(value * elements**0.5, rel=1e-6)
+
+    step(optimizer.step, static, 1.0)
+    graph.capture(optimizer.step)
+    step(graph.replay, static, 2.0)
+    step(optimizer.step, [torch.ones_like(p) for p in params], 3.0)  # gradients elsewhere
+    step(graph.replay, static, 4.0)
+    step(optimizer.step, static, 5.0)
+
+
 def test_two_graphs(backend, monkeypatch):
     """Each has gradients and numbers of its own."""
     runs = Runs(RULES["AdamW"], backend)

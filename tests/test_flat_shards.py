@@ -8,10 +8,6 @@ import torch
 import fusedcalib
 
 
-class FlatParameter(torch.nn.Parameter):
-    """As torch.distributed.fsdp's, by its name."""
-
-
 def stepped(params, times=3, **options):
     optimizer = fusedcalib.SGD(params, lr=0.1, backend="eager", **options)
     for _ in range(times):
@@ -33,9 +29,9 @@ def test_flat_parameters_are_told_of_once(options):
 
 
 def test_marked_ones_are_found_among_others():
-    zero = torch.nn.Parameter(torch.zeros(5))
-    zero.ds_id = 3
-    for flat in (FlatParameter(torch.zeros(5)), zero):
+    for mark in ("_is_flat_param", "ds_id"):
+        flat = torch.nn.Parameter(torch.zeros(5))
+        setattr(flat, mark, True)
         with pytest.warns(UserWarning, match="1 parameters of 5 elements"):
             stepped([flat, torch.nn.Parameter(torch.zeros(2, 2))], centralize=True)
 

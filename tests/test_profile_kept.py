@@ -59,7 +59,7 @@ def test_a_tile_that_spills_is_heavier():
     assert profile_kept.heavier(before, before) == []
 
 
-ROW = KeptKernel(registers=100, spilled=0, shared=0, widest=16, narrowest=16, bytes=28, instructions=60.0)
+ROW = KeptKernel(100, 0, 0, widest=16, narrowest=16, bytes=28, instructions=60.0, executed=40.0)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,8 @@ ROW = KeptKernel(registers=100, spilled=0, shared=0, widest=16, narrowest=16, by
     [
         ({"instructions": 62.9}, None),
         ({"instructions": 63.1}, "63.1 instructions an element, 60.0 before"),
+        ({"executed": 41.9}, None),
+        ({"executed": 42.1}, "42.1 instructions an element are executed, 40.0 were"),
         ({"registers": 104}, None),
         ({"registers": 128}, None),  # still 16 warps
         ({"registers": 129}, "129 registers leave room for fewer warps than 100 did"),

@@ -48,7 +48,7 @@ def told(tmp_path_factory):
 
 def amiss(found):
     """What is not as in one process, on any rank."""
-    others = ("cut", "templates")
+    others = ("cut", "templates", "flat refused", "flat warned")
     return {name: what for each in found for name, what in each.items() if what and name not in others}
 
 
@@ -59,11 +59,12 @@ def files(found):
 @pytest.mark.parametrize("ranks", [2, 3, FIVE])
 def test_ranks_keep_what_one_process_keeps(told, ranks):
     """Rows or columns over ranks, uneven, some with nothing; changes between steps, a step that is left out,
-    whole state dicts on one rank; and who goes on from what other numbers of ranks have saved by DCP."""
+    whole state dicts on one rank; flat shards of FSDP1, as rows of their own; and who goes on from what other
+    numbers of ranks have saved by DCP."""
     found = told(ranks)
     assert amiss(found) == {}
     assert len(found) == ranks
-    assert len(found[0]) == {2: 14, 3: 10, 5: 14}[ranks] + files(found)
+    assert len(found[0]) == {2: 20, 3: 10, 5: 14}[ranks] + files(found)
     assert files(found) == {2: 3, 3: 3, 5: 6}[ranks]
 
 
@@ -106,6 +107,26 @@ def test_other_templates_are_refused(told):
         assert "Missing key in checkpoint state_dict: optim.state.0.weight.master_param" in words["float32"]
         sizes = "saved torch.Size([20, 100, 2]) and current: torch.Size([20, 100])"
         assert f"Size mismatch between {sizes}" in words["split8"]
+
+
+@pytest.mark.parametrize("form", ["8bit", "8bit of one state", "split16", "split8"])
+def test_what_fsdp1_cannot_gather_is_refused(told, form):
+    """Whoever asks within torch, on every rank; and fp32 weights, which have no names in flat shards."""
+    for found in told(2):
+        *gathered, given, taken = found["flat refused"][form]
+        assert len(gathered) == 2
+        option = "master_weights=" if "split" in form else "state_dtype="
+        for words in gathered:
+            assert f"AdamW: FSDP1 cannot gather the state of group 0, which has {option}" in words
+            assert "optimizer.expanded_state_dict()" in words
+        assert given.startswith("master_state_dict: FSDP1 has made flat parts")
+        assert taken.startswith("load_master_state_dict: FSDP1 has made flat parts")
+
+
+def test_flat_shards_beside_a_matrix_are_told_of(told):
+    for found in told(2):
+        (words,) = found["flat warned"]
+        assert "1 parameters of 720 elements are vectors without rows" in words
 
 
 # Shape, ranks of each dimension of the mesh and what it splits, and the ranks that are said to be fine; None

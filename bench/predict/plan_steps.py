@@ -18,6 +18,7 @@ import torch
 import fusedcalib
 from fusedcalib.engine.state import make_state, scales_of, states_of
 from fusedcalib.executors.triton.executor import EXECUTOR
+from fusedcalib.executors.triton.measured import lists_of
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.storage import BLOCK, CODED
 from fusedcalib.layout.buckets import Slot
@@ -123,8 +124,8 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
             each = (traffic(name, flags, part.sizes) for name in (*kernels, *["norm"] * laid.measures))
             moved += round(sum(one.memory for one in each) * part.size)
     collectives: list[Collective] = []
-    if laid.measures:  # a launch for each list of tiles; over ranks one more, which decides
-        launches += len(buckets) + bool(sharding.dims)
+    if laid.measures:  # a launch for each list of gradients; over ranks one more, which decides
+        launches += len(lists_of(buckets)) + bool(sharding.dims)
         collectives += [Collective(over, SQUARES) for over, _ in sharding.dims]
     of_rows = [
         (part.alike, rows) for i, part in enumerate(parts) if (rows := totals.parts.get(i)) is not None

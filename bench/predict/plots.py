@@ -70,7 +70,7 @@ def plan_headline(results: Plans) -> str:
 
 
 def profile(results: StaticProfile, path: Path) -> Path:
-    """Instructions over bytes of an element; on the line the GPU takes as long for both."""
+    """Executed instructions over bytes of an element; on the line the GPU takes as long for both."""
     points = [
         (case, kernel)
         for case, found in enumerate(results.cases)
@@ -83,7 +83,7 @@ def profile(results: StaticProfile, path: Path) -> Path:
     ) as (axes,):
         for case, kernel in points:
             colour = STEPS[case] if case < len(STEPS) else SOFT
-            padded = kernel.instructions * kernel.lanes / kernel.elements
+            padded = kernel.executed * kernel.lanes / kernel.elements
             axes.plot(kernel.bytes, padded, MARKS[kernel.kernel], color=colour, markersize=8, alpha=0.8)
         _ridge(axes, results.gpu, sorted({kernel.bytes for kernel in kernels}))
         _legend(axes, results, {kernel.kernel for kernel in kernels})
@@ -109,7 +109,7 @@ def _ridge(axes: Axes, gpu: Gpu, widths: list[float]) -> None:
     axes.set_yscale("log", base=2)
     axes.set_xlim(*ends)
     _ticks(axes, widths)
-    axes.set(xlabel="bytes an element (log scale)", ylabel="instructions an element (log scale)")
+    axes.set(xlabel="bytes an element (log scale)", ylabel="executed instructions an element (log scale)")
     place: dict[str, Any] = {"transform": axes.transAxes, "color": SOFT}
     axes.text(0.98, 0.03, "below the line: bound by memory", ha="right", **place)
     axes.text(0.02, 0.96, "above: bound by instructions", **place)

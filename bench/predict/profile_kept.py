@@ -51,6 +51,7 @@ class KeptKernel:
     narrowest: int | None
     bytes: float
     instructions: float
+    executed: float
 
     @classmethod
     def of(cls, kernel: StaticKernel) -> KeptKernel:
@@ -129,6 +130,8 @@ def _heavier(old: KeptKernel | None, new: KeptKernel) -> Iterator[str]:
         yield f"{new.registers} registers leave room for fewer warps than {old.registers} did"
     if new.instructions > (1 + MORE) * old.instructions:
         yield f"{new.instructions} instructions an element, {old.instructions} before"
+    if new.executed > (1 + MORE) * old.executed:
+        yield f"{new.executed} instructions an element are executed, {old.executed} were"
     if new.bytes > old.bytes:
         yield f"{new.bytes} bytes an element, {old.bytes} before"
     if (new.narrowest or 0) < (old.narrowest or 0):
@@ -145,7 +148,7 @@ def table(kept: Kept) -> tables.Table:
             groups.setdefault((title, kernel), []).append(row)
 
     def shares(rows: list[KeptKernel]) -> str:
-        taken = [bound(GPUS[GPU], row.bytes, row.instructions) for row in rows]
+        taken = [bound(GPUS[GPU], row.bytes, row.executed) for row in rows]
         return f"{_span([100 * time.issue / time.memory for time in taken])} %"
 
     columns: tables.Columns[tuple[tuple[str, str], list[KeptKernel]]] = {
@@ -153,6 +156,7 @@ def table(kept: Kept) -> tables.Table:
         "kernel": lambda group: group[0][1],
         "bytes": lambda group: _span([row.bytes for row in group[1]], "g"),
         "instructions": lambda group: _span([row.instructions for row in group[1]]),
+        "executed": lambda group: _span([row.executed for row in group[1]]),
         "of the memory's time": lambda group: shares(group[1]),
         "registers": lambda group: _span([row.registers for row in group[1]]),
         "spilled bytes": lambda group: _span([row.spilled for row in group[1]]),

@@ -13,6 +13,7 @@ from ..models.architectures import Model
 from ..models.traffic import Traffic
 from ..report import tables
 from . import compiled, static_costs
+from .executed import executed
 from .gpus import GPUS, Gpu
 from .profile_steps import Kernel, Profile, ProfileCase, Variant, columns, kernel_of, traffic_of, variants
 from .static_costs import Bound, Occupancy
@@ -38,6 +39,7 @@ class StaticKernel(Kernel):
     widest: int | None  # bytes of an access that moves elements
     narrowest: int | None
     instructions: float  # of a lane, for each element
+    executed: float  # of them, where no division or root takes its slow path
     seconds: Bound
     bound: str
 
@@ -105,15 +107,16 @@ def measured(variant: Variant, gpu: Gpu) -> StaticKernel:
     built = built_for(variant, gpu.target)
     used = compiled.usage(built)
     spec = variant.spec
-    moves, per_element, warps = traffic_of(variant), 0.0, 4
+    moves, stand, run, warps = traffic_of(variant), 0.0, 0.0, 4
     if spec is not None:
         counted = built
         if variant.kernel == "norm":  # the last program alone decides
             counted = compiled.compiled_norm(spec, None, gpu.target)
-        per_element = len(compiled.instructions(counted)) / counted.elements
+        stand = len(compiled.instructions(counted)) / counted.elements
+        run = len(executed(counted)) / counted.elements
         warps = built.built.warps
     room = static_costs.occupancy(gpu.target, used.registers, warps, built.shared)
-    time = static_costs.bound(gpu, moves.memory * variant.elements, per_element * variant.lanes)
+    time = static_costs.bound(gpu, moves.memory * variant.elements, run * variant.lanes)
     needed = zip(("ld", "st"), moves.accessed, strict=True)
     widths = [width for kind, of_element in needed for width in built.widths(kind, of_element)]
     return StaticKernel(
@@ -126,7 +129,8 @@ def measured(variant: Variant, gpu: Gpu) -> StaticKernel:
         in_flight=_in_flight(built, moves, room.warps),
         widest=max(widths, default=None),
         narrowest=min(widths, default=None),
-        instructions=round(per_element, 2),
+        instructions=round(stand, 2),
+        executed=round(run, 2),
         seconds=time,
         bound=time.by,
     )
@@ -166,6 +170,7 @@ def kernels_table(case: StaticCase) -> tables.Table:
         "access B": widths,
         "bytes": lambda kernel: f"{kernel.bytes:g}",
         "instr.": lambda kernel: f"{kernel.instructions:.1f}",
+        "executed": lambda kernel: f"{kernel.executed:.1f}",
         "memory ms": lambda kernel: tables.milliseconds(kernel.seconds.memory),
         "issue ms": lambda kernel: tables.milliseconds(kernel.seconds.issue),
         "bound by": lambda kernel: kernel.bound if kernel.elements else "-",

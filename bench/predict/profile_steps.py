@@ -13,6 +13,7 @@ import numpy as np
 
 import fusedcalib
 from fusedcalib.executors.triton import run as gpu
+from fusedcalib.executors.triton.measured import lists_of, measured_spec
 from fusedcalib.kernels import launch
 from fusedcalib.kernels.storage import CODED
 from fusedcalib.layout.buckets import Bucket
@@ -113,28 +114,30 @@ def launches(
     """The kernels that step these buckets, in order; `alike`: how many there are of each slot of the plan."""
     before: list[Variant] = []
     steps: list[Variant] = []
+    for members in lists_of(buckets) if measures else ():
+        spec = measured_spec(members)
+        counted = [_served(bucket, alike, spec.measured().tile) for bucket in members]
+        tensors, elements, lanes = (sum(one) for one in zip(*counted, strict=True))
+        before.append(Variant("norm", spec, decider, tensors, elements, lanes))
     for bucket in buckets:
         spec = gpu.spec_of(bucket)
-        counts = np.array([alike[i] for i in bucket.indices])
-        sizes = np.array([slot.tensors()[0].numel() for slot in bucket.slots])
-        served = int(counts.sum()), int(counts @ sizes)
-        if measures:
-            lanes = int(counts @ _lanes(bucket, spec.measured().tile))
-            before.insert(0, Variant("norm", spec, decider, *served, lanes))  # the last bucket comes first
         as_arguments = not decides and gpu.arguments_of(bucket) is not None
         for kernel in launch.parts_of(spec.tile, bucket.key.recipe.flags):
-            lanes = int(counts @ _lanes(bucket, spec.tile))
-            steps.append(Variant(kernel, spec, decider, *served, lanes, as_arguments))
+            served = _served(bucket, alike, spec.tile)
+            steps.append(Variant(kernel, spec, decider, *served, as_arguments))
     if decides and not measures:
         before.append(Variant("control", None, decider))
     return [*before, *steps]
 
 
-def _lanes(bucket: Bucket, tile: launch.Tile) -> Any:
-    """Elements of all tiles that the programs walk in each slot."""
+def _served(bucket: Bucket, alike: Sequence[int], tile: launch.Tile) -> tuple[int, int, int]:
+    """Tensors of the model that a launch over a bucket serves, their elements, and those of all its tiles."""
+    counts = np.array([alike[i] for i in bucket.indices])
+    sizes = np.array([slot.tensors()[0].numel() for slot in bucket.slots])
     first = len(bucket.key.dtypes)
     rows, columns = bucket.table[:, first], bucket.table[:, first + 1]
-    return -(-rows // tile.rows) * -(-columns // tile.columns) * tile.rows * tile.columns
+    lanes = -(-rows // tile.rows) * -(-columns // tile.columns) * tile.rows * tile.columns
+    return int(counts.sum()), int(counts @ sizes), int(counts @ lanes)
 
 
 def traffic_of(variant: Variant) -> Traffic:

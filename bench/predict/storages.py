@@ -3,7 +3,8 @@
 python3 bench/run.py storages --plot bench/results/plan/storages.png
 
 Bytes are counted, for ours by what the engine lays out on the model; times follow from them and the bandwidth
-of the GPU, and from the instructions that are compiled for it. No GPU is used or needed.
+of the GPU, and from the instructions that are compiled for it and executed, as executed.py counts them.
+No GPU is used or needed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Row:
     kept: float
     moved: float
     by_bytes: float
-    by_instructions: float | None = None  # if every compiled one were executed; None where it is not known
+    by_instructions: float | None = None  # by those that are executed; None where they are not known
 
 
 def rows(model: Model, gpu_name: str) -> list[Row]:
@@ -82,8 +83,8 @@ def draw(found: list[Row], model: Model, gpu: Gpu, path: Path) -> Path:
         "Computed from bytes, no GPU was measured: AdamW by how it is kept",
         f"bf16 parameters and gradients but for all fp32; {model.name} on {gpu.name} at "
         f"{gpu.bandwidth / 1e12:.3g} TB/s; grey: bytes as other libraries publish them.\n"
-        "Dots: the memory alone; orange: to where every compiled instruction would be executed, "
-        "of which some are seldom.",
+        "Dots: the memory alone; orange: to where starting the executed instructions takes longer, "
+        "slow paths of divisions left out.",
     )
     with figure(path, 4.6, titles, (1, 2), left=0.27, right=0.98, top=0.93, wspace=0.08) as (left, right):
         name_lines(left, [row.title for row in lines], 0)

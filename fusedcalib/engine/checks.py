@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,21 +111,6 @@ def _check_like(what: str, t: Tensor, param: Tensor) -> None:
         )
     if t.is_complex() != param.is_complex() or t.dtype not in PARAMETERS:
         raise RuntimeError(f"{what} has dtype {t.dtype}, but the parameter has {param.dtype}")
-
-
-def warn_of_flat(name: str, params: Sequence[Tensor]) -> bool:
-    """Of parameters whose rows are to be centred or shortened: says if they have none; whether it did."""
-    flat = [p for p in params if type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id")]
-    if not flat and (not params or any(p.ndim >= 2 for p in params)):
-        return False
-    elements = sum(p.numel() for p in flat or params)
-    warnings.warn(
-        f"{name}: centralize and max_row_norm do nothing here: {len(flat or params)} parameters of "
-        f"{elements} elements are vectors without rows, as FSDP1 and DeepSpeed ZeRO make of all parameters; "
-        "use FSDP2 (torch.distributed.fsdp.fully_shard), which keeps rows",
-        stacklevel=2,
-    )
-    return True
 
 
 def check_slots(name: str, params: Sequence[Tensor]) -> None:

@@ -21,8 +21,9 @@ from ..layout.tables import Laid
 from ..noise import words_for
 from ..rule import Rule
 from .check_storage import check_storage
-from .checks import check_parameter, check_slots, describe, warn_of_flat
+from .checks import check_parameter, check_slots, describe
 from .decide import decider_of
+from .flat import warn_of_flat
 from .guards import OptionGuards
 from .part import Part, Places, check_options, check_rows
 from .plan import Plan

@@ -13,6 +13,7 @@ from ..layout.storage import HALF, MASTER, REMAINDER, names_of
 from ..options import EXTRAS
 from ..rule import Rule
 from ..storage import MASTERS, VERSION_KEY
+from .flat import check_whole
 from .kept import master_of, set_weights, state_values, weights_of
 from .versions import VersionCounters
 
@@ -50,7 +51,12 @@ def expanded(
 
 
 def master_weights(model: nn.Module, state: State) -> dict[str, Any]:
-    """The state dict of a model with fp32 parameters: of those that are kept in parts, all of them."""
+    """The state dict of a model with fp32 parameters: of those that are kept in parts, all of them.
+
+    Raises:
+        RuntimeError: FSDP1 has made flat parts of the model's parameters.
+    """
+    check_whole("master_state_dict", model.parameters())
     found: dict[str, Any] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, nn.Parameter):
@@ -75,6 +81,7 @@ def load_master_weights(
     Raises:
         RuntimeError: names or shapes are not the model's. Nothing is changed then.
     """
+    check_whole("load_master_state_dict", model.parameters())
     own = model.state_dict(keep_vars=True)
     lacking, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
     if lacking or unknown:

@@ -21,8 +21,9 @@ from ...layout.inputs import PlanInputs, begun, entries_of_slots, meshes_of, nor
 from ...layout.recipe import Asked
 from ...layout.scalars import Scalars, leaves_of, shape_of, tape_of
 from ...layout.shards import summed
+from .measured import Measured, lists_of
 from .resident import Array, DeviceArray, Streams, capturing, sent
-from .run import backend, guarded, resident_of
+from .run import backend, guarded
 
 
 class DeviceDecider:
@@ -38,7 +39,7 @@ class DeviceDecider:
     def __init__(self, work: PlanInputs, scalars: Scalars, buckets: Sequence[Bucket]) -> None:
         self._buckets = buckets
         # The step begins with the first, which is then the latest that the caches have seen.
-        self._measured = buckets[::-1] if work.needs.measure else []
+        self._measured = [Measured(members) for members in lists_of(buckets)] if work.needs.measure else []
         device = self._device = buckets[0].key.device
         self._recipes = work.recipes
         needs = self._needs = work.needs
@@ -94,20 +95,18 @@ class DeviceDecider:
 
     def _make_sums(self) -> int:
         """Where the launches leave their sums of squares; returns how many programs leave one."""
-        grids = [launch.programs_for(len(bucket.tiles)) for bucket in self._measured]
+        grids = [launch.programs_for(each.tiles) for each in self._measured]
         firsts = np.cumsum([0, *grids])
         self._partials = torch.zeros(firsts[-1], dtype=torch.float64, device=self._device)
         self._done = torch.zeros(1, dtype=torch.int32, device=self._device)
-        shares = [
-            (len(bucket.tiles), first) for bucket, first in zip(self._measured, firsts[:-1], strict=True)
-        ]
+        shares = [(each.tiles, first) for each, first in zip(self._measured, firsts[:-1], strict=True)]
         self._shares = [sent(self._device, np.array(share, dtype=np.int32)) for share in shares]
         self._weights: dict[object, Tensor] = {}  # of each program's sum in that over a mesh
         for mesh in (None, *self._meshes) if self._meshes else ():
             weights = np.zeros(firsts[-1])
-            for bucket, first, last in zip(self._measured, firsts[:-1], firsts[1:], strict=True):
-                if bucket.key.mesh == mesh:
-                    weights[first:last] = 1 / bucket.key.copies
+            for each, first, last in zip(self._measured, firsts[:-1], firsts[1:], strict=True):
+                if each.key.mesh == mesh:
+                    weights[first:last] = 1 / each.key.copies
             self._weights[mesh] = sent(self._device, weights)
         self._total = torch.zeros(1, dtype=torch.float64, device=self._device)
         return int(firsts[-1])
@@ -148,21 +147,23 @@ class DeviceDecider:
         if capturing():
             options = self._options.captured(self._values)
             self._captured.append(dict(self._leaves))
-        gradients = [resident_of(bucket).gradients for bucket in self._measured]
-        read = (options, *map(self._here, (grad_scale, found_inf)), *gradients)
         with guarded(self._device):
+            for each in self._measured:
+                each.up_to_date(self._buckets[0].cache["together"])
+            gradients = [each.gradients for each in self._measured]
+            read = (options, *map(self._here, (grad_scale, found_inf)), *gradients)
             if not self._launches:
                 self._launches = self._made(read)
             elif any(x is not y for x, y in zip(read, self._read, strict=True)):
                 control = self._control(read)
-                for each, gradient in zip(self._launches, gradients, strict=False):
-                    each.set(launch.GRADS, gradient)
-                    each.set(launch.NORM_CONTROL, control)
+                for made, gradient in zip(self._launches, gradients, strict=False):
+                    made.set(launch.GRADS, gradient)
+                    made.set(launch.NORM_CONTROL, control)
                 if not self._needs.measure or self._meshes:
                     self._launches[-1].set(launch.CONTROL, control)
             self._read = read
-            for each in self._launches:
-                each.prepare()
+            for made in self._launches:
+                made.prepare()
         self._streams.note(self._tensors)
         return True
 
@@ -177,12 +178,10 @@ class DeviceDecider:
     def _made(self, read: tuple[Any, ...]) -> list[launch.Launch]:
         """The launches of a step that come before it."""
         control, made = self._control(read), []
-        for bucket, share in zip(self._measured, self._shares, strict=True):
-            resident = resident_of(bucket)
-            tables = (resident.table, resident.gradients, resident.tiles)
+        for each, share in zip(self._measured, self._shares, strict=True):
             sums = launch.Sums(share, self._partials, self._done)
-            spec = launch.norm_spec(resident.spec, None if self._meshes else self._spec)
-            made.append(launch.norm_launch(*tables, sums, control, spec, backend()))
+            spec = launch.norm_spec(each.spec, None if self._meshes else self._spec)
+            made.append(launch.norm_launch(*each.tables(), sums, control, spec, backend()))
         if not self._needs.measure or self._meshes:
             squares = self._total if self._needs.measure else None
             made.append(launch.control_launch(squares, control, self._spec))
@@ -221,6 +220,7 @@ class DeviceDecider:
         """What lies on the device, but counters and the report, which are not the plan's."""
         found = (self._options.tensor, self._sizes, *self._of_slots, *self._after[1:], self._partials)
         more = (self._done, *self._shares, *self._weights.values(), self._total)
+        more += tuple(t for each in self._measured for t in each.tensors())
         return [t for t in (*found, *more) if t is not None]
 
 

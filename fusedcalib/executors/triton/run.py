@@ -47,7 +47,12 @@ class Together:
     """What the launches of a plan on one device share: addresses of gradients, scalars, streams.
 
     Gradients move from step to step: their addresses are one array, and one copy brings them.
+
+    Attributes:
+        gradients: int64 on the device, the addresses of all gradients for the coming step.
     """
+
+    gradients: Tensor
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._buckets = buckets
@@ -59,7 +64,8 @@ class Together:
             slice(end - len(b.slots) - len(b.slots) % 2, end) for end, b in zip(ends, buckets, strict=True)
         ]
         self._gradients = DeviceArray(self._device, np.zeros(ends[-1], dtype=np.int64))
-        self._own = [self._gradients.tensor[place] for place in self._places]
+        self.gradients = self._gradients.tensor
+        self._own = [self.gradients[place] for place in self._places]
         self._scalars: dict[torch.dtype, DeviceArray] = {}
         self._moves: list[int] = []
         self._captured = False  # whether launches read what a graph has of its own
@@ -78,16 +84,21 @@ class Together:
             resident.up_to_date(self._scalars_of(resident.bucket))
         self._streams.note(self._tensors)
 
+    def first_of(self, bucket: Bucket) -> int:
+        """Where the addresses of the gradients of a bucket begin among all."""
+        first: int = self._places[self._buckets.index(bucket)].start
+        return first
+
     def _send_gradients(self, captured: bool) -> None:
         addresses = np.zeros_like(self._gradients.host)
         for bucket, place in zip(self._buckets, self._places, strict=True):
             addresses[place][: len(bucket.slots)] = bucket.gradients
         if captured:
-            tensor = self._gradients.captured(addresses)
-            parts = [tensor[place] for place in self._places]
+            self.gradients = self._gradients.captured(addresses)
+            parts = [self.gradients[place] for place in self._places]
         else:
             self._gradients.update(addresses)
-            parts = self._own
+            self.gradients, parts = self._gradients.tensor, self._own
         for resident, part in zip(self._residents, parts, strict=True):
             resident.gradients = part
 
