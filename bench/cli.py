@@ -59,6 +59,7 @@ def between(most: float, what: str) -> Callable[[str], float]:
 
 
 seconds = between(sys.float_info.max, "a number of seconds above 0")
+gigabytes = between(sys.float_info.max, "a number of GB a second above 0")
 share = between(1.0, "a share above 0 and up to 1")
 
 
@@ -121,7 +122,7 @@ def _compare(parser: Parser) -> None:
 def _plan(parser: Parser) -> None:
     from .measure.method import SUBJECTS
     from .models.traffic import DTYPES
-    from .predict.gpus import GPUS
+    from .predict.gpus import GPUS, HOST_LINK
 
     _model(parser, "llama3-8b")
     add = parser.add_argument
@@ -133,6 +134,8 @@ def _plan(parser: Parser) -> None:
     add("--efficiency", type=share, default=1.0, help="share of the published bandwidth (1)")
     add("--optimizer", default="AdamW", choices=list(SUBJECTS), help="(AdamW)")
     add("--dtypes", default="fp32", choices=list(DTYPES), help="(fp32)")
+    add("--offload", help="our states in the host's memory", **FLAG)
+    add("--link", type=gigabytes, default=HOST_LINK / 1e9, help="GB/s each way to the host (50, assumed)")
     add("--json", help="writes everything as data", **FILE)
     add("--plot", help="draws time over the number of GPUs", **FILE)
 
