@@ -59,7 +59,6 @@ def between(most: float, what: str) -> Callable[[str], float]:
 
 
 seconds = between(sys.float_info.max, "a number of seconds above 0")
-gigabytes = between(sys.float_info.max, "a number of GB a second above 0")
 share = between(1.0, "a share above 0 and up to 1")
 
 
@@ -135,7 +134,7 @@ def _plan(parser: Parser) -> None:
     add("--optimizer", default="AdamW", choices=list(SUBJECTS), help="(AdamW)")
     add("--dtypes", default="fp32", choices=list(DTYPES), help="(fp32)")
     add("--offload", help="our states in the host's memory", **FLAG)
-    add("--link", type=gigabytes, default=HOST_LINK / 1e9, help="GB/s each way to the host (50, assumed)")
+    add("--link", type=between(1e6, "GB/s above 0"), default=HOST_LINK / 1e9, help="to the host (50 assumed)")
     add("--json", help="writes everything as data", **FILE)
     add("--plot", help="draws time over the number of GPUs", **FILE)
 

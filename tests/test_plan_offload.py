@@ -74,4 +74,4 @@ def test_the_command(tmp_path, capsys):
     assert "on the host" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         command.main([*arguments, "--link", "0"])
-    assert "is not a number of GB a second above 0" in capsys.readouterr().err
+    assert "is not GB/s above 0" in capsys.readouterr().err

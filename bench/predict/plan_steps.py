@@ -141,9 +141,9 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
         collectives.append(
             Collective("tp", sum(alike * t.numel() * t.element_size() for alike, t in of_rows))
         )
-    kept, of_states = (sum(part.kept(first) for part in parts) for first in (0, 2))
-    states = {"states_read": read, "states_written": written, "states_kept": of_states}
-    return Step(method.name, method.title, moved, kept, launches, tuple(collectives), **states)
+    kept, states = (sum(part.kept(first) for part in parts) for first in (0, 2))
+    whole = (method.name, method.title, moved, kept, launches, tuple(collectives))
+    return Step(*whole, states_read=read, states_written=written, states_kept=states)
 
 
 class Laid(NamedTuple):

@@ -60,7 +60,7 @@ GPU_MORE = (
     Case("groups-200", OWN),
     Case("depthwise", OWN),
     *(Case(f"single-2^{exponent}", OWN) for exponent in (10, 16, 28)),
-    *(Case("llama3-8b-layer-x1", OFFLOADED, dtypes) for dtypes in ("fp32", "split8+8bit")),
+    *(Case("llama3-8b-layer-x1", OFFLOADED, dtypes) for dtypes in ("bf16+fp32-state", "split8+8bit")),
 )
 # Last of all: compiling takes long and may fail.
 GPU_COMPILED = tuple(Case(name, COMPILED) for name in ("llama3-8b-layer-x1", "small-1000"))
