@@ -1,6 +1,8 @@
 """Plans of states that are offloaded: bytes that stay, go up and come down; time by the link."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,35 @@ def test_torch_keeps_its_states_on_the_gpu():
         assert (after == before) == (not name.startswith("own")), name
     own = away.step("own_plain")
     assert own.seconds.link == 8 * model.count / 25e9
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
+NAMES = {  # of docs/memory.md
+    "exact": "split16",
+    "ten": "split16+bf16-state",
+    "eight": "split16+8bit",
+    "seven": "split8+8bit",
+    "six": "bf16+8bit",
+    "all bf16": "bf16",
+    "all fp32": "fp32",
+}
+
+
+def test_the_page_has_the_bytes_and_times_that_are_computed():
+    """Of 1e9 parameters of AdamW, all of whose rows are whole blocks."""
+    section = PAGE.read_text().partition("## Keep states in host memory")[2].partition("\n## ")[0]
+    rows = {}
+    for line in re.findall(r"^\| (?!name|---)(.*) \|$", section, re.MULTILINE):
+        title, *cells = line.replace("**", "").split(" | ")
+        rows[title] = [float(number) for cell in cells for number in cell.split(", ")]
+    assert [*rows] == [*NAMES]
+    model = Model("m", (Param("0.fc.weight", (1_000_000, 960)),))
+    for title, dtypes in NAMES.items():
+        setting = plan_results.Setting(dtypes=dtypes, link=gpus.HOST_LINK)
+        step = plan.plan(model, [ALONE], setting, ["own_plain"]).plans[0].step("own_plain")
+        sizes = (setting.on_gpu(step), step.states_kept, step.states_read, step.states_written)
+        expected = [*(size / model.count for size in sizes), 1e12 * step.seconds.link / model.count]
+        assert rows[title] == pytest.approx(expected, abs=0.0051), title
 
 
 def test_the_command(tmp_path, capsys):
