@@ -88,18 +88,26 @@ def test_a_gpu_without_unified_addressing_is_refused(monkeypatch):
         check_executor("AdamW", Triton(), torch.device("cuda", 1))
 
 
-@pytest.mark.parametrize(("found", "reason"), [(0, "does not have"), (1, None)], ids=["no", "yes"])
-def test_the_driver_is_asked_for_the_address_on_the_device(found, reason, monkeypatch):
-    """The same as on the host, or kernels would write elsewhere."""
+@pytest.mark.parametrize(
+    ("code", "offset", "reached"), [(0, 0, True), (0, 64, False), (1, 0, False), (201, 0, True)]
+)
+def test_the_driver_is_asked_for_the_address_on_the_device(code, offset, reached, monkeypatch):
+    """It must be the host's, or kernels would write elsewhere; 1: there is none, 201: it cannot be asked."""
 
     class Driver:
         @staticmethod
         def cuPointerGetAttribute(into, attribute, address):  # noqa: N802
-            into._obj.value = address.value * found
-            return 0
+            into._obj.value = address.value + offset
+            return code
 
     monkeypatch.setattr(pinned.ctypes, "CDLL", lambda name: Driver)
-    assert pinned._device_address(4096) == (reason is None)
+    assert pinned._device_address(4096) == reached
+
+
+@pytest.mark.skipif(GPU, reason="pins whatever there is")
+def test_memory_that_cannot_be_pinned_is_said():
+    with pytest.raises(RuntimeError, match=r"24 bytes of the host's memory cannot be pinned \(.*8bit"):
+        pinned.memory(torch.zeros(2, 3), torch.float32)
 
 
 def test_an_optimizer_pickled_before_there_was_such():

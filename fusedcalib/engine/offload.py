@@ -33,8 +33,8 @@ def check_executor(name: str, executor: Executor, device: torch.device) -> None:
     if executor.name != "triton":
         raise RuntimeError(
             f"{name}: offload='states' is for parameters that Triton steps on a GPU, but one on {device} is "
-            f"stepped by {executor.name}; move the model to a GPU before the first step (and resolve_neg() "
-            "or resolve_conj() lazy gradients), or leave offload out"
+            f"stepped by {executor.name}; move the model to a GPU before the first step (install Triton, "
+            "resolve_neg() or resolve_conj() lazy gradients), or leave offload out"
         )
     if reason := pinned.why_not(device):
         raise RuntimeError(f"{name}: offload='states' {reason}; leave offload out")

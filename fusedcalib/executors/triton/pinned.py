@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .resident import capturing
 
-_DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER, HIP_POINTER_ATTRIBUTE_DEVICE_POINTER
+# Of CUDA's driver and of HIP: what an address is on the device, and the answer that it is none there.
+_DEVICE_POINTER, _NONE = 3, 1
 _cuda: Any = torch.cuda
 
 
@@ -38,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _device_address(address: int) -> bool:
-    """Whether the driver has the same address for the device; what it cannot be asked counts as yes."""
+    """Whether the driver has the same address for the device; where it says nothing that counts as yes."""
     name, function = (
         ("libamdhip64.so", "hipPointerGetAttribute")
         if torch.version.hip
@@ -49,8 +50,8 @@ def _device_address(address: int) -> bool:
         ask = getattr(ctypes.CDLL(name), function)
     except (AttributeError, OSError):
         return True  # every GPU that Triton supports has it
-    failed = ask(ctypes.byref(found), _DEVICE_POINTER, ctypes.c_void_p(address))
-    return not failed and found.value == address
+    code = ask(ctypes.byref(found), _DEVICE_POINTER, ctypes.c_void_p(address))
+    return bool(found.value == address if code == 0 else code != _NONE)
 
 
 def is_pinned(t: Tensor) -> bool:
@@ -59,8 +60,18 @@ def is_pinned(t: Tensor) -> bool:
 
 
 def memory(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pinned memory for a tensor of that shape and those strides, not filled."""
-    return torch.empty_like(t, dtype=dtype, device="cpu", pin_memory=True)
+    """Pinned memory for a tensor of that shape and those strides, not filled.
+
+    Raises:
+        RuntimeError: the host has no more that can be pinned.
+    """
+    try:
+        return torch.empty_like(t, dtype=dtype, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"offload='states': {t.numel() * dtype.itemsize} bytes of the host's memory cannot be pinned "
+            f"({str(error).splitlines()[0]}); state_dtype='8bit' needs less, more ranks share it"
+        ) from error
 
 
 def moved(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
