@@ -83,8 +83,9 @@ class FusedOptimizer(MasterWeights, Optimizer):
 
     def _forget(self) -> None:
         """Drops all that is not groups and state."""
-        check, offload = partial(check_group, type(self)), self._offload is not None
-        self._engine = Engine(type(self).__name__, self.rule, self._backend, check, ref(self), offload)
+        check = partial(check_group, type(self))
+        self._engine = Engine(type(self).__name__, self.rule, self._backend, check, ref(self))
+        self._engine.versions.offload = self._offload is not None
         self._swapped = False
 
     def _drop_plans(self) -> None:

@@ -82,10 +82,10 @@ def test_a_gpu_without_unified_addressing_is_refused(monkeypatch):
 
     Host(monkeypatch)
     monkeypatch.setattr(pinned, "why_not", lambda device: f"needs unified addressing, which {device} has not")
-    from fusedcalib.engine.offload import check_executor
+    from fusedcalib.engine.offload import reaching_host
 
     with pytest.raises(RuntimeError, match="offload='states' needs unified addressing, which cuda:1 has not"):
-        check_executor("AdamW", Triton(), torch.device("cuda", 1))
+        reaching_host("AdamW", Triton(), torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from .check_storage import check_storage
 from .checks import check_parameter, check_slots, describe, warn_of_flat
 from .decide import decider_of
 from .guards import OptionGuards
-from .offload import check_executor
+from .offload import reaching_host
 from .plan import Plan
 from .plans import Plans
 from .slots import Live, live_of
@@ -47,7 +47,6 @@ class Engine:
         backend: "auto", or the name of an executor.
         check: raises where a group cannot be stepped with its options.
         owner: gives the optimizer, whose row factors a step multiplies.
-        offload: whether states lie in pinned host memory.
 
     Attributes:
         plan: of the last step; None where the next one is laid out anew.
@@ -63,7 +62,6 @@ class Engine:
         backend: str,
         check: Callable[[dict[str, Any]], None],
         owner: Callable[[], object],
-        offload: bool = False,
     ) -> None:
         self._name, self._rule, self._backend, self._owner = name, rule, backend, owner
         self._check_options, self._options = check, OptionGuards(rule, check)
@@ -72,7 +70,7 @@ class Engine:
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
         self._warned = False
         self.report = StepReport()
-        self.versions = VersionCounters(offload)
+        self.versions = VersionCounters()
         self.captured: list[Any] = []
         self.drop_plans()
 
@@ -147,9 +145,7 @@ class Engine:
         grad = None if param.grad is None else local_of(param.grad)
         lazy = grad is not None and (grad.is_neg() or grad.is_conj())
         found = choose("eager" if lazy else self._backend, param.device, param.dtype)
-        if self.versions.offload:
-            check_executor(self._name, found, param.device)
-        return found
+        return reaching_host(self._name, found, param.device) if self.versions.offload else found
 
     def _note_capture(self, plan: Plan) -> None:
         """Keeps a plan for the graph that captures it."""
@@ -252,8 +248,7 @@ class Engine:
         self._misplaced += [each.param for each in unknown if redistribute_gradient(each.param)]
         for group, index, param in unknown:
             owner = describe(self._name, asked.groups, group, index)
-            recipe, offload = asked.recipes[group], self.versions.offload
-            check_parameter(owner, param, recipe, state.get(param, {}), offload)
+            check_parameter(owner, param, asked.recipes[group], state.get(param, {}), self.versions.offload)
         if not self._warned:
             by_rows = [each.param for each in live if asked.recipes[each.group].flags.by_rows]
             self._warned = warn_of_flat(self._name, by_rows)

@@ -28,8 +28,8 @@ def check_construction(name: str, backend: str) -> None:
         )
 
 
-def check_executor(name: str, executor: Executor, device: torch.device) -> None:
-    """Raises RuntimeError where who steps a parameter does not reach the host's memory."""
+def reaching_host(name: str, executor: Executor, device: torch.device) -> Executor:
+    """An executor, if it reaches the host's memory from a device; else raises RuntimeError."""
     if executor.name != "triton":
         raise RuntimeError(
             f"{name}: offload='states' is for parameters that Triton steps on a GPU, but one on {device} is "
@@ -38,6 +38,7 @@ def check_executor(name: str, executor: Executor, device: torch.device) -> None:
         )
     if reason := pinned.why_not(device):
         raise RuntimeError(f"{name}: offload='states' {reason}; leave offload out")
+    return executor
 
 
 def move_states(entry: MutableMapping[str, Any], versions: VersionCounters, counts: Collection[str]) -> None:

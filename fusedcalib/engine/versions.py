@@ -20,11 +20,11 @@ class VersionCounters:
     Autograd must be told of every tensor that a kernel writes; so it is told of all states at once.
 
     Attributes:
-        offload: whether the states lie in pinned host memory, wherever their parameters do.
+        offload: whether states that are made from now on lie in pinned host memory, wherever parameters do.
     """
 
-    def __init__(self, offload: bool = False) -> None:
-        self.offload = offload
+    def __init__(self) -> None:
+        self.offload = False
         self._anchors: dict[torch.device, Tensor] = {}
 
     def new_state(self, param: Tensor, value: float, dtype: torch.dtype) -> Tensor:
