@@ -76,7 +76,7 @@ def test_the_same_bits_as_without(host, kind):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_state_of_every_rule(host, name):
-    """Made in pinned memory before the first launch, with the strides of the parameter."""
+    """Made in pinned memory before the first launch, with the strides of the parameter; and nothing else is."""
     rule = RULES[name]
     options = {k: v for k, v in rule.options.items() if k != "lr"} | {"ema_decay": 0.5}
     params = on_device(torch.randn(7, 5).t() for _ in range(2))
@@ -86,6 +86,7 @@ def test_every_state_of_every_rule(host, name):
     prepared(optimizer)
     assert_on_host(optimizer)
     assert len(states_of(optimizer)) == len(params) * (1 + len(rule.moments))
+    assert len(host.told("memory")) == len(states_of(optimizer))
     assert {t.stride() for t in states_of(optimizer)} == {params[0].stride()}
 
 
