@@ -1,6 +1,8 @@
 """offload="states" under FSDP2; and what only a GPU can tell: who uses memory when, what comes to it."""
 
 import copy
+import gc
+from weakref import ref
 
 import pytest
 import torch
@@ -115,16 +117,25 @@ def test_pinned_memory_has_the_devices_addresses(host):
     assert pinned.why_not(torch.device("cuda", torch.cuda.current_device())) is None
 
 
+def stepped_later(optimizer):
+    """Queues a step behind a second of nothing: the host is long done with it."""
+    for p in params_of(optimizer):
+        p.grad = torch.ones_like(p)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # cycles
+    optimizer.step()
+
+
 @gpu
 def test_memory_of_what_is_dropped_is_not_given_away_while_a_step_uses_it():
-    """The device is busy; the host drops the optimizer and takes pinned memory of the same size."""
-    (optimizer, _) = pair()
+    """The host drops the optimizer and takes pinned memory of the same size."""
+    optimizer = pair()[0]
     train(optimizer, 1)
-    torch.cuda.synchronize()
-    sizes = [t.numel() * t.element_size() for t in states_of(optimizer)]
-    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
-    train(optimizer, 2)
+    sizes, dropped = [t.numel() * t.element_size() for t in states_of(optimizer)], ref(optimizer)
+    stepped_later(optimizer)
     del optimizer
+    gc.collect()
+    assert dropped() is None
     taken = [torch.full((size,), 7, dtype=torch.uint8, pin_memory=True) for size in sizes]
     torch.cuda.synchronize()
     assert all((t == 7).all() for t in taken)
@@ -135,8 +146,8 @@ def test_the_host_reads_what_the_last_step_has_written():
     runs = pair(**BYTES)
     for run in runs:
         train(run, 1)
-        torch.cuda._sleep(1_000_000_000)
-        train(run, 2)
+    stepped_later(runs[1])
+    stepped_later(runs[0])
     found, expected = (copy.deepcopy(run.state_dict()["state"]) for run in runs)
     for mine, other in zip(found.values(), expected.values(), strict=True):
         assert_identical({k: t.cpu() for k, t in mine.items()}, {k: t.cpu() for k, t in other.items()})

@@ -76,7 +76,7 @@ def test_the_same_bits_as_without(host, kind):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_state_of_every_rule(host, name):
-    """Made in pinned memory before the first launch, with the strides of the parameter; and nothing else is."""
+    """Made in pinned memory before the first launch, with the parameter's strides; and nothing else is."""
     rule = RULES[name]
     options = {k: v for k, v in rule.options.items() if k != "lr"} | {"ema_decay": 0.5}
     params = on_device(torch.randn(7, 5).t() for _ in range(2))
