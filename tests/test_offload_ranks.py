@@ -15,6 +15,7 @@ from offload_host import (
     assert_same,
     made,
     on_device,
+    params_of,
     states_of,
     train,
 )
