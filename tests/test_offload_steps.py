@@ -29,7 +29,7 @@ from storage_runs import BYTES, KEPT, weights
 
 from fusedcalib.executors.triton import pinned
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Detected call of"), *TRITON.marks]
+pytestmark = TRITON.marks
 SHAPES = ((20, 100), (9,), ())  # rows of a block and a part of one, a vector, a number
 AROUND = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "centralize": True}
 

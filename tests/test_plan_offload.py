@@ -52,6 +52,21 @@ def test_a_time_by_the_link():
     assert (setting.on_gpu(step), plan_results.Setting().on_gpu(step)) == (8_000_000_000, 16_000_000_000)
 
 
+def test_a_figure_says_that_the_link_decides():
+    pytest.importorskip("matplotlib")
+    from fusedcalib.bench.predict import plots
+
+    said = []
+    for model, link in (
+        (MODEL, 25e9),
+        (architectures.get("llama3-8b"), None),
+        (architectures.get("gpt2"), 25e9),
+    ):
+        found = plan.plan(model, [ALONE], plan_results.Setting(link=link), ["own_plain"])
+        said.append(plots.plan_headline(found).partition(" is bound by the ")[2])
+    assert said == ["host throughout", "memory throughout", "link to the host throughout"]
+
+
 def test_torch_keeps_its_states_on_the_gpu():
     model = architectures.get("gpt2")
     settings = [plan_results.Setting(link=link) for link in (None, 25e9)]
