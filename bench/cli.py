@@ -121,7 +121,7 @@ def _compare(parser: Parser) -> None:
 def _plan(parser: Parser) -> None:
     from .measure.method import SUBJECTS
     from .models.traffic import DTYPES
-    from .predict.gpus import GPUS
+    from .predict.gpus import GPUS, HOST_LINK
 
     _model(parser, "llama3-8b")
     add = parser.add_argument
@@ -133,6 +133,8 @@ def _plan(parser: Parser) -> None:
     add("--efficiency", type=share, default=1.0, help="share of the published bandwidth (1)")
     add("--optimizer", default="AdamW", choices=list(SUBJECTS), help="(AdamW)")
     add("--dtypes", default="fp32", choices=list(DTYPES), help="(fp32)")
+    add("--offload", help="our states in the host's memory", **FLAG)
+    add("--link", type=between(1e6, "GB/s above 0"), default=HOST_LINK / 1e9, help="to the host (50 assumed)")
     add("--json", help="writes everything as data", **FILE)
     add("--plot", help="draws time over the number of GPUs", **FILE)
 

@@ -28,7 +28,7 @@ from fusedcalib.bench.predict import plan, profile_kept  # noqa: E402
 from fusedcalib.bench.report import tables  # noqa: E402
 from fusedcalib.bench.repository import readme  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
-from fusedcalib.options import BACKEND, OURS  # noqa: E402
+from fusedcalib.options import OURS, WHOLE  # noqa: E402
 
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
 PROFILE = ("<!-- profile:begin -->", "<!-- profile:end -->")
@@ -127,7 +127,7 @@ def page(name: str, cls: type[FusedOptimizer]) -> str:
 
 
 def _shared() -> str:
-    return ", ".join(f"`{option.name}`" for option in (*OURS, BACKEND))
+    return ", ".join(f"`{option.name}`" for option in (*OURS, *WHOLE))
 
 
 def options_page() -> str:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .engine import masters
 from .engine.engine import Engine
+from .executors.triton import pinned
+from .layout.shards import local_of
 from .rule import Rule
 
 
@@ -20,6 +22,7 @@ class MasterWeights:
     state: Any
     state_dict: Any
     _engine: Engine
+    _offload: str | None = None  # also of what was pickled before there was such
 
     def expanded_state_dict(self) -> dict[str, Any]:
         """The state dict as the torch.optim class of its name has it: fp32 states in the place of bytes.
@@ -81,8 +84,24 @@ class MasterWeights:
         masters.refresh(self._params(), self.state, self._engine.versions)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes that lie here: "parameters", "gradients", each key of the state, and their "total"."""
-        return masters.resident_bytes(self._params(), self.state)
+        """Bytes that lie here: "parameters", "gradients", each key of the state, and their "total".
+
+        Where states are offloaded also "host": how many of the total are in pinned host memory.
+        """
+        return masters.resident_bytes(self._params(), self.state, self._offload is not None)
+
+    @property
+    def offload(self) -> str | None:
+        """What lies in pinned host memory, as constructed: "states", or None where nothing does.
+
+        It is not changed later: `load_state_dict` of an optimizer constructed otherwise takes all over.
+        """
+        return self._offload
+
+    def _wait(self) -> None:
+        """Waits until no kernel writes states that the host is going to read."""
+        if self._offload:
+            pinned.wait({local_of(p).device for p in self._params()})
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -15,10 +15,12 @@ from torch.optim.optimizer import ParamsT
 
 from .engine.engine import Engine, Scaling
 from .engine.flat import check_gathered
+from .engine.offload import check_construction, empty_states
 from .engine.state import load_state
 from .executors.choose import choose
+from .layout.shards import beside, like
 from .masters import MasterWeights
-from .options import BACKEND, check_group, plain
+from .options import BACKEND, OFFLOAD, check_group, plain
 from .rule import Rule
 from .signature import declare, documented, extras_of
 from .storage import VERSION, VERSION_KEY, check_version, keeps_bytes
@@ -46,8 +48,8 @@ class FusedOptimizer(MasterWeights, Optimizer):
         params: parameters, named parameters or param groups, as torch.optim takes them.
         **options: every option of fusedcalib/options.py, as docs/options.md lists them.
 
-    All but `params`, `backend`, `fused` and `capturable` may differ between param groups and change between
-    steps.
+    All but `params`, `backend`, `offload`, `fused` and `capturable` may differ between param groups and
+    change between steps.
 
     Raises:
         ValueError: an option out of range, as torch.optim.
@@ -69,6 +71,10 @@ class FusedOptimizer(MasterWeights, Optimizer):
     def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
         self._backend = options.pop("backend", BACKEND.default)
         BACKEND.check(self._backend)
+        self._offload = options.pop("offload", OFFLOAD.default)
+        OFFLOAD.check(self._offload)
+        if self._offload:
+            check_construction(type(self).__name__, self._backend)
         own = extras_of(type(self), self.rule.extras)
         self._extras = plain({key: options.pop(key, default) for key, default in own.items()})
         self._forget()
@@ -80,6 +86,7 @@ class FusedOptimizer(MasterWeights, Optimizer):
         """Drops all that is not groups and state."""
         check = partial(check_group, type(self))
         self._engine = Engine(type(self).__name__, self.rule, self._backend, check, ref(self))
+        self._engine.versions.offload = self._offload is not None
         self._swapped = False
 
     def _drop_plans(self) -> None:
@@ -103,7 +110,9 @@ class FusedOptimizer(MasterWeights, Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend, "_extras": self._extras}
+        self._wait()
+        own = {"_backend": self._backend, "_extras": self._extras, "_offload": self._offload}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -117,10 +126,13 @@ class FusedOptimizer(MasterWeights, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint needs, as torch.optim; groups with bytes say of which version.
 
+        States that are offloaded are handed out where they lie, on the host, when the GPU is done with them.
+
         Raises:
             RuntimeError: FSDP1 wants to gather states that it cannot, as 8-bit ones.
         """
         check_gathered(type(self).__name__, self.param_groups)
+        self._wait()
         found: dict[str, Any] = super().state_dict()
         for group in found["param_groups"]:
             if keeps_bytes(group):
@@ -139,16 +151,22 @@ class FusedOptimizer(MasterWeights, Optimizer):
         seen: list[dict[str, Any]] = []
         kept = [{key: group[key] for key in self._extras} for group in self.param_groups]
 
-        def look(_: Optimizer, saved: dict[str, Any]) -> None:
+        def look(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
             check_version(type(self).__name__, saved["param_groups"])
             seen.append(saved)
+            return empty_states(saved) if self._offload else None
 
         capture = self.register_load_state_dict_pre_hook(look)
         restore = self.register_load_state_dict_post_hook(
             lambda _: self._complete(seen[-1], kept), prepend=True
         )
+        before = {"state": self.state, "param_groups": self.param_groups}
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            if self._offload and self.state is not before["state"]:  # as without memory for all of it
+                self.__setstate__(before)
+            raise
         finally:
             capture.remove()
             restore.remove()
@@ -162,7 +180,8 @@ class FusedOptimizer(MasterWeights, Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         params = (p for group in self.param_groups for p in group["params"])
         for key, param in zip(keys, params, strict=True):
-            load_state(self.state.get(param, {}), saved["state"].get(key, {}), param, groups[param])
+            entry, values = self.state.get(param, {}), saved["state"].get(key, {})
+            load_state(entry, values, param, groups[param], self._engine.versions)
 
     # -- the step -----------------------------------------------------------------------------
 
@@ -251,7 +270,7 @@ class FusedOptimizer(MasterWeights, Optimizer):
         try:
             with torch.no_grad():
                 for param, average in averages.items():
-                    param.copy_(average)
+                    param.copy_(like(param, beside(param, average)))
             yield
         finally:
             with torch.no_grad():
@@ -272,4 +291,5 @@ class FusedOptimizer(MasterWeights, Optimizer):
             backend = self.backend
         except RuntimeError:  # it cannot run where the parameters are now; a step says why
             backend = self._backend
-        return f"{super().__repr__().removesuffix(')')}backend: {backend}\n)"
+        offload = f"offload: {self._offload}\n" if self._offload else ""
+        return f"{super().__repr__().removesuffix(')')}backend: {backend}\n{offload})"

@@ -198,7 +198,18 @@ BACKEND = Option(
     f"one of {', '.join(BACKENDS)}",
     called="backend",
 )
-SHARED = (*FLAGS, *OURS, BACKEND)
+OFFLOAD = Option(
+    "offload",
+    None,
+    Literal["states"] | None,
+    '"states" keeps states, and what parameters have beside them, in pinned host memory, where the kernels '
+    "of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.",
+    lambda value: value == "states",
+    '"states" or None',
+    means="on the device of the parameters",
+)
+WHOLE = (BACKEND, OFFLOAD)  # of the whole optimizer, in no param group
+SHARED = (*FLAGS, *OURS, *WHOLE)
 EXTRAS: dict[str, Any] = {option.name: option.default for option in OURS}
 # What None stands for in param groups, also in an option that one rule has.
 NONE_IS = {option.name: option.none for option in OURS if option.none is not None} | {
@@ -217,6 +228,11 @@ def check_group(cls: type[Any], group: Mapping[str, Any]) -> None:
     for option in OURS:
         option.check(group[option.name])
     check_storage(cls, group)
+    if OFFLOAD.name in group:
+        raise ValueError(
+            f"{cls.__name__}: a param group has offload, which is of the whole optimizer; give it to the "
+            "constructor instead"
+        )
     if group.get("differentiable"):
         other = f"use torch.optim.{cls.__name__}(differentiable=True)"
         instead = other if hasattr(torch.optim, cls.__name__) else "set it to False"

@@ -9,7 +9,7 @@ from textwrap import fill, indent
 from types import FunctionType
 from typing import Any, TypeVar, get_type_hints
 
-from .options import BACKEND, EXTRAS, SHARED, Options
+from .options import EXTRAS, SHARED, WHOLE, Options
 
 T = TypeVar("T")
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -39,7 +39,8 @@ def declare(cls: type, own: Mapping[str, Any]) -> None:
         cls: the class. Where it has no constructor it gets one, which hands on what it is given.
         own: options that its rule has and torch.optim's class has not, with their defaults.
     """
-    signature = signature_of(cls, {**extras_of(cls, own), BACKEND.name: BACKEND.default})
+    whole = {option.name: option.default for option in WHOLE}
+    signature = signature_of(cls, {**extras_of(cls, own), **whole})
     cls.__signature__ = signature  # type: ignore[attr-defined]
     init: Any = vars(cls).get("__init__")
     if init is None:

@@ -152,7 +152,8 @@ def oracle_optimizer(name: str) -> type[torch.optim.Optimizer]:
     ignored |= AROUND
     oracle = ORACLES[name]
     options = inspect.signature(getattr(fusedcalib, name)).parameters
-    defaults = {k: v.default for k, v in options.items() if k not in ("params", "backend")} | ignored
+    whole = ("params", "backend", "offload")
+    defaults = {k: v.default for k, v in options.items() if k not in whole} | ignored
 
     class Slow(torch.optim.Optimizer):
         def __init__(self, params: Any, **options: Any) -> None:

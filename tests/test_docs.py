@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import fusedcalib
-from fusedcalib.options import EXTRAS, Options
+from fusedcalib.options import EXTRAS, WHOLE, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.glob("*.md"))]
-SHARED = {"params", "backend", *EXTRAS, *inspect.signature(Options).parameters} - {"own"}
+WHOLE_NAMES = {option.name for option in WHOLE}
+SHARED = {"params", *WHOLE_NAMES, *EXTRAS, *inspect.signature(Options).parameters} - {"own"}
 OPTIMIZERS = pytest.mark.parametrize(("name", "cls"), fusedcalib.optimizers().items())
 
 

@@ -83,9 +83,11 @@ def folder(tmp_path_factory):
         [*CENTRED, *out(folder, "fsdp2-2-resumed-1"), *after(folder, "fsdp2-2")],
         [*TINY, *out(folder, "bad"), "--resume", str(folder / "nowhere")],
         [*TINY, *out(folder, "bad"), *after(folder, "tp-2"), "--batch", "4"],
+        [*TINY, *out(folder, "bad"), "--offload"],
     ]
     codes, output = trained(1, folder, one)
-    assert codes == [0, 0, 0, 0, 0, 2, 2]
+    assert codes == [0, 0, 0, 0, 0, 2, 2, 2]
+    assert "train.py: AdamW: offload='states' needs kernels that reach the host's memory" in output
     assert f"--resume: no checkpoint in {folder / 'nowhere'}" in output
     assert "is of a training with --batch 8, not 4" in output
     return folder

@@ -185,6 +185,7 @@ METHODS: dict[str, Method] = {
         Method("compiled_gc", "torch.compile GC", _compiled, GC, reference=True),
         Method("own_plain", "fusedcalib", own(), reference=True),
         Method("own_gc", "fusedcalib with GC", own(GC), GC),
+        Method("own_offload", "fusedcalib, states offloaded", own(offload="states")),
         Method("own_gc_eager", "fusedcalib with GC, no numba", own(GC, backend="eager"), GC),
         *_pair("noise", "add_(randn_like)", "noise"),
         *_pair("clip", "clip_grad_norm_", "clip"),

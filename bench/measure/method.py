@@ -45,11 +45,12 @@ class Subject:
 
 def reference_options(cls: str) -> dict[str, Any]:
     """What the reference of a class can be told of its rule, with the defaults of our class."""
-    from fusedcalib.options import EXTRAS
+    from fusedcalib.options import EXTRAS, WHOLE
     from fusedcalib.reference import ORACLES
     from fusedcalib.registry import optimizers, options_of
 
-    aside = {*EXTRAS, "backend", "foreach", "fused", "capturable", "differentiable"} - {"l1", "max_row_norm"}
+    whole = [option.name for option in WHOLE]
+    aside = {*EXTRAS, *whole, "foreach", "fused", "capturable", "differentiable"} - {"l1", "max_row_norm"}
     known = inspect.signature(ORACLES[cls]).parameters.values()
     around = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
     found = around | options_of(optimizers()[cls])

@@ -49,7 +49,7 @@ class Spare:
             self._before = param.detach().double()
             lr, decay = float(self._options["lr"]), float(self._options["weight_decay"])
             return (before - self._before) / lr - decay * before
-        self._before, beta = average.double(), float(self._options["betas"][0])
+        self._before, beta = average.to(param.device).double(), float(self._options["betas"][0])
         return (self._before - beta * before) / (1 - beta)
 
 

@@ -1,6 +1,6 @@
 """What a step takes, on paper: published bandwidths, and a few assumptions. Every constant stands here.
 
-time = max(memory, host) + collectives
+time = max(memory, host, link) + collectives
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ GPUS = {
 OWN_TENSOR, TORCH_TENSOR = 2.4e-6, 3.6e-6
 OWN_LAUNCH, TORCH_LAUNCH = 10e-6, 4e-6
 
+# The link between a GPU and its host, over which offloaded states are read and, at the same time, written:
+# bytes a second each way, assumed, of the 63e9 that PCIe 5.0 has with 16 lanes.
+HOST_LINK = 50e9
+
 # An all-reduce of few bytes, seconds: NCCL's own model of its tree with the LL protocol (src/graph/tuning.cc,
 # baseLat and hwLat): start + 2 * (in a node, for each other GPU + between nodes, for each level of the tree).
 START, IN_NODE, BETWEEN = 6.8e-6, 0.6e-6, 5e-6
@@ -66,29 +70,39 @@ START, IN_NODE, BETWEEN = 6.8e-6, 0.6e-6, 5e-6
 
 @dataclass
 class Time:
-    """What a step takes, in seconds: the host prepares and launches while the memory works."""
+    """What a step takes, in seconds: the host prepares and launches while the memory and the link work."""
 
     memory: float
     host: float
     collectives: float
+    link: float = 0.0
     total: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total = max(self.memory, self.host) + self.collectives
+        self.total = max(self.memory, self.host, self.link) + self.collectives
 
     @property
     def bound(self) -> str:
-        """Which of the three is the longest."""
-        return max(("memory", "host", "collectives"), key=lambda name: float(getattr(self, name)))
+        """Which of them is the longest."""
+        return max(("memory", "host", "collectives", "link"), key=lambda name: float(getattr(self, name)))
 
 
-def time_of(step: Step, tensors: int, sharding: Sharding, gpu: Gpu, efficiency: float) -> Time:
-    """The time of a step over so many tensors; `efficiency`: what share of its bandwidth a memory reaches."""
+def time_of(
+    step: Step, tensors: int, sharding: Sharding, gpu: Gpu, efficiency: float, link: float | None = None
+) -> Time:
+    """The time of a step over so many tensors.
+
+    Args:
+        efficiency: what share of its bandwidth a memory reaches.
+        link: bytes a second each way to the host, where our states lie; None: they lie on the GPU.
+    """
     tensor, launch = (OWN_TENSOR, OWN_LAUNCH) if step.own else (TORCH_TENSOR, TORCH_LAUNCH)
+    away = step.states_read + step.states_written if link else 0
     return Time(
-        step.moved / (gpu.bandwidth * efficiency),
+        (step.moved - away) / (gpu.bandwidth * efficiency),
         tensors * tensor + step.launches * launch,
         sum(all_reduce(sent, sharding, gpu) for sent in step.collectives),
+        max(step.states_read, step.states_written) / link if link else 0.0,
     )
 
 

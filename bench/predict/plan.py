@@ -1,6 +1,7 @@
 """What a step costs on so many GPUs, on paper: bytes, launches, collectives and time.
 
 python -m fusedcalib plan --model llama3-70b --gpus 512
+python -m fusedcalib plan --model llama3-8b --dtypes split8+8bit --offload
 python3 bench/run.py plan --model llama3-405b --gpus 512,4096,16384 --tp 8 --json plan.json --plot plan.png
 
 From the real shapes of the parameters, laid out as torchtitan does. docs/scaling.md says what is counted and
@@ -25,7 +26,7 @@ from .plan_results import Plan, PlannedStep, Plans, Setting
 SWEPT = ("torch_fused", "own_plain", "eager_chain", "own_chain")  # the columns of a table over sizes
 NOTE = (
     "On paper: bytes, launches and all-reduces are counted, times follow from published bandwidths and the "
-    "assumptions in bench/predict/gpus.py; no GPU was measured. step = max(memory, host) + all-reduces."
+    "assumptions in bench/predict/gpus.py; no GPU was measured. step = max(memory, host, link) + all-reduces."
 )
 
 
@@ -48,7 +49,8 @@ def _plan(model: Model, sharding: Sharding, setting: Setting, names: Sequence[st
         except NotAvailableError as error:
             made.left_out[METHODS[name].title] = str(error)
         else:
-            time = gpus.time_of(step, len(model.params), sharding, setting.gpu, setting.efficiency)
+            work = setting.gpu, setting.efficiency, setting.link
+            time = gpus.time_of(step, len(model.params), sharding, *work)
             each = step.moved / largest
             made.steps.append(PlannedStep(**vars(step), moved_per_param=each, seconds=time, bound=time.bound))
     return made
@@ -57,8 +59,8 @@ def _plan(model: Model, sharding: Sharding, setting: Setting, names: Sequence[st
 # -- tables
 
 
-def steps_table(found: Plan) -> tables.Table:
-    """Each step on one layout."""
+def steps_table(found: Plan, link: float | None = None) -> tables.Table:
+    """Each step on one layout; `link`: as of Setting."""
 
     def sent(step: PlannedStep) -> str:
         each = [one.bytes for one in step.collectives]
@@ -73,10 +75,18 @@ def steps_table(found: Plan) -> tables.Table:
         "memory ms": lambda step: tables.milliseconds(step.seconds.memory),
         "host ms": lambda step: tables.milliseconds(step.seconds.host),
         "all-reduces ms": lambda step: tables.milliseconds(step.seconds.collectives),
+        **(_LINK if link else {}),
         "step ms": lambda step: tables.milliseconds(step.seconds.total),
         "bound by": lambda step: step.bound,
     }
     return tables.table_of(found.steps, columns)
+
+
+_LINK: tables.Columns[PlannedStep] = {
+    "of it up, down": lambda step: f"{step.states_read / 1e9:.3g}, {step.states_written / 1e9:.3g}",
+    "GB on the host": lambda step: f"{step.states_kept / 1e9:.3g}",
+    "link ms": lambda step: tables.milliseconds(step.seconds.link),
+}
 
 
 def sizes_table(results: Plans) -> tables.Table:
@@ -86,7 +96,8 @@ def sizes_table(results: Plans) -> tables.Table:
     def kept(found: Plan) -> str:
         own = found.step("own_plain")
         assert own is not None
-        return f"{own.kept / 1e9:.3g}{' (too much)' * (own.kept > memory)}"
+        size = results.on_gpu(own)
+        return f"{size / 1e9:.3g}{' (too much)' * (size > memory)}"
 
     def time_of(name: str) -> Callable[[Plan], str]:
         def cell(found: Plan) -> str:
@@ -117,7 +128,7 @@ def show(results: Plans) -> None:
     else:
         (found,) = results.plans
         print(found)
-        tables.show(steps_table(found))
+        tables.show(steps_table(found, results.link))
         for reason in dict.fromkeys(found.left_out.values()):
             names = [name for name, why in found.left_out.items() if why == reason]
             print(f"not counted: {', '.join(names)}: {reason}")
@@ -131,7 +142,8 @@ def main(options: argparse.Namespace) -> int:
     model = architectures.chosen(options)
     asked = (options.fsdp, options.tp, options.replicate)
     sizes = [shardings.sharding_of(count, *asked) for count in options.gpus]
-    setting = Setting(options.optimizer, options.dtypes, options.efficiency, gpus.GPUS[options.gpu])
+    link = options.link * 1e9 if options.offload else None
+    setting = Setting(options.optimizer, options.dtypes, options.efficiency, gpus.GPUS[options.gpu], link)
     results = plan(model, sizes, setting)
     show(results)
     write(results, options.json)

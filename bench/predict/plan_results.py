@@ -17,6 +17,11 @@ class Setting:
     dtypes: str = "fp32"
     efficiency: float = 1.0  # the share of its published bandwidth that a memory reaches
     gpu: gpus.Gpu = gpus.GPUS["h100"]
+    link: float | None = None  # bytes a second each way to the host, where our states lie; None: on the GPU
+
+    def on_gpu(self, step: Step) -> int:
+        """Bytes that stay on the GPU."""
+        return step.kept - step.states_kept if self.link else step.kept
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class Plans(Setting):
 
     @property
     def title(self) -> str:
+        away = f", our states on the host, {self.link / 1e9:.3g} GB/s each way" if self.link else ""
         return (
             f"{self.model}: {self.params / 1e9:.4g}B parameters in {self.tensors} tensors, "
             f"{self.optimizer}, {self.dtypes}, {self.gpu.name} at "
-            f"{self.efficiency * self.gpu.bandwidth / 1e12:.3g} TB/s"
+            f"{self.efficiency * self.gpu.bandwidth / 1e12:.3g} TB/s{away}"
         )

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -56,7 +56,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Step:
-    """A step on one GPU; `moved` are bytes that its memory reads and writes, `kept` those that stay there."""
+    """A step on one GPU; `moved` are bytes that its memory reads and writes, `kept` those that stay there.
+
+    Of them are those of states, and of what is beside parameters, which `offload` has in the host's memory.
+    """
 
     name: str
     title: str
@@ -64,6 +67,9 @@ class Step:
     kept: int
     launches: int
     collectives: tuple[Collective, ...]
+    states_read: int = field(default=0, kw_only=True)
+    states_written: int = field(default=0, kw_only=True)
+    states_kept: int = field(default=0, kw_only=True)
 
     @property
     def own(self) -> bool:
@@ -94,10 +100,9 @@ class Part(NamedTuple):
         """Elements of all that are alike."""
         return self.alike * self.slot.tensors()[0].numel()
 
-    @property
-    def kept(self) -> int:
-        """Bytes of all that are alike."""
-        tensors = (*self.slot.tensors(), *self.slot.scales)
+    def kept(self, first: int = 0) -> int:
+        """Bytes of all that are alike, from a tensor of the slot on: 0 the parameter, 2 the first state."""
+        tensors = (*self.slot.tensors()[first:], *self.slot.scales)
         return self.alike * sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -115,14 +120,17 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
     parts, slots = laid.parts, [part.slot for part in laid.parts]
     totals = RowTotals(slots)
     buckets = build_buckets(slots, Scalars(), totals=totals.parts)
-    moved = launches = 0
+    moved = launches = read = written = 0
     for bucket in buckets:
         flags = bucket.key.recipe.flags
         kernels = launch.parts_of(cast(launch.Tile, bucket.key.row_class), flags)
         launches += len(kernels)
         for part in (parts[i] for i in bucket.indices):
-            each = (traffic(name, flags, part.sizes) for name in (*kernels, *["norm"] * laid.measures))
-            moved += round(sum(one.memory for one in each) * part.size)
+            names = (*kernels, *["norm"] * laid.measures)
+            moved += round(sum(traffic(name, flags, part.sizes).memory for name in names) * part.size)
+            of_states = [traffic(name, flags, [0, 0, *part.sizes[2:]]) for name in names]
+            read += round(sum(one.read for one in of_states) * part.size)
+            written += round(sum(one.written for one in of_states) * part.size)
     collectives: list[Collective] = []
     if laid.measures:  # a launch for each list of gradients; over ranks one more, which decides
         launches += len(lists_of(buckets)) + bool(sharding.dims)
@@ -134,8 +142,9 @@ def own(method: Method, subject: Subject, dtypes: str, found: Counter[Shard], sh
         collectives.append(
             Collective("tp", sum(alike * t.numel() * t.element_size() for alike, t in of_rows))
         )
-    kept = sum(part.kept for part in parts)
-    return Step(method.name, method.title, moved, kept, launches, tuple(collectives))
+    kept, states = (sum(part.kept(first) for part in parts) for first in (0, 2))
+    whole = (method.name, method.title, moved, kept, launches, tuple(collectives))
+    return Step(*whole, states_read=read, states_written=written, states_kept=states)
 
 
 class Laid(NamedTuple):

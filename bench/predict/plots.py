@@ -58,13 +58,14 @@ def _milliseconds(results: Plans, name: str, part: str) -> list[float]:
 def plan_headline(results: Plans) -> str:
     """What binds our plain step, and from where on."""
     bounds = {found.gpus: step.bound for found in results.plans if (step := found.step("own_plain"))}
-    by_memory = [gpus for gpus, bound in bounds.items() if bound == "memory"]
-    others = [gpus for gpus, bound in bounds.items() if bound != "memory"]
-    if not others or not by_memory:
-        bound = "host" if others else "memory"
+    moves = "link to the host" if results.link else "memory"
+    by_bytes = [gpus for gpus, bound in bounds.items() if bound in ("memory", "link")]
+    others = [gpus for gpus, bound in bounds.items() if bound not in ("memory", "link")]
+    if not others or not by_bytes:
+        bound = "host" if others else moves
         return f"A plain step on {results.model} is bound by the {bound} throughout"
     return (
-        f"A plain step on {results.model}: memory decides up to {max(by_memory):,} GPUs, the host "
+        f"A plain step on {results.model}: {moves} decides up to {max(by_bytes):,} GPUs, the host "
         f"from {min(others):,} on"
     )
 

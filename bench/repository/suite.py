@@ -31,6 +31,7 @@ from . import goals
 OWN = ("torch_fused", "own_plain", "own_gc")
 WITH_EAGER = (*OWN, "eager_gc_fused")
 COMPILED = ("torch_fused", "own_gc", "compiled_gc")
+OFFLOADED = ("torch_fused", "own_plain", "own_offload")
 
 # In the order of their worth: what comes last is left out first.
 GPU_FIRST = (
@@ -59,6 +60,7 @@ GPU_MORE = (
     Case("groups-200", OWN),
     Case("depthwise", OWN),
     *(Case(f"single-2^{exponent}", OWN) for exponent in (10, 16, 28)),
+    *(Case("llama3-8b-layer-x1", OFFLOADED, dtypes) for dtypes in ("bf16+fp32-state", "split8+8bit")),
 )
 # Last of all: compiling takes long and may fail.
 GPU_COMPILED = tuple(Case(name, COMPILED) for name in ("llama3-8b-layer-x1", "small-1000"))

@@ -55,6 +55,7 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.Ad
         stochastic_rounding=options.stochastic_rounding,
         seed=options.seed,
         backend=options.backend,
+        offload="states" if options.offload else None,
     )
 
 
@@ -163,6 +164,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="step within backward and free gradients; needs --max-grad-norm 0",
     )
     add("--backend", default="auto", help="of the optimizer: auto, triton, numba or eager")
+    add("--offload", action="store_true", help="keep its states in the host's memory, of a GPU alone")
     add("--out", type=Path, help="folder of metrics.jsonl and checkpoints; nothing is written unless said")
     add("--resume", type=Path, help="a checkpoint, such as OUT/step-100, of any number of ranks")
     options = parser.parse_args(arguments)

@@ -77,7 +77,9 @@ def _parts(size: int, counts: list[int]) -> list[range]:
     return parts
 
 
-def check_kept(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any]) -> None:
+def check_kept(
+    owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any], offload: bool = False
+) -> None:
     """Raises where what is here of a state in bytes, or beside the parameter, is not as it should be."""
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name in recipe.own_states:
@@ -94,7 +96,8 @@ def check_kept(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, An
         found = state.get(key)
         if found is None:
             raise KeyError(f"{owner}: its state lacks {key!r}; load a checkpoint that has it, or clear it")
-        if tuple(found.shape) != shape or found.dtype != dtype or found.device != param.device:
+        here = found.device == param.device or (offload and found.device.type == "cpu")
+        if tuple(found.shape) != shape or found.dtype != dtype or not here:
             raise RuntimeError(
                 f"{owner}: its state {key!r} is {tuple(found.shape)} of {found.dtype} on {found.device}, but "
                 f"must be {shape} of {dtype} on {param.device}; load a checkpoint of the same parameters"

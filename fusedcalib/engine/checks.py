@@ -31,8 +31,13 @@ def describe(name: str, groups: Sequence[Mapping[str, Any]], group: int, index: 
     return f"{name}: parameter {index}{label} of group {group}"
 
 
-def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any]) -> None:
-    """Raises where the parameter, its gradient or its state cannot be stepped as they are."""
+def check_parameter(
+    owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, Any], offload: bool = False
+) -> None:
+    """Raises where the parameter, its gradient or its state cannot be stepped as they are.
+
+    `offload`: states may lie on the host too.
+    """
     grad = param.grad
     assert grad is not None
     place = _check_spread(owner, param, recipe)
@@ -80,10 +85,10 @@ def check_parameter(owner: str, param: Tensor, recipe: Recipe, state: Mapping[st
             )
     for name in recipe.states:
         if isinstance(state.get(name), Tensor):
-            _check_like(f"{owner}: its state {name!r}", state[name], param)
+            _check_like(f"{owner}: its state {name!r}", state[name], param, offload)
             if overlaps_itself(state[name]):
                 raise RuntimeError(f"{owner}: its state {name!r} overlaps itself in memory")
-    check_kept(owner, param, recipe, state)
+    check_kept(owner, param, recipe, state, offload)
 
 
 def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
@@ -103,8 +108,9 @@ def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
     return place
 
 
-def _check_like(what: str, t: Tensor, param: Tensor) -> None:
-    if t.shape != param.shape or t.device != param.device:
+def _check_like(what: str, t: Tensor, param: Tensor, offload: bool = False) -> None:
+    here = t.device == param.device or (offload and t.device.type == "cpu")
+    if t.shape != param.shape or not here:
         raise RuntimeError(
             f"{what} is {tuple(t.shape)} on {t.device}, "
             f"but the parameter is {tuple(param.shape)} on {param.device}"

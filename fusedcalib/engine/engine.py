@@ -25,6 +25,7 @@ from .checks import check_parameter, check_slots, describe
 from .decide import decider_of
 from .flat import warn_of_flat
 from .guards import OptionGuards
+from .offload import reaching_host
 from .part import Part, Places, check_options, check_rows
 from .plan import Plan
 from .plans import Plans
@@ -175,7 +176,8 @@ class Engine:
         """What runs a parameter; a lazily negated or conjugated gradient has no address to hand on."""
         grad = None if param.grad is None else local_of(param.grad)
         lazy = grad is not None and (grad.is_neg() or grad.is_conj())
-        return choose("eager" if lazy else self._backend, param.device, param.dtype)
+        found = choose("eager" if lazy else self._backend, param.device, param.dtype)
+        return reaching_host(self._name, found, param.device) if self.versions.offload else found
 
     def _note_capture(self, plan: Plan) -> None:
         """Keeps a plan for the graph that captures it."""
@@ -263,7 +265,7 @@ class Engine:
         self._misplaced += [each.param for each in unknown if redistribute_gradient(each.param)]
         for group, index, param in unknown:
             owner = describe(self._name, asked.groups, group, index)
-            check_parameter(owner, param, asked.recipes[group], state.get(param, {}))
+            check_parameter(owner, param, asked.recipes[group], state.get(param, {}), self.versions.offload)
         if not self._warned:
             by_rows = [each.param for each in live if asked.recipes[each.group].flags.by_rows]
             self._warned = warn_of_flat(self._name, by_rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..executors import torch_storage
 from ..kernels.storage import CODED
-from ..layout.shards import like, local_of
+from ..layout.shards import beside, like, local_of
 from ..layout.storage import (
     MASTER,
     REMAINDER,
@@ -55,13 +55,13 @@ def _set_bytes(
         entry[key] = like(param, versions.counted(part.contiguous()), shape)
 
 
-def state_values(entry: Entry, name: str, nonnegative: bool) -> Tensor:
-    """What is here of a state, in fp32 where it is kept in bytes."""
+def state_values(param: Tensor, entry: Entry, name: str, nonnegative: bool) -> Tensor:
+    """What is here of a parameter's state, beside it, in fp32 where it is kept in bytes."""
     codes, scales = names_of(name, "signed")
     if codes not in entry:
-        return local_of(entry[name])
+        return beside(param, entry[name])
     kind = "nonnegative" if nonnegative else "signed"
-    return torch_storage.decoded(local_of(entry[codes]), local_of(entry[scales]), kind)
+    return torch_storage.decoded(beside(param, entry[codes]), beside(param, entry[scales]), kind)
 
 
 def keep_state(
@@ -81,13 +81,13 @@ def keep_state(
     in_bytes = names_of(name, "signed")[0] in entry
     if kind in CODED:
         if not in_bytes:
-            values = local_of(entry.pop(name)).to(torch.float32)
+            values = beside(param, entry.pop(name)).to(torch.float32)
             _set_bytes(entry, versions, param, name, torch_storage.coded(values, kind))
         return
     dtype = dtype or (param if in_bytes else entry[name]).dtype
     if in_bytes or entry[name].dtype != dtype:
         kept = versions.new_state(param, 0.0, dtype)
-        entry[name] = like(param, kept.copy_(state_values(entry, name, nonnegative)))
+        entry[name] = like(param, kept.copy_(state_values(param, entry, name, nonnegative)))
     for key in names_of(name, "signed"):
         entry.pop(key, None)
 
@@ -111,10 +111,10 @@ def weights_of(param: Tensor, entry: Entry) -> Tensor:
     """
     local, master = local_of(param).detach(), master_of(param, entry)
     if master == "float32":
-        return local_of(entry[MASTER])
+        return beside(param, entry[MASTER])
     if master == "none" or param.dtype != torch.bfloat16:
         return local
-    return torch_storage.joined(local, remainder_view(local_of(entry[REMAINDER]), master), master)
+    return torch_storage.joined(local, remainder_view(beside(param, entry[REMAINDER]), master), master)
 
 
 def keep_weights(entry: Entry, versions: VersionCounters, param: Tensor, master: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..executors.triton import pinned
 from ..layout.shards import is_spread, like, local_of
 from ..layout.storage import HALF, MASTER, REMAINDER, names_of
 from ..options import EXTRAS
@@ -39,8 +40,8 @@ def expanded(
         for name in names:
             codes, scales = names_of(name, "signed")
             if codes in entry:
-                values = state_values(state[param], name, name in rule.nonnegative)
-                entry[name] = like(param, values)
+                values = state_values(param, state[param], name, name in rule.nonnegative)
+                entry[name] = like(param, values.to(local_of(entry[codes]).device))
                 del entry[codes], entry[scales]
         entry.pop(MASTER, None)
         entry.pop(REMAINDER, None)
@@ -135,16 +136,21 @@ def refresh(params: Iterable[Tensor], state: State, versions: VersionCounters) -
                 set_weights(entry, versions, param, master, local_of(param).detach().to(torch.float32))
 
 
-def resident_bytes(params: Iterable[Tensor], state: State) -> dict[str, int]:
-    """Bytes here of parameters, gradients and each part of the state, and of all together."""
+def resident_bytes(params: Iterable[Tensor], state: State, offload: bool = False) -> dict[str, int]:
+    """Bytes here of parameters, gradients and each part of the state, and of all together.
+
+    `offload`: also how many of them are in pinned host memory.
+    """
     found: dict[str, int] = {"parameters": 0, "gradients": 0}
+    host = 0
     for param in params:
         found["parameters"] += _size(param)
         found["gradients"] += 0 if param.grad is None else _size(param.grad)
         for name, value in state.get(param, {}).items():
             if isinstance(value, Tensor):
                 found[name] = found.get(name, 0) + _size(value)
-    return {**found, "total": sum(found.values())}
+                host += _size(value) if offload and pinned.is_pinned(local_of(value)) else 0
+    return {**found, "total": sum(found.values()), **({"host": host} if offload else {})}
 
 
 def _size(t: Tensor) -> int:

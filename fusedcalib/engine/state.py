@@ -14,6 +14,7 @@ from ..layout.shards import like, local_of
 from ..layout.storage import MASTER, REMAINDER, names_of, remainder_view
 from ..storage import FORMS, STATE_DTYPES, state_format
 from .kept import is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
+from .offload import loaded_state, move_states
 
 if TYPE_CHECKING:
     from .versions import VersionCounters
@@ -31,7 +32,7 @@ def make_state(
 ) -> bool:
     """Makes the state of a parameter that is missing; returns whether all of it was.
 
-    What is kept otherwise than the group asks is converted.
+    What is kept otherwise than the group asks is converted; what is offloaded moves, a state at a time.
     """
     rule, storage = recipe.rule, recipe.storage.of(param)
     nothing = not recipe.states and not recipe.counts and storage.master == "none"
@@ -60,6 +61,8 @@ def make_state(
         dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)
         average = versions.new_state(param, 0.0, dtype)
         entry["ema"] = like(param, average.copy_(weights_of(param, entry)))
+    if versions.offload:
+        move_states(entry, versions, ("step", *(rule.product or ())[:1]))
     return fresh
 
 
@@ -74,14 +77,20 @@ def state_dtype(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dty
 
 
 def load_state(
-    entry: dict[str, Any], saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]
+    entry: dict[str, Any],
+    saved: Mapping[str, Any],
+    param: Tensor,
+    group: Mapping[str, Any],
+    versions: VersionCounters,
 ) -> None:
     """Takes over saved states in the dtype that is asked for, else in the wider one of saved and loaded.
 
     Args:
-        entry: the state of the parameter as torch.optim has loaded it: in the parameter's dtype.
+        entry: the state of the parameter as torch.optim has loaded it: in the parameter's dtype; of states
+            that are offloaded only their dtypes, see `empty_states`.
         saved: the state in the checkpoint.
         param, group: the parameter and its options.
+        versions: the optimizer's.
     """
     for name, value in saved.items():
         if name == "step" or not isinstance(value, Tensor):
@@ -91,7 +100,9 @@ def load_state(
             dtype = value.dtype
         else:
             dtype = state_dtype(group, name, param) or torch.promote_types(loaded, value.dtype)
-        if dtype != loaded:
+        if versions.offload and value.ndim:
+            entry[name] = loaded_state(value, dtype, versions)
+        elif dtype != loaded:
             entry[name] = value.to(param.device, dtype)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..executors.triton import pinned
 from ..layout.shards import local_of
 
 if TYPE_CHECKING:
@@ -17,17 +18,24 @@ class VersionCounters:
     """One version counter for all states that an optimizer makes on a device.
 
     Autograd must be told of every tensor that a kernel writes; so it is told of all states at once.
+
+    Attributes:
+        offload: whether states that are made from now on lie in pinned host memory, wherever parameters do.
     """
 
     def __init__(self) -> None:
+        self.offload = False
         self._anchors: dict[torch.device, Tensor] = {}
 
     def new_state(self, param: Tensor, value: float, dtype: torch.dtype) -> Tensor:
         """A state like the parameter's local part, in memory of its own, filled with a value."""
         fill = complex(value, value) if param.is_complex() else value  # as torch.optim
+        local = local_of(param)
+        if self.offload:
+            return self.counted(pinned.memory(local, dtype).fill_(fill))
         return self.counted(
             torch.full_like(
-                local_of(param),
+                local,
                 fill,
                 dtype=dtype,
                 memory_format=torch.preserve_format,
@@ -36,7 +44,9 @@ class VersionCounters:
         )
 
     def counted(self, values: Tensor) -> Tensor:
-        """A tensor that nobody else has, counted with the others."""
+        """A tensor that nobody else has, counted with the others, in the memory where states lie."""
+        if self.offload:
+            values = pinned.moved(values)
         if values.device not in self._anchors:
             with torch.inference_mode(False):
                 self._anchors[values.device] = torch.empty(0, device=values.device)

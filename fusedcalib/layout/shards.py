@@ -30,6 +30,8 @@ def like(param: Tensor, local: Tensor, shape: Sequence[int] | None = None) -> Te
     stride = param.stride()
     if shape is not None:
         stride = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
+    if local.device.type != spec.device_mesh.device_type:  # from_local would move it there
+        return _part(local, spec.device_mesh, spec.placements, tuple(shape or param.shape), stride)
     return DTensor.from_local(
         local,
         spec.device_mesh,
@@ -38,6 +40,31 @@ def like(param: Tensor, local: Tensor, shape: Sequence[int] | None = None) -> Te
         shape=torch.Size(shape or param.shape),
         stride=stride,
     )
+
+
+def _part(
+    local: Tensor, mesh: Any, placements: Any, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> Tensor:
+    """A DTensor whose part here stays where it is, as FSDP2 makes those that it offloads."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, placements, TensorMeta(torch.Size(shape), stride, local.dtype))
+    made: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
+
+
+def with_local(t: Tensor, local: Tensor) -> Tensor:
+    """A tensor with another local part, which lies anywhere, spread as it is."""
+    if not is_spread(t):
+        return local
+    spread: Any = t
+    return _part(local, spread.device_mesh, spread.placements, tuple(t.shape), t.stride())
+
+
+def beside(param: Tensor, t: Tensor) -> Tensor:
+    """What of a tensor lies here, on the device of what of the parameter does: a copy if it is offloaded."""
+    return local_of(t).to(local_of(param).device)
 
 
 def redistribute_gradient(param: Tensor) -> bool:

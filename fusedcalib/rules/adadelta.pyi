@@ -36,6 +36,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         min_8bit_size: int = 4096,
         fused: bool | None = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""Adadelta, as `torch.optim.Adadelta`: steps in the units of the parameter, from its own past steps.
 
@@ -84,4 +85,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
             fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where
                 a gradient is not finite, without rewriting gradients or waiting for the device. Default None.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

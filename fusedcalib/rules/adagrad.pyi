@@ -38,6 +38,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""Adagrad, as `torch.optim.Adagrad`: each element has a step size that only ever falls.
 
@@ -88,5 +89,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             eps_inside_sqrt: divide by `\sqrt{G_t + \epsilon}` instead, as the lecture, `\epsilon` in units of
                 the gradient squared. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """
     def share_memory(self) -> None: ...

@@ -39,6 +39,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         min_8bit_size: int = 4096,
         eps_inside_sqrt: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""Adam, as `torch.optim.Adam`; weight decay is added to the gradient.
 
@@ -90,6 +91,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             eps_inside_sqrt: divide by `\sqrt{\hat v_t + \epsilon}` instead, `\epsilon` in units of the
                 gradient squared. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -122,6 +126,7 @@ class AdamW(Adam, torch.optim.AdamW):
         min_8bit_size: int = 4096,
         eps_inside_sqrt: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""AdamW, as `torch.optim.AdamW`: Adam with weight decay taken off the parameter first.
 
@@ -172,4 +177,7 @@ class AdamW(Adam, torch.optim.AdamW):
             eps_inside_sqrt: divide by `\sqrt{\hat v_t + \epsilon}` instead, `\epsilon` in units of the
                 gradient squared. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

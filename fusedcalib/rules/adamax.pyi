@@ -36,6 +36,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         min_8bit_size: int = 4096,
         fused: bool | None = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""Adamax, as `torch.optim.Adamax`: Adam with a decaying maximum in place of the second moment.
 
@@ -83,4 +84,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
             fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where
                 a gradient is not finite, without rewriting gradients or waiting for the device. Default None.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

@@ -37,6 +37,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         min_8bit_size: int = 4096,
         fused: bool | None = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""RAdam, as `torch.optim.RAdam`: Adam that waits until its second moment can be trusted.
 
@@ -85,4 +86,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             fused: with True the step also unscales for a `torch.amp.GradScaler`, and leaves itself out where
                 a gradient is not finite, without rewriting gradients or waiting for the device. Default None.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

@@ -39,6 +39,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         fused: bool | None = False,
         eps_inside_sqrt: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""RMSprop, as `torch.optim.RMSprop`: the gradient over its root mean square, with momentum.
 
@@ -90,4 +91,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             eps_inside_sqrt: `\sqrt{v_t + \epsilon}` instead, as the lecture, `\epsilon` in units of the
                 gradient squared. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

@@ -37,6 +37,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         min_8bit_size: int = 4096,
         capturable: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""SGD with momentum, dampening and Nesterov momentum, as `torch.optim.SGD`.
 
@@ -85,6 +86,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
                 in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
                 anew. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """
 
 class SGDW(SGD):
@@ -116,6 +120,7 @@ class SGDW(SGD):
         min_8bit_size: int = 4096,
         capturable: bool = False,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""SGDW: SGD with weight decay taken off the parameter first.
 
@@ -164,4 +169,7 @@ class SGDW(SGD):
                 in a CUDA graph; a replay reads a learning rate (or other hyperparameter) that is a GPU tensor
                 anew. Default False.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

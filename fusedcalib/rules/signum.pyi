@@ -37,6 +37,7 @@ class Signum(FusedOptimizer, Options):
         master_weights: bool | int | Literal["split16", "split8", "float32"] | None = None,
         min_8bit_size: int = 4096,
         backend: Literal["auto", "triton", "numba", "eager"] = "auto",
+        offload: Literal["states"] | None = None,
     ) -> None:
         r"""Signum: the sign of an average of the gradient; signSGD without momentum.
 
@@ -84,4 +85,7 @@ class Signum(FusedOptimizer, Options):
             min_8bit_size: elements of a parameter, from which on `state_dtype="8bit"` keeps bytes; smaller
                 ones have fp32 states. Default 4096.
             backend: "auto", "triton", "numba" or "eager"; for the whole optimizer. Default "auto".
+            offload: "states" keeps states, and what parameters have beside them, in pinned host memory, where
+                the kernels of a GPU read and write them; for the whole optimizer, on GPUs that Triton steps.
+                Default None: on the device of the parameters.
         """

@@ -16,6 +16,7 @@ from ...kernels.storage import CODED
 from ...kernels.table import GEOMETRY
 from ...layout.buckets import Bucket
 from ...layout.tables import vector_of
+from .pinned import Users
 from .resident import DeviceArray, Streams, capturing, sent
 
 
@@ -70,6 +71,8 @@ class Together:
         self._moves: list[int] = []
         self._captured = False  # whether launches read what a graph has of its own
         self._streams = Streams(self._device)
+        slots = [slot for bucket in buckets for slot in bucket.slots]
+        self._offloaded = Users(self._device, (t for slot in slots for t in (*slot.states, *slot.scales)))
 
     def prepare(self) -> None:
         """Makes launches ready that are to run next, on this device's current stream."""
@@ -83,6 +86,7 @@ class Together:
         for resident in self._residents:
             resident.up_to_date(self._scalars_of(resident.bucket))
         self._streams.note(self._tensors)
+        self._offloaded.note()
 
     def first_of(self, bucket: Bucket) -> int:
         """Where the addresses of the gradients of a bucket begin among all."""
