@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..executors.choose import may_launch
 from ..executors.triton import pinned
 from ..layout.buckets import Executor
 from ..layout.shards import local_of, with_local
@@ -16,7 +17,7 @@ from .versions import VersionCounters
 
 def check_construction(name: str, backend: str) -> None:
     """Raises ValueError where no parameter's states could be offloaded: by the executor, or without a GPU."""
-    if backend not in ("auto", "triton"):
+    if not may_launch(backend):
         raise ValueError(
             f"{name}: offload='states' needs kernels that reach the host's memory from a GPU, which "
             f"backend={backend!r} has not; use backend='auto', or leave offload out"
@@ -30,7 +31,7 @@ def check_construction(name: str, backend: str) -> None:
 
 def reaching_host(name: str, executor: Executor, device: torch.device) -> Executor:
     """An executor, if it reaches the host's memory from a device; else raises RuntimeError."""
-    if executor.name != "triton":
+    if not executor.launches:
         raise RuntimeError(
             f"{name}: offload='states' is for parameters that Triton steps on a GPU, but one on {device} is "
             f"stepped by {executor.name}; move the model to a GPU before the first step (install Triton, "

@@ -12,7 +12,7 @@ from ..layout.buckets import Executor
 from ..options import BACKENDS
 
 # In the order of preference. Each is a module here: `why_not` says, without loading anything heavy, what is
-# against it; `load` gives what runs a bucket.
+# against it; `load` gives what runs a bucket; `LAUNCHES` is there, and true, where it launches kernels.
 NAMES = BACKENDS[1:]
 
 
@@ -31,6 +31,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Executor:
         name = backend
     executor: Executor = _module(name).load()
     return executor
+
+
+def may_launch(backend: str) -> bool:
+    """Whether what a backend stands for may launch the kernels of kernels/, wherever parameters are."""
+    return backend == "auto" or getattr(_module(backend), "LAUNCHES", False)
 
 
 def _module(name: str) -> Any:

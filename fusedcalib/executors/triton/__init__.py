@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+LAUNCHES = True  # the kernels of kernels/
+
 
 def why_not(device: torch.device, dtype: torch.dtype, by_name: bool) -> str | None:
     """Why it cannot run a parameter; None if it can. `by_name`: whether it is asked for."""
