@@ -169,6 +169,7 @@ def test_a_step_on_a_side_stream_and_a_captured_one():
             graph.replay()
         torch.cuda.synchronize()
     assert_on_host(runs[0])
+    assert {entry["step"].device.type for entry in runs[0].state.values()} == {DEVICE}
     assert_same(*runs)
 
 

@@ -118,6 +118,8 @@ def test_the_command(tmp_path, capsys):
     assert step["seconds"]["link"] == step["states_read"] / 20e9
     assert command.main(["plan", "--model", "gpt2", "--gpus", "1"]) == 0
     assert "on the host" not in capsys.readouterr().out
+    assert command.main([*arguments[:4], "1,2", "--offload"]) == 0
+    assert "0.996" in capsys.readouterr().out  # 8 bytes of each of 124 million
     with pytest.raises(SystemExit):
         command.main([*arguments, "--link", "0"])
     assert "is not GB/s above 0" in capsys.readouterr().err

@@ -99,6 +99,11 @@ def sizes_table(results: Plans) -> tables.Table:
         size = results.on_gpu(own)
         return f"{size / 1e9:.3g}{' (too much)' * (size > memory)}"
 
+    def away(found: Plan) -> str:
+        own = found.step("own_plain")
+        assert own is not None
+        return f"{own.states_kept / 1e9:.3g}"
+
     def time_of(name: str) -> Callable[[Plan], str]:
         def cell(found: Plan) -> str:
             step = found.step(name)
@@ -115,6 +120,8 @@ def sizes_table(results: Plans) -> tables.Table:
         "tensors missing on the last": lambda found: str(found.empty),
         f"GB kept, of {memory / 1e9:.0f}": kept,
     }
+    if results.link:
+        columns["GB on the host, a GPU"] = away
     names = [name for name in SWEPT if any(found.step(name) for found in results.plans)]
     columns |= {f"{METHODS[name].title}: ms": time_of(name) for name in names}
     return tables.table_of(results.plans, columns)
