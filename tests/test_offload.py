@@ -78,7 +78,7 @@ def test_what_the_cpu_steps_is_refused_before_anything_is_changed(monkeypatch):
 
 def test_a_gpu_without_unified_addressing_is_refused(monkeypatch):
     class Triton:
-        name = "triton"
+        name, launches = "triton", True
 
     Host(monkeypatch)
     monkeypatch.setattr(pinned, "why_not", lambda device: f"needs unified addressing, which {device} has not")
