@@ -64,8 +64,7 @@ def test_any_size_of_buckets(bucket_bytes):
 
 @pytest.mark.skipif(FUSED is None, reason="needs numba")
 def test_by_loops():
-    options = {**STAGES["split8, 8bit"], "centralize": True, "backend": FUSED}
-    run = assert_same("AdamW", BUCKET, **options)
+    run = assert_same("AdamW", BUCKET, **STAGES["split8, 8bit"], backend=FUSED)
     assert run.optimizer.backend == FUSED
 
 
