@@ -87,6 +87,18 @@ def test_a_bucket_is_stepped_within_the_backward_pass():
     assert run.model.table.weight.grad is None
 
 
+def test_the_last_bucket_is_stepped_with_the_last_gradient():
+    """Also where it is not full."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = fusedcalib.SGD(model.parameters(), lr=0.1, momentum=0.9, backend="eager")
+    fusedcalib.enable_gradient_release(model, optimizer)
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        assert {p.grad for p in model.parameters()} == {None}
+        assert len(optimizer.state) == 4
+        optimizer.step()
+
+
 def test_hooks_of_the_optimizer_are_called_once_a_step():
     run, called = Run("SGD", 0), []
     run.optimizer.register_step_pre_hook(lambda *_: called.append("before"))
