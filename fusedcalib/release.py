@@ -59,7 +59,8 @@ def enable_gradient_release(
         ValueError: `bucket_bytes` is negative.
         RuntimeError: what needs all gradients at once, or gradients that are not freed: `max_grad_norm`,
             `skip_nonfinite`, `capturable`, a GradScaler, closures, DDP, FSDP1, DeepSpeed, rows that lie on
-            several ranks. Said here, or where it is met first; nothing has been changed then.
+            several ranks. Said here, or where it is met first; nothing has been changed then. Only a
+            GradScaler without fp16 autocast is met no sooner than in `step()`, after a backward pass.
 
     >>> import torch, fusedcalib
     >>> model = torch.nn.Linear(2, 1, bias=False)
