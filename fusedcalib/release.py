@@ -42,8 +42,8 @@ def enable_gradient_release(
             frozen, or in no param group, are left alone; those of the optimizer that the model has not, and
             those that join later, are stepped by `optimizer.step()` as always.
         optimizer: an optimizer of this package.
-        bucket_bytes: gradients that are collected before a launch, in bytes. 0 steps each at once. Default
-            64 MiB.
+        bucket_bytes: gradients that are collected before a launch, in bytes; the last bucket may be smaller.
+            0 steps each at once. Default 64 MiB.
 
     Returns:
         A handle: `paused()`, `discard()`, `remove()`. As a context manager it is removed at the end.
@@ -59,7 +59,8 @@ def enable_gradient_release(
         ValueError: `bucket_bytes` is negative.
         RuntimeError: what needs all gradients at once, or gradients that are not freed: `max_grad_norm`,
             `skip_nonfinite`, `capturable`, a GradScaler, closures, DDP, FSDP1, DeepSpeed, rows that lie on
-            several ranks. Said here, or where it is met first; nothing has been changed then.
+            several ranks. Said here, or where it is met first; nothing has been changed then. Only a
+            GradScaler without fp16 autocast is met no sooner than in `step()`, after a backward pass.
 
     >>> import torch, fusedcalib
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -173,7 +174,7 @@ class GradientRelease:
     # -- a step ---------------------------------------------------------------------------------
 
     def _collect(self, param: Tensor) -> None:
-        """Takes a parameter whose gradient has come; steps its bucket where that is full."""
+        """Takes a parameter whose gradient has come; steps its bucket where that is full, or the last."""
         with self._lock:
             self._end_bucket()
             if id(param) in self._seen:
@@ -190,7 +191,7 @@ class GradientRelease:
             self._waiting.setdefault(device, []).append(param)
             self._bytes[device] = size
             self._seen.add(id(param))
-            if size >= self._bucket_bytes:
+            if size >= self._bucket_bytes or len(self._seen) == len(self._params):
                 self._step(device)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fusedcalib
@@ -99,6 +100,29 @@ def differing(ranks: int, rank: int) -> dict[str, int]:
     return found
 
 
+def embedded(ranks: int) -> dict[str, int]:
+    """A RowwiseParallel embedding, whose gradient every rank has whole: tensors that differ, late layouts."""
+    left, late = [], []
+    for release in (False, True):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2))
+        plan = {"0": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())}
+        parallelize_module(model, init_device_mesh("cpu", (ranks,)), {**plan, "1": ColwiseParallel()})
+        optimizer = fusedcalib.SGD(model.parameters(), lr=0.1, momentum=0.9, backend="eager")
+        if release:
+            fusedcalib.enable_gradient_release(model, optimizer, 0)
+        for step in range(4):
+            if step == 2:
+                lay_out = optimizer._engine._lay_out
+                optimizer._engine._lay_out = lambda *args, lay=lay_out: (late.append(1), lay(*args))[1]
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(torch.randint(10, (6,))).square().sum().backward()
+            optimizer.step()
+        left.append([p.detach()._local_tensor for p in model.parameters()])
+    return {"embedded": sum(not torch.equal(a, b) for a, b in zip(*left, strict=True)), "late": len(late)}
+
+
 def said(what: Any) -> str:
     """The RuntimeError of a call; "" if there is none."""
     try:
@@ -132,7 +156,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     warnings.filterwarnings("ignore")
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/store{ranks}", timeout, ranks, rank)
-    own = {"differing": differing(ranks, rank), "refused": refused(ranks) if ranks == 2 else {}}
+    own: dict[str, Any] = {"differing": differing(ranks, rank)}
+    if ranks == 2:
+        own["differing"].update(embedded(ranks))
+        own["refused"] = refused(ranks)
     told: list[Any] = [None] * ranks
     dist.all_gather_object(told, own)
     if rank == 0:

@@ -3,11 +3,12 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
 import torch
-from cases import FUSED, assert_identical
+from cases import DEVICE, FUSED, assert_identical
 from release_cases import Run, hooks_of
 from rule_cases import RULES, each
 
@@ -63,8 +64,7 @@ def test_any_size_of_buckets(bucket_bytes):
 
 @pytest.mark.skipif(FUSED is None, reason="needs numba")
 def test_by_loops():
-    options = {**STAGES["split8, 8bit"], "centralize": True, "backend": FUSED}
-    run = assert_same("AdamW", BUCKET, **options)
+    run = assert_same("AdamW", BUCKET, **STAGES["split8, 8bit"], backend=FUSED)
     assert run.optimizer.backend == FUSED
 
 
@@ -85,6 +85,18 @@ def test_a_bucket_is_stepped_within_the_backward_pass():
     assert kept == ["table.weight", "foreign.weight", "foreign.bias"]
     run.optimizer.step()
     assert run.model.table.weight.grad is None
+
+
+def test_the_last_bucket_is_stepped_with_the_last_gradient():
+    """Also where it is not full."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = fusedcalib.SGD(model.parameters(), lr=0.1, momentum=0.9, backend="eager")
+    fusedcalib.enable_gradient_release(model, optimizer)
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        assert {p.grad for p in model.parameters()} == {None}
+        assert len(optimizer.state) == 4
+        optimizer.step()
 
 
 def test_hooks_of_the_optimizer_are_called_once_a_step():
@@ -145,7 +157,9 @@ def test_copies_and_files_know_no_release(tmp_path):
     run.step()
     model, optimizer = copy.deepcopy((run.model, run.optimizer))
     assert optimizer._optimizer_step_pre_hooks == {}
-    model(torch.zeros(1, 2, dtype=torch.int64, device=run.params[0].device)).sum().backward()
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.float16):  # which is refused of the model itself
+        model(tokens).sum().backward()
     assert model.first.weight.grad is not None  # as nothing was stepped
     torch.save(run.model, tmp_path / "model.pt")
     pickle.loads(pickle.dumps(run.optimizer))
@@ -162,18 +176,22 @@ def test_loading_a_state_dict_goes_on_from_it():
     assert_identical(run.step(3).left()[:2], without.step(3).left()[:2])
 
 
+def test_a_bucket_of_vectors_is_not_taken_for_a_model_without_rows():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Run("AdamW", 0, centralize=True).step()
+
+
 def test_groups_and_parameters_that_join_later():
     """A new one is stepped as always; noise goes by the places that parameters have then."""
-    runs = (
-        Run("SGD", 0, noise=fusedcalib.WeightNoise(0.1)),
-        Run("SGD", None, noise=fusedcalib.WeightNoise(0.1)),
-    )
+    noise = fusedcalib.WeightNoise(0.1)
+    runs = Run("SGD", 0, noise=noise), Run("SGD", None, noise=noise)
     for run in runs:
-        run.step()
         for group in run.optimizer.param_groups:
             del group["param_names"]
-        first = run.optimizer.param_groups[0]["params"]
-        first.reverse()
+        run.step()
+        run.optimizer.param_groups[0]["params"].reverse()
+        run.step(2)
         run.optimizer.add_param_group({"params": run.foreign, "lr": 0.1})
         run.step(2)
     assert_identical(runs[0].left()[:2], runs[1].left()[:2])
@@ -223,9 +241,24 @@ def test_a_bucket_is_laid_out_once(laid_out):
     """Also where others have come since, with states of their own."""
     run = Run("NAdam", BUCKET)
     run.step(6)
-    assert laid_out
+    kept = run.optimizer._engine._plans
+    assert len(laid_out) == len(kept._parts) + len(kept._kept)
     laid_out.clear()
     run.step(6)
+    assert laid_out == []
+
+
+def test_what_was_replaced_is_not_kept_by_the_plans_of_other_buckets(laid_out):
+    """As states whose tensors were exchanged; and all is laid out anew once, not twice."""
+    run = Run("AdamW", 0).step(3)
+    state = weakref.ref(run.optimizer.state[run.model.seldom.weight]["exp_avg"])
+    for entry in run.optimizer.state.values():
+        entry["exp_avg"] = entry["exp_avg"].clone()
+    run.step()
+    gc.collect()
+    assert state() is None
+    laid_out.clear()
+    run.step()
     assert laid_out == []
 
 

@@ -84,21 +84,21 @@ def pages():
     return int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_nothing_grows(steps):
     """Objects and plans are as many after them; memory grows in no more than some of four parts of them.
 
     To 64 KB a part: an object of a tensor for each of 250 steps would take more.
     """
     run = Run("AdamW", 16_500)
-    run.step(15)
+    run.step(steps)  # the allocator takes as many to find its places
     gc.collect()
     plans, objects = dict(run.optimizer._engine._plans._parts), len(gc.get_objects())
     memory = [pages()]
     for _ in range(4):
         run.step(steps // 4)
-        gc.collect()
         memory.append(pages())
+    gc.collect()
     assert run.optimizer._engine._plans._parts == plans
     assert len(gc.get_objects()) - objects < 20
     assert min((after - before) * 4096 for before, after in pairwise(memory)) < 1 << 16

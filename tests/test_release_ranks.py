@@ -33,7 +33,7 @@ def two(tmp_path_factory):
 
 def test_two_ranks_step_as_without(two):
     for found in two:
-        assert len(found["differing"]) == 12
+        assert len(found["differing"]) == 12 + 2
         assert {name: count for name, count in found["differing"].items() if count} == {}
 
 

@@ -221,8 +221,9 @@ def words(results: dict[str, Any]) -> str:
         f"- Its {setting['steps']} losses are the same numbers with release and without.",
         f"- Tensors take {live['without'] / 1e6:.1f} MB at most within a step without release, and "
         f"{live['with'] / 1e6:.1f} MB with it: {saved:.2f} bytes a parameter less (bf16, a sequence a step).",
-        f"- A training step takes {', '.join(took)} of the time without (seconds of the CPU, medians of "
-        f"{len(results['times']['seconds']['without'])} in turns; fp32, {setting['batches'][1]} sequences).",
+        f"- A training step takes {' and '.join(took)}, as a share of one without (seconds of the CPU, "
+        f"medians of {len(results['times']['seconds']['without'])} in turns; fp32, "
+        f"{setting['batches'][1]} sequences).",
         f"- A bucket of {setting['bucket']} small parameters takes the host, in µs: {', '.join(hosts)}.",
         "",
         "![loss and memory with gradient release](../examples/transformer/results/release.png)",

@@ -51,7 +51,7 @@ class Engine:
         owner: gives the optimizer, whose row factors a step multiplies.
 
     Attributes:
-        plan: of the last step; None where the next one is laid out anew.
+        plan: of the last step of all parameters; None where the next one is laid out anew.
         report: what steps have found.
         versions: of the tensors that steps write.
         captured: what CUDA graphs go on reading.
@@ -148,7 +148,7 @@ class Engine:
             self.drop_plans()
         for param in params:
             redistribute_gradient(param)
-        self._undo = self.plan = None
+        self._undo = None
         plan = self._plans.of_part(part.key)
         if plan is None or not plan.fits(part.of(asked), part.watched(state)):
             return self._lay_out(asked, state, part)
