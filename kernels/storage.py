@@ -24,8 +24,8 @@ BLOCK = 64  # columns that share a scale
 _BLOCK = tl.constexpr(BLOCK)
 # What who runs the functions of elements elsewhere has to supply: four functions, and these as fp32.
 ELEMENTARY = ("bits_of", "float_of", "at_most", "at_least")
-SINGLES = {"_top": 256.0, "_shift": 16384.0, "_normal": 2.0**-6, "_lowest": 4.1723734511833754e-07}
-_top, _shift = tl.constexpr(SINGLES["_top"]), tl.constexpr(SINGLES["_shift"])
+SINGLES = {"_top": 256.0, "_infinity": float("inf"), "_normal": 2.0**-14, "_lowest": 4.1723734511833754e-07}
+_top, _infinity = tl.constexpr(SINGLES["_top"]), tl.constexpr(SINGLES["_infinity"])
 _normal, _lowest = tl.constexpr(SINGLES["_normal"]), tl.constexpr(SINGLES["_lowest"])
 
 
@@ -109,23 +109,24 @@ def joined(high, low):
 
 @jit
 def signed_code(x, inverse):
-    """E4M3 (0 to 255) of x times the inverse of its block's scale, rounded once, to nearest even."""
-    bits = bits_of(x)
-    sign = where(x == x, bits >> 24, 0) & 0x80
+    """E4M3 (0 to 255) of x times the inverse of its block's scale, rounded once, to nearest even.
+
+    A number that is added to 2^20 times its power of two, 2^-6 at least, is rounded to steps of E4M3.
+    """
+    x = at_most(x, _infinity)  # NaN has no sign
     y = at_most(float_of(magnitude(x)) * inverse, _top)
     bits = bits_of(y)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    small = bits_of(y + _shift) - 0x46800000
-    return where(y < _normal, small, normal) | sign
+    power = where(bits > 0x3C800000, bits, 0x3C800000) & 0x7F800000
+    steps = bits_of(y + float_of(power + 0x0A000000)) - power - 0x0A0003C8
+    return steps + (power >> 20) - (bits_of(x) >> 31) * 128
 
 
 @jit
 def signed_level(code):
-    """The value of an E4M3 code (int32), yet to be multiplied by its block's unit."""
-    low = code & 0x7F
-    normal = float_of((low << 20) + 0x3C000000)
-    small = float_of((low << 20) + 0x3C800000) - _normal
-    return float_of(bits_of(where(low < 8, small, normal)) | ((code & 0x80) << 24))
+    """The value of an E4M3 code (int32) over 256, yet to be multiplied by its block's scale."""
+    value = float_of(((code & 0x7F) << 20) + 0x38000000)
+    value = at_most(value, value + value - _normal)  # the smaller is the second for codes below 8
+    return float_of(bits_of(value) | ((code & 0x80) << 24))
 
 
 @jit
@@ -140,7 +141,7 @@ def nonnegative_code(x, inverse):
 
 @jit
 def nonnegative_level(code):
-    """The value of such a code (int32), yet to be multiplied by its block's unit."""
+    """The value of such a code (int32), yet to be multiplied by its block's scale."""
     return float_of(code * 699050 + 0x34E000AA)
 
 
@@ -213,7 +214,5 @@ def coded(x, scales, KIND: tl.constexpr, SPEC: tl.constexpr):
 def decoded(codes, scales, KIND: tl.constexpr, SPEC: tl.constexpr):
     """What bytes [R, C] and their scales [R, C // 64] stand for."""
     code = codes.to(tl.int32)
-    if KIND == "signed":
-        return signed_level(code) * along_blocks(scales * 0.00390625, SPEC)
-    else:
-        return nonnegative_level(code) * along_blocks(scales, SPEC)
+    level = signed_level(code) if KIND == "signed" else nonnegative_level(code)
+    return level * along_blocks(scales, SPEC)

@@ -9,6 +9,7 @@ from kernel_compiled import spilled
 
 import fusedcalib
 from fusedcalib.bench.predict.compiled import TARGETS, Compiled, compiled_for, instructions
+from fusedcalib.bench.predict.executed import executed
 from fusedcalib.engine.state import make_state, scales_of, states_of
 from fusedcalib.engine.versions import VersionCounters
 from fusedcalib.executors.triton import run as gpu
@@ -26,7 +27,8 @@ class Form(NamedTuple):
 
     reads: int
     writes: int
-    executed: float  # instructions an element for sm_90, those of paths that are seldom taken among them
+    compiled: float  # instructions an element for sm_90
+    executed: float  # of them, where no division or root takes its slow path
     options: dict[str, Any]
     dtype: torch.dtype = BF16
 
@@ -34,11 +36,11 @@ class Form(NamedTuple):
 EIGHT: dict[str, Any] = {"state_dtype": "8bit"}
 # The last numbers are what was compiled when they were written: a kernel may not become heavier unseen.
 FORMS = {
-    "exact": Form(14, 12, 74.1, {"master_weights": "split16", "state_dtype": "float32"}),
-    "eight": Form(8, 6, 116.8, {"master_weights": "split16", **EIGHT}),
-    "seven": Form(7, 5, 122.6, {"master_weights": "split8", **EIGHT}),
-    "six": Form(6, 4, 130.1, {"stochastic_rounding": True, **EIGHT}),
-    "fp32": Form(10, 6, 109.9, EIGHT, F32),
+    "exact": Form(14, 12, 74.1, 56.2, {"master_weights": "split16", "state_dtype": "float32"}),
+    "eight": Form(8, 6, 113.6, 95.1, {"master_weights": "split16", **EIGHT}),
+    "seven": Form(7, 5, 119.2, 100.8, {"master_weights": "split8", **EIGHT}),
+    "six": Form(6, 4, 126.8, 108.4, {"stochastic_rounding": True, **EIGHT}),
+    "fp32": Form(10, 6, 105.8, 87.6, EIGHT, F32),
 }
 
 
@@ -85,7 +87,8 @@ def test_nothing_is_spilled_and_accesses_are_wide(form, target):
 @pytest.mark.parametrize("form", FORMS)
 def test_no_kernel_is_heavier_than_it_was(form):
     found = built(form, "sm_90")
-    assert len(instructions(found)) / found.elements <= 1.05 * FORMS[form].executed
+    assert len(instructions(found)) / found.elements <= 1.05 * FORMS[form].compiled
+    assert len(executed(found)) / found.elements <= 1.05 * FORMS[form].executed
 
 
 @pytest.mark.parametrize("columns", [100, 27])

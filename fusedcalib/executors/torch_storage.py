@@ -71,8 +71,7 @@ def coded(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def decoded(codes: Tensor, scales: Tensor, kind: str) -> Tensor:
     """What bytes and their scales stand for, in fp32."""
     levels = function(f"{kind}_level")(_blocks(codes).to(torch.int32))
-    units = scales * 0.00390625 if kind == "signed" else scales
-    return _elements(levels * units[:, :, None], codes)
+    return _elements(levels * scales[:, :, None], codes)
 
 
 def split(x: Tensor, master: str) -> tuple[Tensor, Tensor]:

@@ -186,4 +186,3 @@ signed_code, signed_level = element("signed_code"), element("signed_level")
 nonnegative_code, nonnegative_level = element("nonnegative_code"), element("nonnegative_level")
 CODE = {"signed": signed_code, "nonnegative": nonnegative_code}
 TOP = {"signed": np.float32(256), "nonnegative": np.float32(1)}
-UNIT = {"signed": np.float32(1 / 256), "nonnegative": np.float32(1)}

@@ -18,7 +18,6 @@ from .elements import (
     CODE,
     INLINE,
     TOP,
-    UNIT,
     joined,
     magnitude,
     nonnegative_level,
@@ -81,11 +80,10 @@ def storage_of(kept: Sequence[str], count: int, load: Any, store: Any, stochasti
         "scratch": scratch,
     }
     coded = [i for i, kind in enumerate(kinds) if kind in CODED]
-    names |= {f"unit{n}": UNIT[kinds[i]] for n, i in enumerate(coded)}
     units = {i: f"units[{n}]" for n, i in enumerate(coded)}
     values = [_value(kind, i, count - 1, units.get(i, "")) for i, kind in enumerate(kinds)]
     addresses = [f"whole_at(last, {n}) + 4 * offset" for n in range(len(coded))]
-    scales = [f"single_at(places[{n}], block) * unit{n}" for n in range(len(coded))]
+    scales = [f"single_at(places[{n}], block)" for n in range(len(coded))]
     kept_back = [f"set_single(space, {BLOCK * n} + j, state[{i - 2}])" for n, i in enumerate(coded)]
 
     def made(arguments: str, *lines: str) -> Function:
