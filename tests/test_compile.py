@@ -10,7 +10,7 @@ from kernel_kinds import BF16, CLASSES, KINDS, config, slow_unless
 from fusedcalib.bench.predict.compiled import usage
 from fusedcalib.bench.predict.static_costs import occupancy
 from fusedcalib.kernels import launch
-from fusedcalib.kernels.spec import MANY
+from fusedcalib.kernels.spec import FLAT, MANY, ROW_CLASSES
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
@@ -110,6 +110,12 @@ def test_rows_are_held_in_registers_as_long_as_they_fit(kind: str, longest: int)
     assert spec.tile == tiles[longest]
     wide = compiled_for(spec.tiled(launch.tile_for(8, 8192, True, 0)))
     assert (spilled(wide) > 0) == (longest < 8192)
+
+
+def test_a_thread_has_sixteen_elements():
+    """Of every class, as long as a slot has few tensors."""
+    classes = [FLAT, *(tile[1:4] for tile in ROW_CLASSES)]
+    assert {rows * columns / (32 * warps) for rows, columns, warps in classes} == {16}
 
 
 @pytest.mark.parametrize("row_class", ["flat", "rows of 64", "rows of 1024", "loop", "pieces"])
