@@ -119,6 +119,15 @@ def test_skipped_steps(rule, backend):
     assert runs.ours.skipped_steps.item() == 2
 
 
+@each(["SGD"])
+def test_a_skipped_step_does_not_finish_rows_in_pieces(rule, backend):
+    runs = Runs(rule, backend, ((1, 40_000),), skip_nonfinite=True, max_row_norm=30.0, ema_decay=0.9).step()
+    runs.gradients(scale=math.inf)
+    before = snapshot(runs.ours)
+    runs.ours.step()
+    assert_identical(snapshot(runs.ours), before)
+
+
 @each({name: RULES[name] for name in ("SGD", "AdamW", "NAdam")})
 @pytest.mark.parametrize("limit", [None, 3.0])
 def test_a_scaler(rule, backend, limit):
@@ -179,11 +188,8 @@ def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
 
 
 def test_groups_and_histories_have_rows_of_their_own(backend, monkeypatch):
-    """Parameters that joined late count for themselves; as many rows as distinct histories.
-
-    Interpreted, two rows are written and two slots counted at a time; what is compiled has 128.
-    """
-    if DEVICE == "cpu":
+    """Parameters that joined late count for themselves; as many rows as distinct histories."""
+    if DEVICE == "cpu":  # two rows and two slots at a time; what is compiled has 128
         monkeypatch.setattr("fusedcalib.kernels.decide._LANES", tl.constexpr(2))
     runs = Runs(RULES["NAdam"], backend, capturable=True)
     runs.step(2, missing=(0,)).step(1, missing=(1,)).step(2)
