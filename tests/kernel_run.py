@@ -8,8 +8,9 @@ from kernel_cases import Case, device_of
 from kernel_trial import bits, gradient_values, parameter_values
 
 INF, NAN = float("inf"), float("nan")
+FULL_NAN = torch.tensor(2**63 - 1).view(torch.float64).item()  # that of GPUs: all bits but the sign
 # Zeros of either sign, subnormals (of fp32, bf16 and fp64), and what overflows when it is squared.
-SPECIAL = (0.0, -0.0, 1e-40, -1e-42, 1e-310, 1e-25, 1e21, -3e38, INF, -INF, NAN, 1.0)
+SPECIAL = (0.0, -0.0, 1e-40, -1e-42, 1e-310, 1e-25, 1e21, -3e38, INF, -INF, NAN, FULL_NAN, 1.0)
 SHAPES = ((3, 40), (7, 130), (2, 13), (9,), (4, 3, 2, 2), (5, 300), (2, 5000), (64, 64), ())
 
 Numbers = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # where to start, gradients of each step

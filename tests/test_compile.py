@@ -10,7 +10,7 @@ from kernel_kinds import BF16, CLASSES, KINDS, config, slow_unless
 from fusedcalib.bench.predict.compiled import usage
 from fusedcalib.bench.predict.static_costs import occupancy
 from fusedcalib.kernels import launch
-from fusedcalib.kernels.spec import MANY
+from fusedcalib.kernels.spec import FLAT, MANY, ROW_CLASSES
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted in this process")
@@ -41,6 +41,11 @@ def says_most(kind: str, row_class: str, target: str = "sm_90") -> bool:
     if kind in USUAL:
         return True
     return row_class not in ("flat", "loop") and kind in (*HEAVY, "SGD plain", "Lion bf16")
+
+
+def is_compiled_anyway(kind: str, row_class: str) -> bool:
+    """Every rule once: the last test of this file compiles the vectors of all."""
+    return says_most(kind, row_class) or row_class == "flat"
 
 
 steps = pytest.mark.parametrize(("kind", "row_class"), slow_unless(says_most, STEPS))
@@ -77,7 +82,7 @@ def test_instructions_fit_into_the_time_that_memory_takes(kind: str, row_class: 
     assert len(sass(built)) / built.elements < ISSUES_PER_BYTE * sum(traffic(asked))
 
 
-@steps
+@pytest.mark.parametrize(("kind", "row_class"), slow_unless(is_compiled_anyway, STEPS))
 def test_every_operation_is_rounded_once(kind: str, row_class: str):
     """Neither fused nor approximate, as on the CPU; storage to nearest even."""
     built = compiled(config(kind, row_class))
@@ -105,6 +110,12 @@ def test_rows_are_held_in_registers_as_long_as_they_fit(kind: str, longest: int)
     assert spec.tile == tiles[longest]
     wide = compiled_for(spec.tiled(launch.tile_for(8, 8192, True, 0)))
     assert (spilled(wide) > 0) == (longest < 8192)
+
+
+def test_a_thread_has_sixteen_elements():
+    """Of every class, as long as a slot has few tensors."""
+    classes = [FLAT, *(tile[1:4] for tile in ROW_CLASSES)]
+    assert {rows * columns / (32 * warps) for rows, columns, warps in classes} == {16}
 
 
 @pytest.mark.parametrize("row_class", ["flat", "rows of 64", "rows of 1024", "loop", "pieces"])

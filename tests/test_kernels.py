@@ -1,7 +1,7 @@
 """Every rule, stage, storage and shape, on every executor, against the oracle in float64."""
 
 import pytest
-from kernel_cases import ALL, BACKENDS, COVERING, LOOPS, Case, cases, matrix
+from kernel_cases import ALL, BACKENDS, COVERING, LOOPS, TRITON, Case, cases, matrix
 from kernel_trial import Arrangement, Trial
 
 SMALL = [
@@ -107,3 +107,12 @@ def test_what_lies_outside_of_a_row_has_no_part_in_it(backend: str, rule: str):
     shapes = [*SMALL, *(Arrangement((2, n)) for n in (8193, 32769))]
     options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 0.0, "centralize": "update", "max_row_norm": 0.3}
     Trial(backend, Case(rule, options), shapes).step(2)
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_a_row_of_more_pieces_than_are_added_up_at_a_time(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """130 of them; with the tiles that there are it would have half a million elements and more."""
+    monkeypatch.setattr("fusedcalib.kernels.spec.ROW_CLASSES", ())
+    monkeypatch.setattr("fusedcalib.kernels.spec.FLAT", (1, 64, 4))
+    (case,) = cases({"rule": "SGD", "centralize": "gradient", "max_row_norm": 0.3}).values()
+    Trial(backend, case, [Arrangement((2, 64 * 129 + 4))]).step(2)

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import FUSED, TRITON, device_of
+from kernel_run import FULL_NAN
 from kernel_trial import placed
 
 import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise, noise
 from fusedcalib.kernels.language import jit, tl
 from fusedcalib.kernels.philox import Words, normal_tile, words_at
+from fusedcalib.kernels.storage import stochastic
 
 WORDS = (7, 11, 13)
 EPS = torch.finfo(torch.float32).eps
@@ -41,6 +43,22 @@ def normals_kernel(first, out, R: tl.constexpr, C: tl.constexpr, QUADS: tl.const
     words = Words(keys[0], step, keys[1], keys[2])
     z = normal_tile(((row + r) * columns + start)[:, None], sigma, words, R, C, QUADS)
     tl.store(out + r[:, None] * C + c[None, :], z)
+
+
+@jit
+def rounded_kernel(x, out):
+    bits = tl.full([], 0xFFFF, tl.uint32)
+    tl.store(out, stochastic(tl.load(x), bits, tl.bfloat16))
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_a_nan_is_not_rounded_to_a_number(backend: str):
+    """Not that of GPUs either, which the largest random bits would carry over to minus zero."""
+    x = torch.tensor([FULL_NAN], device=device_of(backend))
+    out = torch.zeros_like(x)
+    rounded_kernel[(1,)](x, out)
+    assert x.view(torch.int32).item() == 0x7FFFFFFF
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("backend", [TRITON])

@@ -8,6 +8,7 @@ import torch
 
 from fusedcalib.layout.buckets import TileShape
 from fusedcalib.layout.geometry import Geometry, geometry_of, is_dense, overlaps_itself
+from fusedcalib.layout.storage import in_bytes
 from fusedcalib.layout.tables import _tiles, is_aligned
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -143,3 +144,19 @@ def test_tiles_cover_every_element_once(rows: int, columns: int, tall: int, wide
         assert part.size
         part += 1
     assert (covered == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "least", "expected"), [(32, 4096, True), (32, 4097, False), (31, 0, False)]
+)
+def test_matrices_in_bytes(columns: int, least: int, expected: bool):
+    """Rows of 32 columns and more, and as many elements as are asked for."""
+    assert in_bytes(torch.empty(128, columns, device="meta"), least) == expected
+
+
+@pytest.mark.parametrize(
+    ("missing", "least", "expected"), [(0, 0, True), (1, 0, False), (0, 2**20 + 1, False)]
+)
+def test_vectors_in_bytes(missing: int, least: int, expected: bool):
+    """Those as long as only a library makes of many parameters: 2^20 elements."""
+    assert in_bytes(torch.empty(2**20 - missing, device="meta"), least) == expected

@@ -125,7 +125,7 @@ def test_few_plans_are_kept(ours, laid_out):
     for i in range(12):
         step(opt, params, (i,))
     gc.collect()
-    assert sum(p() is not None for p in laid_out) <= plans.KEPT
+    assert sum(p() is not None for p in laid_out) <= plans.KEPT < len(params)
 
 
 @each({name: RULES[name] for name in ("SGD", "AdamW")})
