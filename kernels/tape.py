@@ -2,24 +2,8 @@
 
 from .language import jit, tl
 
-CODES = {
-    name: code
-    for code, name in enumerate(
-        (
-            "add",
-            "subtract",
-            "multiply",
-            "divide",
-            "power",
-            "sqrt",
-            "where",
-            "equal",
-            "greater",
-            "fp32",
-            "log2",
-        )
-    )
-}
+_NAMES = "add subtract multiply divide power sqrt where equal greater fp32 log2"
+CODES = {name: code for code, name in enumerate(_NAMES.split())}
 _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _POWER = (tl.constexpr(CODES[n]) for n in list(CODES)[:5])
 _SQRT, _WHERE, _EQUAL, _GREATER, _FP32 = (tl.constexpr(CODES[n]) for n in list(CODES)[5:10])
 
