@@ -17,8 +17,8 @@ from ..rule import Rule, decay_of
 
 @jit
 def adabelief(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, correction, eps = h
-    m = state[0] + beta1_rest * (g - state[0])
+    beta1, beta1_rest, beta2, beta2_rest, correction, eps = h
+    m = beta1 * state[0] + beta1_rest * g
     surprise = g - m
     s = beta2 * state[1] + beta2_rest * surprise * surprise + eps
     return divide(m, sqrt(s) * correction + eps), (m, s)
@@ -27,7 +27,8 @@ def adabelief(p, g, state, h, VARIANT: tl.constexpr):
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     step_size = group["lr"] / (1 - beta1**step)
-    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
+    averages = beta1, 1 - beta1, beta2, 1 - beta2
+    return step_size, *averages, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
 
 
 class AdaBelief(FusedOptimizer, Options):
@@ -74,8 +75,8 @@ class AdaBelief(FusedOptimizer, Options):
         update=adabelief,
         scalars=_scalars,
         states={"plain": ("exp_avg", "exp_avg_var")},
-        nonnegative=frozenset({"exp_avg_var"}),
         decay=decay_of,
+        nonnegative=frozenset({"exp_avg_var"}),
     )
 
     def __init__(

@@ -17,9 +17,9 @@ from ..rule import Rule
 
 @jit
 def ademamix(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, beta3_rest, unbias1, alpha, correction, eps = h
-    fast = state[0] + beta1_rest * (g - state[0])
-    slow = state[1] + beta3_rest * (g - state[1])
+    beta1, beta1_rest, beta2, beta2_rest, beta3, beta3_rest, unbias1, alpha, correction, eps = h
+    fast = beta1 * state[0] + beta1_rest * g
+    slow = beta3 * state[1] + beta3_rest * g
     v = beta2 * state[2] + beta2_rest * g * g
     return divide(unbias1 * fast + alpha * slow, sqrt(v) * correction + eps), (fast, slow, v)
 
@@ -45,16 +45,11 @@ def _beta3(group: Group, step: Number) -> Number:
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2, _ = group["betas"]
-    averages = 1 - beta1, beta2, 1 - beta2, 1 - _beta3(group, step)
+    beta3 = _beta3(group, step)
+    averages = beta1, 1 - beta1, beta2, 1 - beta2, beta3, 1 - beta3
     alpha = group["alpha"] * _share(step, group["alpha_warmup"])
-    return (
-        group["lr"],
-        *averages,
-        1 / (1 - beta1**step),
-        alpha,
-        1 / hostmath.sqrt(1 - beta2**step),
-        group["eps"],
-    )
+    unbias = 1 / (1 - beta1**step), alpha, 1 / hostmath.sqrt(1 - beta2**step)
+    return group["lr"], *averages, *unbias, group["eps"]
 
 
 class AdEMAMix(FusedOptimizer, Options):

@@ -17,17 +17,18 @@ from ..rule import Rule
 
 @jit
 def laprop(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, correction, eps = h
+    beta1, beta1_rest, beta2, beta2_rest, correction, eps = h
     v = beta2 * state[1] + beta2_rest * g * g
     scaled = divide(g, sqrt(v) * correction + eps)
-    m = state[0] + beta1_rest * (scaled - state[0])
+    m = beta1 * state[0] + beta1_rest * scaled
     return m, (m, v)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     step_size = group["lr"] / (1 - beta1**step)
-    return step_size, 1 - beta1, beta2, 1 - beta2, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
+    averages = beta1, 1 - beta1, beta2, 1 - beta2
+    return step_size, *averages, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
 
 
 class LaProp(FusedOptimizer, Options):
