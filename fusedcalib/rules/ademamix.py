@@ -79,7 +79,7 @@ class AdEMAMix(FusedOptimizer, Options):
         weight_decay: :math:`\lambda`, per unit of learning rate. Default 0.
 
     State: `step` (0-dim), `exp_avg_fast`, `exp_avg_slow`, `exp_avg_sq` like the parameter. A step moves the
-    slow average by :math:`1 - \beta_3` of its distance to the gradient, which bytes would round to nothing:
+    slow average by :math:`1 - \beta_3` of its distance to the gradient, which is less than bytes can tell:
     "8bit" is refused, and bf16 parameters want `state_dtype=torch.float32`.
 
     Use it: in place of AdamW for long trainings, with both warm-ups as long as the training.
