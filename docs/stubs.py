@@ -29,7 +29,7 @@ from ..optimizer import FusedOptimizer, ParamsT
 '''
 OPTIONS = {option.name: option for option in SHARED}
 # What has None for its default or may be it, of the arguments that a rule has of its own.
-MAY_BE_NONE = {"clip_exponent": "float | Tensor | None"}
+MAY_BE_NONE = dict.fromkeys(("clip_exponent", "alpha_warmup", "beta3_warmup"), "float | Tensor | None")
 Entries = Callable[[type], Mapping[str, str]]
 
 

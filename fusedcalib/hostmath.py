@@ -26,6 +26,13 @@ def sqrt(x: Number) -> Number:
     return math.sqrt(x) if x >= 0 else math.nan
 
 
+def log2(x: Number) -> Number:
+    """Logarithm to base 2; minus infinity of 0, NaN of a negative number."""
+    if isinstance(x, Recorded):
+        return Recorded("log2", (x,))
+    return math.log2(x) if x > 0 else (-math.inf if x == 0 else math.nan)
+
+
 def where(condition: Number, x: Number, y: Number) -> Number:
     """x where the condition holds, else y. Both are computed."""
     if isinstance(condition, Recorded):

@@ -17,6 +17,8 @@ from .option import Option
 from .storage import FORMATS, MASTERS, check_storage, format_name, is_format, is_master
 
 CENTRALIZE = (False, True, "gradient", "update")
+# Numbers of rules that may not be negative.
+SIZES = {"lr", "eps", "weight_decay", "clip_exponent", "alpha", "alpha_warmup", "beta3_warmup"}
 Backend = Literal["auto", "triton", "numba", "eager"]  # executors/ has the last three, here by preference
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
@@ -213,7 +215,9 @@ SHARED = (*FLAGS, *OURS, *WHOLE)
 EXTRAS: dict[str, Any] = {option.name: option.default for option in OURS}
 # What None stands for in param groups, also in an option that one rule has.
 NONE_IS = {option.name: option.none for option in OURS if option.none is not None} | {
-    "clip_exponent": math.inf
+    "clip_exponent": math.inf,
+    "alpha_warmup": 0.0,
+    "beta3_warmup": 0.0,
 }
 
 
@@ -262,7 +266,7 @@ def _check_range(key: str, value: Any) -> None:
         for index, beta in enumerate(value):
             if not is_remote(beta) and not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    elif key in ("lr", "eps", "weight_decay", "clip_exponent") and value is not None and not value >= 0:
+    elif key in SIZES and value is not None and not value >= 0:
         raise ValueError(f"Invalid {'learning rate' if key == 'lr' else f'{key} value'}: {value}")
 
 

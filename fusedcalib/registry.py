@@ -99,7 +99,7 @@ def register_timm(prefix: str = "fused-") -> list[str]:
 
     >>> import fusedcalib
     >>> fusedcalib.register_timm()[:2]  # doctest: +SKIP
-    ['fused-adopt', 'fused-adadelta']
+    ['fused-adopt', 'fused-ademamix']
     """
     if "_" in prefix:
         raise ValueError(

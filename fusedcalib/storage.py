@@ -78,9 +78,10 @@ def check_storage(cls: type[Any], group: Mapping[str, Any]) -> None:
         )
     states = rule.states[rule.variant(group)]
     if rule.wide.intersection(states) and any(state_format(asked, state) == "8bit" for state in states):
+        at_random = ' or "bfloat16_stochastic"' if rule.wide <= rule.nonnegative else ""
         raise ValueError(
             f"Invalid state_dtype: {name} cannot keep {', '.join(states)} in bytes, which are too coarse for "
-            'them; use state_dtype="bfloat16_stochastic" or torch.float32'
+            f"them; use state_dtype=torch.float32{at_random}"
         )
     if MASTERS[group["master_weights"]] in ("split16", "float32") and group["stochastic_rounding"]:
         raise ValueError(

@@ -2,14 +2,10 @@
 
 from .language import jit, tl
 
-CODES = {
-    name: code
-    for code, name in enumerate(
-        ("add", "subtract", "multiply", "divide", "power", "sqrt", "where", "equal", "greater", "fp32")
-    )
-}
+_NAMES = "add subtract multiply divide power sqrt where equal greater fp32 log2"
+CODES = {name: code for code, name in enumerate(_NAMES.split())}
 _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _POWER = (tl.constexpr(CODES[n]) for n in list(CODES)[:5])
-_SQRT, _WHERE, _EQUAL, _GREATER = (tl.constexpr(CODES[n]) for n in list(CODES)[5:9])
+_SQRT, _WHERE, _EQUAL, _GREATER, _FP32 = (tl.constexpr(CODES[n]) for n in list(CODES)[5:10])
 
 
 @jit
@@ -33,8 +29,10 @@ def operation(x, y, z, CODE: tl.constexpr):
         return (x == y).to(tl.float64)
     elif CODE == _GREATER:
         return (x > y).to(tl.float64)
-    else:
+    elif CODE == _FP32:
         return x.to(tl.float32).to(tl.float64)
+    else:
+        return tl.log2(x)
 
 
 @jit

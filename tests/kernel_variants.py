@@ -16,6 +16,7 @@ _DECOUPLED = {"decoupled_weight_decay": True, "weight_decay": 0.3}
 _RMS = {**_LR, "alpha": 0.6, "eps": 0.2}
 _ADAN = {**_LR, "betas": (0.8, 0.7, 0.95), "eps": 0.1}
 _ADOPT = {**_AVERAGES, "eps": 1.0}
+_ADEMAMIX = {**_LR, "betas": (0.8, 0.95, 0.9), "alpha": 0.5, "eps": 0.1}
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SGD": [
@@ -65,4 +66,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**_ADOPT, "clip_exponent": None},
         {**_ADOPT, **_DECOUPLED, "clip_exponent": 0.5},
     ],
+    "AdEMAMix": [_ADEMAMIX, {**_ADEMAMIX, "alpha_warmup": 6.0, "beta3_warmup": 5.0, "maximize": True}],
+    "AdaBelief": [{**_AVERAGES, "eps": 0.1}, {**_AVERAGES, **_DECOUPLED, "eps": 0.01}],
+    "LaProp": [{**_AVERAGES, "eps": 0.1}],
 }

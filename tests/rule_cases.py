@@ -101,6 +101,13 @@ RULES = {
             ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
         ),
         Rule("ADOPT", {**ADAM, "eps": 0.1}, BOTH),
+        Rule(
+            "AdEMAMix",
+            {**ADAM, "betas": (0.8, 0.95, 0.98), "alpha_warmup": 4.0, "beta3_warmup": 3.0},
+            ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+        ),
+        Rule("AdaBelief", ADAM, ("exp_avg", "exp_avg_var")),
+        Rule("LaProp", ADAM, BOTH),
     )
 }
 IN_TORCH = [name for name, rule in RULES.items() if rule.in_torch]

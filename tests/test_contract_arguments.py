@@ -10,7 +10,7 @@ from cases import Twin, assert_identical, documentation, parameters, snapshot, t
 from rule_cases import COUNTED, IN_TORCH, OWN, RULES, each, each_few
 
 # Torch's own classes are checked as torch checks them: what a constructor is told, not what a group is.
-CHECKED = ["Lion", "Signum", "Adan", "ADOPT"]
+CHECKED = ["Lion", "Signum", "Adan", "ADOPT", "AdEMAMix"]
 FLAGS = [
     {"foreach": True},
     {"foreach": False},
@@ -101,6 +101,7 @@ OUT_OF_RANGE = {
 }
 SIGNED = {"l1": [-1.0, NAN, math.inf], "max_row_norm": [0.0, -1.0, NAN]}
 OF_CHECKED = {**OUT_OF_RANGE, "momentum": [-0.1, 1.0, NAN], "clip_exponent": [-1.0, NAN]}
+OF_CHECKED |= {"alpha": [-1.0, NAN], "alpha_warmup": [-1.0], "beta3_warmup": [NAN]}
 
 
 def bad(names, table):
@@ -115,8 +116,8 @@ def bad(names, table):
 
 
 def fitting(rule, value):
-    """Betas for Adan, which has three."""
-    return (0.5, *value) if isinstance(value, tuple) and rule.name == "Adan" else value
+    """Betas also for a rule that has three."""
+    return (0.5, *value) if isinstance(value, tuple) and len(rule.options["betas"]) == 3 else value
 
 
 # The words of torch's classes differ ("learning rate", "epsilon value", "beta parameter at index 0").
@@ -174,7 +175,7 @@ def test_out_of_range_in_a_group(rule, wrong):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-@each(["Lion", "Adan", "ADOPT"])
+@each(["Lion", "Adan", "ADOPT", "AdEMAMix"])
 def test_a_wrong_number_of_betas(rule, count):
     betas = (0.5,) * count
     if count == len(rule.options["betas"]):

@@ -34,13 +34,15 @@ HYPERPARAMETERS = [
     {"momentum_decay": 2.0},
     {"clip_exponent": 2.0},
     {"clip_exponent": float("inf")},
+    {"alpha_warmup": 5.0, "beta3_warmup": 0.0},
 ]
 
 
 def changes_of(name):
     """Those of the hyperparameters that the rule has."""
     changes = [change for change in HYPERPARAMETERS if RULES[name].takes(*change)]
-    return [{"betas": (0.5, 0.4, 0.6)} if name == "Adan" and "betas" in c else c for c in changes]
+    three = len(RULES[name].options.get("betas", ())) == 3
+    return [{"betas": (0.5, 0.4, 0.6)} if three and "betas" in c else c for c in changes]
 
 
 @pytest.mark.parametrize(

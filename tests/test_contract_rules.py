@@ -14,7 +14,7 @@ from cases import (
 )
 from rule_cases import RULES
 
-NADAM, ADAGRAD, ADOPT = RULES["NAdam"], RULES["Adagrad"], RULES["ADOPT"]
+NADAM, ADAGRAD, ADOPT, ADEMAMIX = (RULES[name] for name in ("NAdam", "Adagrad", "ADOPT", "AdEMAMix"))
 # Who has no gradient in which step: in the end no two parameters have taken as many.
 UNEVEN = ((), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), ())
 # What the fused backends make of a stage does not depend on the rule: some there, the others eager.
@@ -165,6 +165,28 @@ def test_adopts_first_step_moves_nothing(backend, decoupled):
     assert_identical(params[0].detach(), before[0])
     assert not any(torch.equal(p, b) for p, b in zip(params[1:], before[1:], strict=True) if p.numel())
     assert params[4].flatten(1).norm(dim=1).max() < 0.0101
+
+
+def test_warm_ups_of_none_are_none():
+    """To the constructor, in a group, set later; and one of a single step is over in the first."""
+    none = {"alpha_warmup": None, "beta3_warmup": None}
+    single = {"alpha_warmup": 1, "beta3_warmup": 1.0}
+    (first,) = parameters(((4, 3),))
+    of_group, later, *others = (twins([first]) for _ in range(4))
+    runs = [
+        ADEMAMIX.ours(p, backend="eager", **ADEMAMIX.options) for p in ([{"params": of_group, **none}], later)
+    ]
+    runs[1].param_groups[0].update(none)
+    for params, own in zip(others, (none, single), strict=True):
+        runs.append(ADEMAMIX.ours(params, backend="eager", **{**ADEMAMIX.options, **own}))
+    assert [runs[i].param_groups[0]["beta3_warmup"] for i in (0, 2)] == [0.0, 0.0]
+    for _ in range(2):
+        grad = torch.randn(4, 3)
+        for run in runs:
+            run.param_groups[0]["params"][0].grad = grad.clone()
+            run.step()
+    for run in runs[1:]:
+        assert_identical(snapshot(run), snapshot(runs[0]))
 
 
 STAGES = [{"centralize": True}, {"centralize": "update", "l1": 0.5, "max_row_norm": 0.1}]

@@ -19,6 +19,7 @@ on_triton = pytest.mark.parametrize("backend", [TRITON])
 # Numbers that are None or 0 unless said, with values of use.
 SWITCHED = {"l1": 0.01, "max_row_norm": 1.5, "max_grad_norm": 2.0, "ema_decay": 0.75, "weight_decay": 0.1}
 SWITCHED |= {"momentum": 0.5, "clip_exponent": 0.25, "lr_decay": 0.1, "dampening": 0.25}
+SWITCHED |= {"alpha_warmup": 5.0, "beta3_warmup": 4.0}
 NOT_NUMBERS = {"seed", "centralize_min_ndim", "initial_accumulator_value"}  # the last one only makes a state
 
 

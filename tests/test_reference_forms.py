@@ -95,6 +95,9 @@ SAME = [
     (("Lion", {"betas": (0.8, 0.8)}), ("Signum", {"momentum": 0.8})),
     # without an average of differences, whatever they are
     (("Adan", {"betas": (0.8, 0.0, 0.95)}), ("Adam", {"betas": (0.8, 0.95)})),
+    # without a share of the slow average; an average of one quotient
+    (("AdEMAMix", {"betas": (0.8, 0.95, 0.99), "alpha": 0.0}), ("Adam", {"betas": (0.8, 0.95)})),
+    (("LaProp", {"betas": (0.0, 0.95), "eps": 0.04}), ("Adam", {"betas": (0.0, 0.95), "eps": 0.04})),
     # too short a memory ever to divide by it: what is left is a corrected average
     (("RAdam", {"betas": (0.0, 0.6)}), ("SGD", {})),
 ]

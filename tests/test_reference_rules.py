@@ -91,7 +91,49 @@ def adopt(w: float, exponent: float | None = 0.25, decoupled: bool = True, eps: 
     return {"param": w, "step": 5, "exp_avg": m, "exp_avg_sq": v}
 
 
+def ademamix(w: float, beta3: Sequence[float] = (0.9,) * 5, alpha: Sequence[float] = (2,) * 5) -> End:
+    """Pagliardini et al. 2024, algorithm 1, each step with its own beta3 and alpha."""
+    fast = slow = v = 0.0
+    for t, (g, b3, a) in enumerate(zip(GRADIENTS, beta3, alpha, strict=True), 1):
+        fast = 0.6 * fast + 0.4 * g
+        slow = b3 * slow + (1 - b3) * g
+        v = 0.8 * v + 0.2 * g * g
+        over = math.sqrt(v / (1 - 0.8**t)) + 0.05
+        w = w - LR * ((fast / (1 - 0.6**t) + a * slow) / over + DECAY * w)
+    return {"param": w, "step": 5, "exp_avg_fast": fast, "exp_avg_slow": slow, "exp_avg_sq": v}
+
+
+def warm(t: int, steps: int = 4, start: float = 0.6, end: float = 0.9) -> float:
+    """The paper's formula of beta3 while it warms up from beta1."""
+    a, b = math.log(start), math.log(end)
+    return min(math.exp(a * b / ((1 - t / steps) * b + t / steps * a)), end) if t < steps else end
+
+
+def adabelief(w: float, decoupled: bool = False) -> End:
+    """Zhuang et al. 2020, algorithm 2: eps in s, where it stays, and beside its root."""
+    m = s = 0.0
+    for t, g in enumerate(GRADIENTS, 1):
+        g = g if decoupled else g + DECAY * w
+        m = 0.6 * m + 0.4 * g
+        s = 0.8 * s + 0.2 * (g - m) * (g - m) + 0.05
+        w = w - LR * DECAY * w if decoupled else w
+        w = w - LR * m / (1 - 0.6**t) / (math.sqrt(s / (1 - 0.8**t)) + 0.05)
+    return {"param": w, "step": 5, "exp_avg": m, "exp_avg_var": s}
+
+
+def laprop(w: float) -> End:
+    """Ziyin et al. 2020, algorithm 1; decay as in AdamW."""
+    m = n = 0.0
+    for t, g in enumerate(GRADIENTS, 1):
+        n = 0.8 * n + 0.2 * g * g
+        m = 0.6 * m + 0.4 * g / (math.sqrt(n / (1 - 0.8**t)) + 0.05)
+        w = w - LR * (m / (1 - 0.6**t) + DECAY * w)
+    return {"param": w, "step": 5, "exp_avg": m, "exp_avg_sq": n}
+
+
 ADAN = {"betas": (0.9, 0.7, 0.8), "eps": 0.05}
+MIX = {"betas": (0.6, 0.8, 0.9), "eps": 0.05}
+WARM = {"beta3": [warm(t) for t in (1, 2, 3, 4, 5)], "alpha": [2 / 3, 4 / 3, 2, 2, 2]}
 BETAS = {"betas": (0.6, 0.8)}
 APART = {"decoupled_weight_decay": True, **BETAS}
 BY_HAND: list[tuple[Callable[[float], End], str, dict[str, Any]]] = [
@@ -105,6 +147,11 @@ BY_HAND: list[tuple[Callable[[float], End], str, dict[str, Any]]] = [
     (partial(adopt, decoupled=False), "ADOPT", BETAS),
     (partial(adopt, exponent=None), "ADOPT", {"clip_exponent": None, **APART}),
     (partial(adopt, exponent=0.5, eps=1.1), "ADOPT", {"clip_exponent": 0.5, "eps": 1.1, **APART}),
+    (ademamix, "AdEMAMix", MIX),
+    (partial(ademamix, **WARM), "AdEMAMix", {"beta3_warmup": 4, "alpha_warmup": 3, **MIX}),
+    (adabelief, "AdaBelief", {"eps": 0.05, **BETAS}),
+    (partial(adabelief, decoupled=True), "AdaBelief", {"eps": 0.05, **APART}),
+    (laprop, "LaProp", {"eps": 0.05, **BETAS}),
 ]
 
 
@@ -144,6 +191,30 @@ OWN_DEFAULTS = {
         "clip_exponent": 0.25,
         "weight_decay": 0,
         "decoupled_weight_decay": False,
+    },
+    "AdEMAMix": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999, 0.9999),
+        "alpha": 2.0,
+        "beta3_warmup": None,
+        "alpha_warmup": None,
+        "eps": 1e-8,
+        "weight_decay": 0,
+        "decoupled_weight_decay": True,
+    },
+    "AdaBelief": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-16,
+        "weight_decay": 0,
+        "decoupled_weight_decay": False,
+    },
+    "LaProp": {
+        "lr": 4e-4,
+        "betas": (0.9, 0.999),
+        "eps": 1e-15,
+        "weight_decay": 0,
+        "decoupled_weight_decay": True,
     },
 }
 
@@ -185,6 +256,9 @@ SCALE_FREE = [
     ("Signum", {}),
     ("Adan", SMALL_EPS),
     ("ADOPT", SMALL_EPS),
+    ("AdEMAMix", SMALL_EPS),
+    ("AdaBelief", SMALL_EPS),
+    ("LaProp", SMALL_EPS),
 ]
 
 

@@ -22,7 +22,16 @@ GROUPS = [
     {"lr": 0.0, "weight_decay": 0.1, "noise": WeightNoise(0.3), "max_row_norm": 3.0, "ema_decay": 0.9},
     {"lr": 0.3, "noise": LangevinNoise(0.7), "l1": 0.1, "max_grad_norm": math.inf},
     {"lr": 0.2, "betas": (0.0, 0.6), "clip_exponent": None, "eps_inside_sqrt": True, "momentum": 0.5},
-    {"lr": 0.2, "decoupled_weight_decay": True, "no_prox": True, "weight_decay": 0.2, "lr_decay": 0.1},
+    {"betas": (0.0, 0.6), "alpha_warmup": 10.0, "beta3_warmup": 10.0},
+    {
+        "lr": 0.2,
+        "alpha_warmup": 5.0,
+        "beta3_warmup": 7.0,
+        "decoupled_weight_decay": True,
+        "no_prox": True,
+        "weight_decay": 0.2,
+        "lr_decay": 0.1,
+    },
 ]
 SITUATIONS = [
     scalars.StepFacts(1, 1.0),
@@ -41,6 +50,7 @@ DOES = {
     "equal": lambda x, y: float(x == y),
     "greater": lambda x, y: float(x > y),
     "fp32": lambda x: np.float64(np.float32(x)),
+    "log2": np.log2,
 }
 
 
@@ -50,7 +60,7 @@ def played(tape, recipe, group, now):
     names = list(CODES)
     for i in range(0, len(tape.code), 4):
         code, *places = tape.code[i : i + 4]
-        count = {"where": 3, "sqrt": 1, "fp32": 1}.get(names[code], 2)
+        count = {"where": 3, "sqrt": 1, "fp32": 1, "log2": 1}.get(names[code], 2)
         with np.errstate(all="ignore"):
             values.append(DOES[names[code]](*(values[place] for place in places[:count])))
     return [float(values[place]) for place in tape.outputs]

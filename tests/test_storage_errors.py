@@ -67,9 +67,13 @@ GROUPS = {
         {"master_weights": "float32", "stochastic_rounding": True},
         'Invalid stochastic_rounding: .*use master_weights="split8"',
     ),
-    "Adagrad": ("Adagrad", BYTES, "Invalid state_dtype: Adagrad cannot keep sum in bytes"),
+    "Adagrad": ("Adagrad", BYTES, 'Adagrad cannot keep sum in bytes.* or "bfloat16_stochastic"'),
     "Adagrad, by name": ("Adagrad", {"state_dtype": {"sum": "8bit"}}, "cannot keep sum in bytes"),
     "RMSprop": ("RMSprop", {**BYTES, "centered": True}, "RMSprop cannot keep .*grad_avg.* in bytes"),
+    "AdEMAMix": (
+        *("AdEMAMix", {"state_dtype": {"exp_avg_slow": "8bit"}}),
+        r"AdEMAMix cannot keep .*exp_avg_slow.* in bytes.*use state_dtype=torch\.float32$",
+    ),
     "unknown name": (
         "AdamW",
         {"state_dtype": {"exp_avg": "8bit", "momentum": "8bit"}},

@@ -21,7 +21,7 @@ class Format(NamedTuple):
         return (x + by).clamp_min_(0) if name in NONNEGATIVE else x + by * torch.where(x < 0, -1.0, 1.0)
 
 
-NONNEGATIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum"}
+NONNEGATIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "exp_avg_var", "sum"}
 FORMATS = {  # by definition of the formats
     "fusedcalib": Format((1 / 17, 2.0**-18), (0.04, 4.2e-7)),  # E4M3; twelve levels an octave, no zero
     "dynamic": Format((0.07, 7e-4), (0.035, 3.5e-4)),  # 64 levels in the top decade, half in each below
