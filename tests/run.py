@@ -1,7 +1,7 @@
 """Do all set-up, then pass the tests: python3 tests/run.py [--all | --quick] [arguments of pytest].
 
   --all     also what is marked "slow": whole trainings, papers, frameworks, every rank of a large mesh, of
-            which the rest has one short run each. Without it the run takes some twenty minutes of two cores.
+            which the rest has one short run each. Without it the run takes some nine minutes of two cores.
   --quick   a smoke test in less than a minute: the contract of a step, the layout in memory, the
             references, the kernel with two rules. It says that nothing is badly broken, no more.
   --help    this.
