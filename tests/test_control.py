@@ -11,6 +11,7 @@ from rule_cases import RULES, each, each_few
 import fusedcalib
 from fusedcalib import GradientNoise
 from fusedcalib import options as arguments
+from fusedcalib.executors.triton.run import interpreted
 from fusedcalib.kernels.language import tl
 from fusedcalib.layout import recipe, scalars
 
@@ -90,7 +91,7 @@ def test_programs_that_take_several_tiles(backend, grid, dtype, monkeypatch):
     Interpreted, the last program adds up two sums at a time; what is compiled has a thousand.
     """
     monkeypatch.setattr("fusedcalib.kernels.launch.GRID", grid)
-    if DEVICE == "cpu":
+    if interpreted():
         monkeypatch.setattr("fusedcalib.kernels.decide.TOTALS", tl.constexpr(2))
     runs = Runs(RULES["SGD"], backend, CLASSES, (dtype,), max_grad_norm=1.0, centralize=True)
     runs.step(2).check()
@@ -189,7 +190,7 @@ def test_numbers_on_the_device_are_read_there(backend, dtype, monkeypatch):
 
 def test_groups_and_histories_have_rows_of_their_own(backend, monkeypatch):
     """Parameters that joined late count for themselves; as many rows as distinct histories."""
-    if DEVICE == "cpu":  # two rows and two slots at a time; what is compiled has 128
+    if interpreted():  # two rows and two slots at a time; what is compiled has 128
         monkeypatch.setattr("fusedcalib.kernels.decide._LANES", tl.constexpr(2))
     runs = Runs(RULES["NAdam"], backend, capturable=True)
     runs.step(2, missing=(0,)).step(1, missing=(1,)).step(2)
