@@ -1,4 +1,4 @@
-"""Writes the pages and stubs of the optimizers, the README's table of them, tables of plans and profiles.
+"""Writes the pages and stubs of the optimizers, the README's table of them, tables of what was measured.
 
 python docs/build.py           writes them
 python docs/build.py --check   only says which are out of date
@@ -25,7 +25,7 @@ import fusedcalib  # noqa: E402
 from fusedcalib.bench.models import architectures, shardings  # noqa: E402
 from fusedcalib.bench.models.traffic import DTYPES  # noqa: E402
 from fusedcalib.bench.predict import plan, profile_kept  # noqa: E402
-from fusedcalib.bench.report import tables  # noqa: E402
+from fusedcalib.bench.report import results, tables  # noqa: E402
 from fusedcalib.bench.repository import readme  # noqa: E402
 from fusedcalib.optimizer import FusedOptimizer  # noqa: E402
 from fusedcalib.options import OURS, WHOLE  # noqa: E402
@@ -33,6 +33,7 @@ from fusedcalib.options import OURS, WHOLE  # noqa: E402
 BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
 PROFILE = ("<!-- profile:begin -->", "<!-- profile:end -->")
 SCALING = ("<!-- plan:begin -->", "<!-- plan:end -->")
+STORAGES = ("<!-- storages:begin -->", "<!-- storages:end -->")
 GPUS = (8, 64, 512, 4096, 16_384)
 SECTIONS = ("Args", "State", "Use it", "Raises", "Source", "Sources")
 FP32 = 4  # bytes
@@ -176,6 +177,24 @@ def profile() -> str:
     return f"{head}\n\n{tables.markdown(profile_kept.table(kept))}"
 
 
+def storages() -> str:
+    """The table of docs/memory.md: a step of AdamW on the CPU, by how it is kept, as it was measured."""
+    found = results.load(ROOT / "bench" / "results" / "storages" / "cpu.json")
+    cpu, versions, case = found.cpu, found.versions, found.cases[0]
+    head = (
+        f"A step of AdamW on {case.list} ({case.params / 1e6:.3g}M parameters) on the CPU "
+        f"({cpu['name']}, {cpu['threads']} thread; torch {versions['torch']}, numba {versions['numba']}; "
+        f"{found.utc[:10]}), as ratios of times with their 10-90 %:"
+    )
+    columns: tables.Columns[results.Measured] = {
+        "kept as": lambda case: f"`{case.dtypes}`",
+        "/ ours in all fp32": lambda case: tables.spread_text(case.ratio("own_plain", "own_fp32")),
+        "/ torch fused": lambda case: tables.spread_text(case.ratio("own_plain", "torch_fused")),
+        "which is": lambda case: case.base_title.removeprefix("torch fused, "),
+    }
+    return f"{head}\n\n{tables.markdown(tables.table_of(found.cases, columns))}"
+
+
 def files() -> dict[Path, str]:
     """What every generated file should hold."""
     pages = {HERE / f"{name.lower()}.md": page(name, cls) for name, cls in fusedcalib.optimizers().items()}
@@ -183,6 +202,7 @@ def files() -> dict[Path, str]:
         ROOT / "README.md": (table(), (BEGIN, END)),
         HERE / "scaling.md": (scaling(), SCALING),
         HERE / "profile.md": (profile(), PROFILE),
+        HERE / "memory.md": (storages(), STORAGES),
     }
     for path, (text, markers) in regions.items():
         pages[path] = readme.insert(path.read_text(), text, markers, path.name)
