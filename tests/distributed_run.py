@@ -33,6 +33,7 @@ LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
 CHAIN["centralize"] = True
 ON_FOUR = ("plain", "bits", "update")
+ON_COPIES = ("clipped", "bits")  # where ranks have the same, only their norm is of several
 EVERY_RULE = {2: ("tp of rows",), 4: ("fsdp x tp of rows",)}
 OTHERS = {
     "plain": {},
@@ -116,7 +117,7 @@ def trials(ranks: int) -> dict[str, dict[str, float]]:
         for rule in RULES if name in EVERY_RULE[ranks] else ("SGD", "AdamW"):
             options = {**RULES[rule].options, **CHAIN, "backend": "eager"}
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
-        for words in OTHERS if ranks == 2 else ON_FOUR:
+        for words in ON_COPIES if name == "ddp" else OTHERS if ranks == 2 else ON_FOUR:
             others = OTHERS[words]
             found[f"AdamW {words}, {name}"] = trial(
                 "AdamW", {"backend": "eager", "lr": 0.1, **others}, mesh, placements

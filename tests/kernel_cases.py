@@ -143,9 +143,12 @@ def _met(choice: dict[str, Any], meetings: Iterable[tuple[str, ...]]) -> set[Any
 ALL = covering(("variant", *STAGES, "dtypes"))
 # What is interpreted: every variant, every rule and every dtype with every stage.
 COVERING = covering(("rule", "variant"), ("rule", *STAGES), ("dtypes", *STAGES))
-# What is compiled to loops, a second and more each: every variant, every dtype with every stage. What a rule
-# does beside a stage is in its source, which is that of all executors.
-LOOPS = covering(("rule", "variant"), ("dtypes", *STAGES))
+# What is compiled to loops, a second and more each: every rule, every dtype with every stage. What variants
+# do, and rules beside stages, is in the source of the rules, which is that of all executors.
+LOOPS = covering(("dtypes", *STAGES))
+LAST = {case.rule: name for name, case in COVERING.items()}  # of each rule
+THERE = {case.rule for case in LOOPS.values()}
+LOOPS |= {name: COVERING[name] for rule, name in LAST.items() if rule not in THERE}
 
 
 def matrix(eager: Mapping[str, Case], numba: Mapping[str, Case], triton: Mapping[str, Case]) -> list[Any]:

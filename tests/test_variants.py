@@ -98,10 +98,13 @@ def test_every_variant_differs_in_one_constant(name, engine):
 
 
 CHANGED = {constant: v for v in reversed(VARIANTS) for _, constant, _ in exchanged(v)}
+OFTEN = ("FLAT", "GRID", "NORM_BYTES")  # each compiles for a second and more
 
 
 @plain
-@pytest.mark.parametrize("constant", CHANGED)
+@pytest.mark.parametrize(
+    "constant", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in CHANGED]
+)
 def test_variants_compile_to_other_code(constant, engine):
     """For an H100; also where only a constant within the kernels has changed."""
     variant = small(CHANGED[constant])
