@@ -34,7 +34,7 @@ RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "memory.md"
 STEPS, ROUNDS, WARM, CONTEXT, LAYERS, WIDTH, HEADS = 60, 60, 5, 64, 4, 384, 4
 SMALL_BATCH, BATCH = 1, 4  # sequences: where memory is looked at, where time is
-BUCKETS = (1 << 20, 4 << 20)  # bytes; memory is looked at in the first
+BUCKETS = (1 << 20, 4 << 20, 64 << 20)  # bytes; memory is looked at in the first, the last is the default
 MANY, FEW, MOST, SMALL = (100, 1000, 10_000), 10, 100, 8  # parameters, those of a bucket, buckets, elements
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 SEVEN: dict[str, Any] = {"master_weights": "split8", "state_dtype": "8bit"}
@@ -221,7 +221,7 @@ def words(results: dict[str, Any]) -> str:
         f"- Its {setting['steps']} losses are the same numbers with release and without.",
         f"- Tensors take {live['without'] / 1e6:.1f} MB at most within a step without release, and "
         f"{live['with'] / 1e6:.1f} MB with it: {saved:.2f} bytes a parameter less (bf16, a sequence a step).",
-        f"- A training step takes {' and '.join(took)}, as a share of one without (seconds of the CPU, "
+        f"- A training step takes {', '.join(took)}, as a share of one without (seconds of the CPU, "
         f"medians of {len(results['times']['seconds']['without'])} in turns; fp32, "
         f"{setting['batches'][1]} sequences).",
         f"- A bucket of {setting['bucket']} small parameters takes the host, in µs: {', '.join(hosts)}.",
@@ -235,7 +235,8 @@ def _share_of_time(times: dict[str, Any], key: str) -> str:
     """How long a step takes as a share of one without release, in buckets of one size."""
     ratios = [a / b for a, b in zip(times["seconds"][key], times["seconds"]["without"], strict=True)]
     low, high = (statistics.quantiles(ratios, n=10)[i] for i in (0, -1))
-    about = f"in {times['buckets'][key]} buckets of {int(key) >> 20} MiB"
+    buckets = times["buckets"][key]
+    about = f"in {buckets} bucket{'s' * (buckets > 1)} of {int(key) >> 20} MiB"
     return f"{statistics.median(ratios):.3f} ({low:.3f}-{high:.3f}) {about}"
 
 
