@@ -12,6 +12,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 
+from .engine.flat import is_flat
 from .engine.plan import Plan
 from .engine.slots import everyone
 from .layout.shards import local_of
@@ -81,6 +82,13 @@ def enable_gradient_release(
         raise RuntimeError(f"{_name(optimizer)}: gradients are released already; remove() that handle first")
     if not bucket_bytes >= 0:
         raise ValueError(f"Invalid bucket_bytes: {bucket_bytes}, expected a number >= 0")
+    params = _released(model, optimizer)
+    optimizer._engine.check_parts(optimizer.param_groups, {*params})
+    return GradientRelease(model, optimizer, params, bucket_bytes)
+
+
+def _released(model: nn.Module, optimizer: FusedOptimizer) -> list[Tensor]:
+    """The parameters of a model whose gradients are released; raises where they cannot be."""
     for module in model.modules():
         _check_wrapper(module)
     own = {*model.parameters()}
@@ -91,13 +99,12 @@ def enable_gradient_release(
             f"{_name(optimizer)}: no trainable parameter of {type(model).__name__} is in its param groups; "
             "make the optimizer after the model was moved and sharded, of the same model"
         )
-    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id") for p in params):
+    if any(map(is_flat, params)):
         raise RuntimeError(
             f"{_name(optimizer)}: gradients of flat parameters, of FSDP1 or DeepSpeed, cannot be released; "
             "use FSDP2 (torch.distributed.fsdp.fully_shard)"
         )
-    optimizer._engine.check_parts(optimizer.param_groups, {*params})
-    return GradientRelease(model, optimizer, params, bucket_bytes)
+    return params
 
 
 class GradientRelease:

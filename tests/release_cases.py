@@ -4,7 +4,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from cases import DEVICE
+from cases import DEVICE, assert_identical
 from rule_cases import RULES
 
 import fusedcalib
@@ -110,3 +110,8 @@ def closing(*handles: Any) -> ExitStack:
     for handle in handles:
         stack.enter_context(handle)
     return stack
+
+
+def unchanged(run: Run, before: Any) -> None:
+    """Fails where parameters or states of a run are not as they were."""
+    assert_identical(run.left()[:2], before[:2])

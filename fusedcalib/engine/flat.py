@@ -40,6 +40,11 @@ def _is_part(param: Any) -> bool:
     return getattr(param, "_fsdp_flattened", False)
 
 
+def is_flat(param: Any) -> bool:
+    """Whether FSDP1 or DeepSpeed ZeRO has made this of many parameters, or it is a part of such a one."""
+    return _is_flat(param) or _is_part(param) or hasattr(param, "ds_id")
+
+
 def check_gathered(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raises where FSDP1 is to gather states that it cannot: codes with scales, and remainders.
 
