@@ -56,6 +56,29 @@ def mean_of_ranks(row, SPEC: tl.constexpr):
 
 
 @jit
+def mean_of_row(row, SPEC: tl.constexpr):
+    """Mean of a row [1] that a program walks, or walks a part of: 0 where nothing is centred."""
+    if SPEC.FLAGS.centralize == "none":
+        return 0.0
+    elif SPEC.REDUCTION == "ranks":
+        return mean_of_ranks(row, SPEC)
+    else:
+        return divide(sum_of_loop(row, SPEC), row.columns.to(SPEC.COMPUTE))
+
+
+@jit
+def mean_of_tile(row, cells, values, z, sums, SPEC: tl.constexpr):
+    """Means of the rows of a tile [R, C], or of the row of which it is a piece: 0 where nothing is centred."""
+    if SPEC.FLAGS.centralize == "none":
+        return 0.0
+    elif SPEC.REDUCTION == "tile":
+        x = measured(values, row.h, z, SPEC)
+        return divide(row_total(x, cells.mask), row.columns.to(SPEC.COMPUTE))
+    else:
+        return mean_of_pieces(sums, row, SPEC)
+
+
+@jit
 def leave_total(row, total, SPEC: tl.constexpr):
     """Leaves a sum over what is here of a row [1] in the row's place."""
     R: tl.constexpr = SPEC.R
