@@ -30,6 +30,7 @@ KERNELS = {
     "step": step_kernel,
     "finish": project_kernel,
 }
+NORMS = ("squares", "totals")  # of whole tensors: these two share `Partials`
 WARPS = 4  # of the programs that have no tile
 # Places of arguments that may be others at the next step.
 GRADS, SCALARS, NORM_CONTROL, CONTROL, TOLD = 1, 3, 4, 1, 4
@@ -41,9 +42,14 @@ def dtype_of(name: str):
 
 
 def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
-    """The launches of a step: "sums", "squares" and "totals" before it, "finish" where a norm has to be known."""
+    """The launches of a step: "sums", "squares", "totals" before it, "finish" where it needs a norm."""
     whole = tile.reduction not in ("pieces", "ranks")
     return tuple(part for part in KERNELS if flags.needs(part) and not (whole and part in ("sums", "finish")))
+
+
+def warps_of(part: str, spec: Spec) -> int:
+    """The warps of a program of a launch."""
+    return WARPS if part == "totals" else spec.WARPS
 
 
 class Scratch(NamedTuple):
@@ -69,12 +75,13 @@ def step_launches(table, grads, tiles, scalars, scratch: Scratch, spec: Spec) ->
     partials = Partials(scratch.sums, scratch.squares)
 
     def launch(part: str) -> Launch:
-        constants = {"SPEC": spec, "num_warps": spec.WARPS, **OPTIONS}
-        list_, sums = tiles, partials if part in ("squares", "totals") else scratch.sums
+        constants = {"SPEC": spec, "num_warps": warps_of(part, spec), **OPTIONS}
+        sums = partials if part in NORMS else scratch.sums
         if part == "totals":  # a program a slot
-            list_, constants["num_warps"] = scratch.firsts, WARPS
-        programs = list_.shape[0] - (part == "totals")
-        return Launch(KERNELS[part], programs, (table, grads, list_, scalars, sums), constants)
+            args, programs = (table, grads, scratch.firsts, scalars, sums), scratch.firsts.shape[0] - 1
+        else:
+            args, programs = (table, grads, tiles, scalars, sums), tiles.shape[0]
+        return Launch(KERNELS[part], programs, args, constants)
 
     return {part: launch(part) for part in parts_of(spec.tile, spec.FLAGS)}
 
@@ -128,17 +135,19 @@ __all__ = [
     "GRADS",
     "KERNELS",
     "LOOPS",
+    "NORMS",
     "NORM_CONTROL",
     "NORM_OPTIONS",
     "OPTIONS",
     "SCALARS",
-    "Scratch",
     "TOLD",
     "BranchSpec",
     "Control",
     "DeciderSpec",
     "Launch",
     "NormSpec",
+    "Partials",
+    "Scratch",
     "Spec",
     "Sums",
     "Tile",
@@ -153,4 +162,5 @@ __all__ = [
     "programs_for",
     "step_launches",
     "tile_for",
+    "warps_of",
 ]

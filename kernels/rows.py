@@ -68,7 +68,7 @@ def mean_of_row(row, SPEC: tl.constexpr):
 
 @jit
 def mean_of_tile(row, cells, values, z, sums, SPEC: tl.constexpr):
-    """Means of the rows of a tile [R, C], or of the row of which it is a piece: 0 where nothing is centred."""
+    """Means of the rows of a tile [R, C], or of the row that it is a piece of: 0 where nothing is centred."""
     if SPEC.FLAGS.centralize == "none":
         return 0.0
     elif SPEC.REDUCTION == "tile":

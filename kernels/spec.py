@@ -65,8 +65,8 @@ class Spec(NamedTuple):
     FACTOR: Any = None  # device function: what the step makes of them
     SUMS: int = 0  # how many there are
     FLAGS: Flags | None = None
-    # Hash of the source of these functions: on disk Triton tells kernels apart by how their constants print, and a
-    # function prints its name alone.
+    # Hash of the source of these functions: on disk Triton tells kernels apart by how their constants print,
+    # and a function prints its name alone.
     SOURCE: str = ""
     R: int = 1  # rows and columns of a tile
     C: int = 1
@@ -79,7 +79,7 @@ class Spec(NamedTuple):
         return Tile(self.R, self.C, self.WARPS, self.REDUCTION)
 
     def of_rule(self, rule: Any, flags: Flags, trust: Any = None) -> "Spec":
-        """The same for a rule and its stages. trust: its `squares`, `factor` and `sums`, if it wants norms."""
+        """The same for a rule and its stages. trust: `squares`, `factor`, `sums` of one that wants norms."""
         hashes = getattr(rule, "cache_key", "")
         spec = self._replace(RULE=rule, FLAGS=flags, SOURCE=hashes)
         if flags.trust == "none":

@@ -52,7 +52,12 @@ class Flags(NamedTuple):
     def needs(self, part: str) -> bool:
         """Whether a step has this part: "sums", "squares" and "totals" before it, "finish" after it."""
         norms = self.trust != "none"
-        needed = {"sums": self.centralize != "none", "finish": self.project, "squares": norms, "totals": norms}
+        needed = {
+            "sums": self.centralize != "none",
+            "finish": self.project,
+            "squares": norms,
+            "totals": norms,
+        }
         return needed.get(part, True)
 
 

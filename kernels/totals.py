@@ -1,4 +1,4 @@
-"""Norms of whole tensors: a launch that leaves sums of squares, one that adds them up, what a step makes of them.
+"""Norms of whole tensors: a launch leaves sums of squares, one adds them up, the step takes a factor of them.
 
 `squares_kernel` computes what the step will, writes nothing of it, and leaves the squares of what a rule's
 `squares` names, a place a program. `totals_kernel` adds up those of each slot in a fixed order, so that a
@@ -30,12 +30,13 @@ class Partials(NamedTuple):
 @jit
 def squares_kernel(table, grads, tiles, scalars, sums, SPEC: tl.constexpr):
     """Leaves sums of squares, SUMS a program. Arguments as step_kernel's, but for sums: `Partials`."""
+    SUMS: tl.constexpr = SPEC.SUMS
     row = row_of(table, grads, tiles, scalars, SPEC)
-    place = sums.squares + tl.program_id(0).to(tl.int64) * SPEC.SUMS
+    place = sums.squares + tl.program_id(0).to(tl.int64) * SUMS
     if SPEC.REDUCTION == "loop" or SPEC.REDUCTION == "ranks":
         C: tl.constexpr = SPEC.C
         mean = mean_of_row(row, SPEC)
-        totals = nothing(SPEC.SUMS, C)
+        totals = nothing(SUMS, C)
         for start in range(0, row.columns, C):
             cells, values = load_tile(row, start, SPEC, "")
             found = normed(values, row.h, noise_tile(row, start, SPEC), mean, SPEC)
@@ -46,7 +47,7 @@ def squares_kernel(table, grads, tiles, scalars, sums, SPEC: tl.constexpr):
         cells, values = load_tile(row, start, SPEC, "")
         z = noise_tile(row, start, SPEC)
         found = normed(values, row.h, z, mean_of_tile(row, cells, values, z, sums.pieces, SPEC), SPEC)
-        leave(place, with_squares(nothing(SPEC.SUMS, 1), found, cells.mask))
+        leave(place, with_squares(nothing(SUMS, 1), found, cells.mask))
 
 
 @jit
@@ -81,19 +82,20 @@ def totals_kernel(table, grads, firsts, scalars, sums, SPEC: tl.constexpr):
 
     Arguments as squares_kernel's, but for firsts: int32 [slots + 1], where the programs of each slot begin.
     """
+    SUMS: tl.constexpr = SPEC.SUMS
     slot = tl.program_id(0).to(tl.int64)
     base = table + slot * SPEC.FIELDS
     begin, end = tl.load(firsts + slot), tl.load(firsts + slot + 1)
     place = sums_at(base, SPEC)
-    for i in tl.static_range(SPEC.SUMS):
+    for i in tl.static_range(SUMS):
         total = tl.zeros([_LANES], tl.float64)
         for start in range(begin, end, _LANES):
             lane = start + tl.arange(0, _LANES)
-            here = sums.squares + lane.to(tl.int64) * SPEC.SUMS + i
+            here = sums.squares + lane.to(tl.int64) * SUMS + i
             total += tl.load(here, lane < end, other=0)
         tl.store(place + i, tl.sum(total, axis=0))
     count = tl.load(base + len(SPEC.DTYPES)) * tl.load(base + len(SPEC.DTYPES) + 1)
-    tl.store(place + SPEC.SUMS, count.to(tl.float64))
+    tl.store(place + SUMS, count.to(tl.float64))
 
 
 @jit
@@ -106,6 +108,7 @@ def sums_at(base, SPEC: tl.constexpr):
 def trust_of(row, SPEC: tl.constexpr):
     """The factor of a slot: 1 where its rule wants no norms."""
     FACTOR: tl.constexpr = SPEC.FACTOR
+    SUMS: tl.constexpr = SPEC.SUMS
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant
     if FLAGS.trust == "none":
@@ -113,6 +116,6 @@ def trust_of(row, SPEC: tl.constexpr):
     else:
         place = sums_at(row.base, SPEC)
         sums = ()
-        for i in tl.static_range(SPEC.SUMS):
+        for i in tl.static_range(SUMS):
             sums = sums + (tl.load(place + i),)
-        return FACTOR(sums, tl.load(place + SPEC.SUMS), row.h.own, VARIANT).to(SPEC.COMPUTE)
+        return FACTOR(sums, tl.load(place + SUMS), row.h.own, VARIANT).to(SPEC.COMPUTE)

@@ -69,4 +69,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "AdEMAMix": [_ADEMAMIX, {**_ADEMAMIX, "alpha_warmup": 6.0, "beta3_warmup": 5.0, "maximize": True}],
     "AdaBelief": [{**_AVERAGES, "eps": 0.1}, {**_AVERAGES, **_DECOUPLED, "eps": 0.01}],
     "LaProp": [{**_AVERAGES, "eps": 0.1}],
+    "LAMB": [
+        {**_AVERAGES, "eps": 0.1, "weight_decay": 0.3},
+        {**_AVERAGES, "eps": 0.1, "always_adapt": True, "trust_clip": True, "maximize": True},
+    ],
+    "LARS": [
+        {**_LR, "momentum": 0.4, "weight_decay": 0.3, "trust_coeff": 0.2, "eps": 0.1},
+        {
+            **_LR,
+            "momentum": 0.4,
+            "nesterov": True,
+            "always_adapt": True,
+            "trust_coeff": 0.2,
+            "trust_clip": True,
+        },
+        {**_LR, "always_adapt": True, "trust_coeff": 0.2},
+    ],
+    "StableAdamW": [{**_AVERAGES, "eps": 0.1}, {**_AVERAGES, "eps": 0.1, "weight_decay": 0.3}],
 }

@@ -133,7 +133,7 @@ class Plan:
         return launches
 
     def _launch(self) -> int:
-        """Every launch of it; collectives where rows, or tensors whose norms are wanted, lie on several ranks."""
+        """Every launch of it; collectives where rows, or tensors with norms, lie on several ranks."""
         split = [bucket for bucket in self.buckets if bucket.key.split]
         launches = 0
         if self._totals.centred:

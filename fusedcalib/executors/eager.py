@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -124,7 +124,7 @@ class EagerExecutor:
         if not flags.needs(part):
             return 0
         scalars = bucket.scalars.tolist()
-        norms = bucket.norms or [None] * len(bucket.slots)
+        norms: Sequence[Tensor | None] = bucket.norms or [None] * len(bucket.slots)
         for slot, row, totals, sums in zip(
             bucket.slots, bucket.scalar_rows, bucket.totals, norms, strict=True
         ):

@@ -128,7 +128,9 @@ class Bucket:
     shared: Scalars = field(default_factory=Scalars)  # one for all buckets of a plan
     capturable: bool = False
     totals: list[Tensor | None] = field(default_factory=list)  # of the rows of each slot, if it is split
-    norms: list[Tensor] = field(default_factory=list)  # of each slot fp64 [sums + 1], where its rule wants such
+    norms: list[Tensor] = field(
+        default_factory=list
+    )  # of each slot fp64 [sums + 1], where its rule wants such
     table_version: int = 0  # counts changes but those of gradients, for executors that keep a copy
     moves: int = 0  # counts changes of gradients
     cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies

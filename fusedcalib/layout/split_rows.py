@@ -38,12 +38,12 @@ class Packed:
         for device, groups in found.items():
             counts = [[lengths[index] for index in members] for members in groups.values()]
             whole = torch.zeros(sum(map(sum, counts)), dtype=torch.float64, device=device)
-            packs = whole.split([*map(sum, counts)])
+            packs = torch.split(whole, [*map(sum, counts)])
             for (mesh, dimensions), members, pack, of_slots in zip(
                 groups, groups.values(), packs, counts, strict=True
             ):
                 self._packs.append((pack, mesh, dimensions))
-                self.parts |= dict(zip(members, pack.split(of_slots), strict=True))
+                self.parts |= dict(zip(members, torch.split(pack, of_slots), strict=True))
         # No kernel writes these: what the sum over ranks left there must not be counted again.
         self._idle = [part for i, part in self.parts.items() if not local_of(slots[i].param).numel()]
 

@@ -89,7 +89,7 @@ def build_buckets(
     lay: Callable[[Slot, Tensor | None], Laid] = lay_slot,
     norms: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Bucket]:
-    """Sorts slots into launches and lays each launch out. `totals`: of RowTotals, `norms`: of TensorTotals."""
+    """Sorts slots into launches, laid out each. `totals`: of RowTotals, `norms`: of TensorTotals."""
     members: dict[Key, list[tuple[int, Laid]]] = {}
     alike: dict[int, list[tuple[int, Laid]]] = {}  # by the identity of a key: comparing them takes long
     for index, slot in enumerate(slots):

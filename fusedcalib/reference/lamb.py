@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .pipeline import Trust, oracle, root, steps_taken
+from .adam import adamw
+from .pipeline import Trust, direction_of, oracle
 from .stages import Betas, Oracle, State
 
 
@@ -26,7 +27,7 @@ def lamb(
     eps: float = 1e-6,
     trust_clip: bool = False,
     always_adapt: bool = False,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor | None, State]:
     r"""Take one step of LAMB: Adam's direction with decay, as long as the weights are.
 
     .. math::
@@ -35,30 +36,23 @@ def lamb(
         w \leftarrow w - \eta \frac{\|w\|}{\|u\|} u
 
     Args:
-        g: gradient of the mean loss; for the step around the rule see `pipeline.oracle`.
-        state: ``{}`` or ``step`` (steps taken so far), ``exp_avg`` (m) and ``exp_avg_sq`` (v), of the
-            weights' shape.
-        betas: :math:`(\beta_1, \beta_2)`, decay per step of the two averages.
-        eps: added to the root, in units of the gradient.
+        g, state, betas, eps: as in `adam`.
         trust_clip: whether the ratio of the norms is 1 at most.
         always_adapt: whether the ratio is taken without weight decay, too.
 
     Returns:
-        New weights and new state, its ``step`` an int.
+        New weights and new state, as `adam`.
 
     Source: You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, ICLR 2020,
     algorithm 2 with phi the identity.
 
+    >>> import torch
     >>> w, state = lamb(torch.tensor([3.0, 4.0]), torch.ones(2), {}, lr=0.5, weight_decay=0.0, eps=0.0,
     ...     always_adapt=True)
     >>> w  # a step of half the length of the weights, 5, along (1, 1)
     tensor([1.2322, 2.2322])
     """
-    t, (beta1, beta2) = steps_taken(state), betas
-    m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * g
-    v = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * g**2
-    update = m / (1 - beta1**t) / root(v / (1 - beta2**t), eps, inside=False)
-    return update, {"step": t, "exp_avg": m, "exp_avg_sq": v}
+    return direction_of(adamw)(g, state, betas=betas, eps=eps)
 
 
 ORACLES: dict[str, Oracle] = {"LAMB": lamb}

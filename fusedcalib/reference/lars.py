@@ -13,12 +13,11 @@ def _local_rate(w: Tensor, g: Tensor, update: None, state: State, options: State
     if decay == 0 and not options["always_adapt"]:
         return one
     of_weights, of_gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+    rate: Tensor = options["trust_coeff"] * of_weights / (of_gradient + decay * of_weights + options["eps"])
     if of_weights == 0 or of_gradient == 0:
         rate = one
-    else:
-        rate = options["trust_coeff"] * of_weights / (of_gradient + decay * of_weights + options["eps"])
     if options["trust_clip"] and options["lr"] > 0:
-        return (rate / options["lr"]).clamp(max=1.0)
+        rate = (rate / options["lr"]).clamp(max=1.0)
     return rate
 
 
@@ -59,6 +58,7 @@ def lars(
     Source: You, Gitman, Ginsburg, Large Batch Training of Convolutional Networks, 2017, algorithm 1; the
     momentum's form and the clip as in timm.
 
+    >>> import torch
     >>> w, state = lars(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0]), {}, trust_coeff=0.5, eps=0.0,
     ...     always_adapt=True)
     >>> w  # half of 5 / 2 times the gradient

@@ -30,7 +30,6 @@ class Trust(NamedTuple):
     scales: Literal["step", "gradient"] = "step"
 
 
-
 def oracle(
     *, lr: float, weight_decay: float = 0.0, decay: Decay = "coupled", trust: Trust | None = None
 ) -> Callable[[Direction], Oracle]:

@@ -13,7 +13,7 @@ from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
 from ..optimizer import FusedOptimizer, ParamsT
 from ..options import Options
-from ..rule import Rule, Trust
+from ..rule import Rule, Trust, decays_or_always
 
 
 @jit
@@ -44,6 +44,9 @@ def _scalars(group: Group, step: float) -> tuple[float, ...]:
     return group["lr"], *averages, correction, group["eps"], most
 
 
+_READ = ("param", "grad", "exp_avg", "exp_avg_sq")
+
+
 class LAMB(FusedOptimizer, Options):
     r"""LAMB: AdamW whose step is as long as the tensor it moves, for batches of tens of thousands.
 
@@ -70,14 +73,14 @@ class LAMB(FusedOptimizer, Options):
     Memory: the norms have to be known before the step. Two launches more, of which one reads all that the
     step reads: 44 bytes a parameter in fp32, where AdamW reads and writes 28.
 
-    Use it: for very large batches, with the learning rate growing as the root of the batch. The authors, as
-    timm's and apex's classes by default, clip the norm of all gradients to 1: `max_grad_norm=1.0`.
+    Use it: for very large batches, with the learning rate growing as the root of the batch.
 
     Raises:
         ValueError: an argument is out of range.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020,
-    Algorithm 2, its :math:`\phi` the identity; `trust_clip` and `always_adapt` as in timm.
+    Algorithm 2, its :math:`\phi` the identity; `trust_clip` and `always_adapt` as in timm. The authors clip
+    the norm of all gradients to 1, as timm's and apex's classes do by default: here `max_grad_norm=1.0`.
 
     >>> import torch, fusedcalib
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -94,12 +97,7 @@ class LAMB(FusedOptimizer, Options):
         states={"plain": ("exp_avg", "exp_avg_sq")},
         nonnegative=frozenset({"exp_avg_sq"}),
         decay=lambda group: "trusted",
-        trust=Trust(
-            weights_and_direction,
-            trust_ratio,
-            sums=2,
-            adapts=lambda group: hostmath.is_on(group["weight_decay"]) or group["always_adapt"],
-        ),
+        trust=Trust(weights_and_direction, trust_ratio, 2, _READ, adapts=decays_or_always),
     )
 
     def __init__(
@@ -114,5 +112,5 @@ class LAMB(FusedOptimizer, Options):
         **options: Any,
     ) -> None:
         own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own |= {"trust_clip": trust_clip, "always_adapt": always_adapt}
-        super().__init__(params, own, **options)
+        ratio = {"trust_clip": trust_clip, "always_adapt": always_adapt}
+        super().__init__(params, own | ratio, **options)

@@ -13,7 +13,7 @@ from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt, where
 from ..optimizer import FusedOptimizer, ParamsT
 from ..options import Options
-from ..rule import Rule, Trust
+from ..rule import Rule, Trust, decays_or_always
 
 
 @jit
@@ -124,8 +124,9 @@ class LARS(FusedOptimizer, Options):
             weights_and_gradient,
             local_rate,
             sums=2,
+            reads=("param", "grad"),
             scales="gradient",
-            adapts=lambda group: hostmath.is_on(group["weight_decay"]) or group["always_adapt"],
+            adapts=decays_or_always,
         ),
     )
 

@@ -87,7 +87,7 @@ class StableAdamW(FusedOptimizer, Options):
         states={"plain": ("exp_avg", "exp_avg_sq")},
         nonnegative=frozenset({"exp_avg_sq"}),
         decay=lambda group: "trusted",
-        trust=Trust(by_second_moment, slowed, sums=1),
+        trust=Trust(by_second_moment, slowed, sums=1, reads=("grad", "exp_avg_sq")),
     )
 
     def __init__(

@@ -26,7 +26,8 @@ def run_norms(recipe: Recipe, memory: Memory, scaled: Function, normed: Function
     size = CODED_BLOCK if memory.coded else BLOCK
     nothing, with_squares, leave = _sums(trust.sums)
 
-    @njit(**INNER, fastmath=ADD_FREELY)
+    # Not with fastmath, which would round what is squared otherwise than the step does.
+    @njit(**INNER)
     def run(addresses, strides, length, h, factor, mean, at, words, places, sums):
         space, totals = room(), nothing()
         for first in range(0, length, size):
@@ -48,13 +49,14 @@ def _sums(count: int) -> tuple[Function, ...]:
     added = "".join(f"set_double(sums, {i}, double_at(sums + {8 * i})[0] + t[{i}]); " for i in each)
     names: dict[str, Any] = {"float64": np.float64, "set_double": set_double, "double_at": double_at}
     lines = (f"def made(): return ({'0.0, ' * count})", f"def made(t, x): return ({squares})")
-    return tuple(_made(line, names) for line in (*lines, f"def made(sums, t): {added}return"))
+    nothing, with_squares = (_made(line, names, fastmath=ADD_FREELY) for line in lines)
+    return nothing, with_squares, _made(f"def made(sums, t): {added}return", names)
 
 
-def _made(line: str, names: dict[str, Any]) -> Function:
+def _made(line: str, names: dict[str, Any], **options: Any) -> Function:
     space: dict[str, Any] = {}
     exec(line, names, space)
-    return cast(Function, njit(**INNER)(space["made"]))
+    return cast(Function, njit(**INNER, **options)(space["made"]))
 
 
 def factor_of(recipe: Recipe, memory: Memory, names: dict[str, Any]) -> Function:

@@ -56,7 +56,7 @@ class TritonExecutor:
 
 
 def _names(part: str, bucket: Bucket) -> tuple[str, ...]:
-    """The launches of a part of a step, in their order. Where rows are whole here, it has its sums to itself."""
+    """The launches of a part of a step, in their order; with their sums, where rows are whole here."""
     before = () if bucket.key.split else ("sums",)
     if part == "squares":
         return (*before, "squares", "totals")
