@@ -23,13 +23,14 @@ from .masters import MasterWeights
 from .options import BACKEND, OFFLOAD, check_group, plain
 from .rule import Rule
 from .signature import declare, documented, extras_of
+from .statistics import TrackedSteps
 from .storage import VERSION, VERSION_KEY, check_version, keeps_bytes
 
 __all__ = ["FusedOptimizer", "ParamsT"]
 
 
 @documented
-class FusedOptimizer(MasterWeights, Optimizer):
+class FusedOptimizer(TrackedSteps, MasterWeights, Optimizer):
     r"""What every optimizer here does: the direction of its `rule`, between stages, in one pass over memory.
 
     .. math::
@@ -196,7 +197,7 @@ class FusedOptimizer(MasterWeights, Optimizer):
                 been changed then: parameters, state and counters are as they were.
         """
         loss = self._evaluated(closure)
-        with torch.no_grad():
+        with torch.no_grad(), self._tracking():
             self._engine.step(self.param_groups, self.state, self._scaling())
         return loss
 

@@ -6,6 +6,7 @@ from .branch import BranchSpec, Told, branch_kernel
 from .decide import GRID, Control, Sums, control_kernel, norm_kernel
 from .direct import Launch
 from .language import AVAILABLE, cdiv, tl
+from .observed import Observing, observed_kernel
 from .rows import project_kernel, row_sums_kernel
 from .spec import LOOPS, DeciderSpec, NormSpec, Spec, Tile, norm_spec, tile_for
 from .stages import Flags
@@ -29,7 +30,9 @@ KERNELS = {
     "totals": totals_kernel,
     "step": step_kernel,
     "finish": project_kernel,
+    "statistics": observed_kernel,
 }
+SLOTWISE = ("totals", "statistics")  # a program a slot
 NORMS = ("squares", "totals")  # of whole tensors: these two share `Partials`
 WARPS = 4  # of the programs that have no tile
 # Places of arguments that may be others at the next step.
@@ -42,14 +45,14 @@ def dtype_of(name: str):
 
 
 def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
-    """The launches of a step: "sums", "squares", "totals" before it, "finish" where it needs a norm."""
+    """The launches of a step: "sums", "squares", "totals" before it, "finish" where it needs a norm, "statistics"."""
     whole = tile.reduction not in ("pieces", "ranks")
     return tuple(part for part in KERNELS if flags.needs(part) and not (whole and part in ("sums", "finish")))
 
 
 def warps_of(part: str, spec: Spec) -> int:
     """The warps of a program of a launch."""
-    return WARPS if part == "totals" else spec.WARPS
+    return WARPS if part in SLOTWISE else spec.WARPS
 
 
 class Scratch(NamedTuple):
@@ -57,7 +60,9 @@ class Scratch(NamedTuple):
 
     sums: Any  # compute dtype [2, programs], where rows are added up from pieces; else anything
     squares: Any = None  # fp64 [programs, SUMS], where a rule wants norms of whole tensors
-    firsts: Any = None  # int32 [slots + 1], where the programs of each slot begin; there as well
+    firsts: Any = None  # int32 [slots + 1], where the programs of each slot begin; there, or if measured
+    observed: Any = None  # fp64 [programs, OBSERVED], where the step is measured
+    places: Any = None  # int64 [slots], where its statistics are left; there as well
 
 
 def step_launches(table, grads, tiles, scalars, scratch: Scratch, spec: Spec) -> dict[str, Launch]:
@@ -73,11 +78,13 @@ def step_launches(table, grads, tiles, scalars, scratch: Scratch, spec: Spec) ->
     """
     assert spec.FLAGS is not None
     partials = Partials(scratch.sums, scratch.squares)
+    observing = Observing(scratch.sums, scratch.observed, scratch.places)
+    observed = ("step", "statistics") if spec.FLAGS.statistics else ()
 
     def launch(part: str) -> Launch:
         constants = {"SPEC": spec, "num_warps": warps_of(part, spec), **OPTIONS}
-        sums = partials if part in NORMS else scratch.sums
-        if part == "totals":  # a program a slot
+        sums = partials if part in NORMS else observing if part in observed else scratch.sums
+        if part in SLOTWISE:
             args, programs = (table, grads, scratch.firsts, scalars, sums), scratch.firsts.shape[0] - 1
         else:
             args, programs = (table, grads, tiles, scalars, sums), tiles.shape[0]

@@ -33,6 +33,7 @@ class Flags(NamedTuple):
     master: str = "none"  # "none" | "split16" | "split8" | "float32", what a parameter has beside it
     dithered: bool = False  # states are rounded at random
     trust: str = "none"  # "none" | "gradient" | "step", what a factor by norms of the whole tensor multiplies
+    statistics: bool = False  # the step is measured, see observed.py
 
     @property
     def random(self) -> bool:
@@ -50,13 +51,14 @@ class Flags(NamedTuple):
         return self.centralize != "none" or self.project
 
     def needs(self, part: str) -> bool:
-        """Whether a step has this part: "sums", "squares" and "totals" before it, "finish" after it."""
+        """Whether a step has this part: "sums", "squares", "totals" before it, "finish", "statistics" after."""
         norms = self.trust != "none"
         needed = {
             "sums": self.centralize != "none",
             "finish": self.project,
             "squares": norms,
             "totals": norms,
+            "statistics": self.statistics,
         }
         return needed.get(part, True)
 

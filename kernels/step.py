@@ -4,6 +4,7 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 """
 
 from .language import jit, tl
+from .observed import leave_observed, nothing_observed, with_observed
 from .rows import (
     HINTS,
     hinted,
@@ -25,7 +26,7 @@ def step_kernel(
     grads,  # int64 [slots], addresses
     tiles,  # int32 [programs, 3]
     scalars,  # COMPUTE [rows, COUNT]; where COUNT is 0 the one row, a tuple of fp32
-    sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters
+    sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters; `Observing`
     SPEC: tl.constexpr,  # Spec
 ):
     """Steps the rows or the tile of this program."""
@@ -34,13 +35,13 @@ def step_kernel(
         if row.h.skip != 0:
             return
     if SPEC.REDUCTION == "loop" or SPEC.REDUCTION == "ranks":
-        step_rows(row, SPEC)
+        step_rows(row, sums, SPEC)
     else:
         step_tile(row, sums, SPEC)
 
 
 @jit
-def step_rows(row, SPEC: tl.constexpr):
+def step_rows(row, sums, SPEC: tl.constexpr):
     """Steps a row [1] piece by piece, C columns at a time."""
     C: tl.constexpr = SPEC.C
     FLAGS: tl.constexpr = SPEC.FLAGS
@@ -48,6 +49,8 @@ def step_rows(row, SPEC: tl.constexpr):
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
     mean, trust = mean_of_row(row, SPEC), trust_of(row, SPEC)
     squares = tl.zeros([1, C], SPEC.COMPUTE)
+    if FLAGS.statistics:
+        seen = nothing_observed(C, SPEC)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, DONE)
         p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, trust, SPEC)
@@ -55,9 +58,13 @@ def step_rows(row, SPEC: tl.constexpr):
             squares += tl.where(cells.mask, p * p, 0)
         bits = rounding_tile(row, start, SPEC)
         p = rounded(p, bits, SPEC)
+        if FLAGS.statistics:
+            seen = with_observed(seen, values, p, cells.mask, SPEC)
         if not FLAGS.project:
             state = averaged(p, state, row.h, SPEC)
         store_tile(row, cells, (p,) + state, bits, SPEC, WRITTEN)
+    if FLAGS.statistics:
+        leave_observed(sums, seen, SPEC)
     if FLAGS.project:
         total = tl.sum(tl.sum(squares, axis=1), axis=0)
         if SPEC.REDUCTION == "ranks":
@@ -71,17 +78,22 @@ def step_tile(row, sums, SPEC: tl.constexpr):
     """Steps a tile [R, C]: whole rows, or pieces of rows of which `sums` has what is left of them all."""
     FLAGS: tl.constexpr = SPEC.FLAGS
     start = row.piece * SPEC.C
+    pieces = sums
+    if FLAGS.statistics:
+        pieces = sums.pieces
     cells, values = load_tile(row, start, SPEC, "")
     z = noise_tile(row, start, SPEC)
-    mean = mean_of_tile(row, cells, values, z, sums, SPEC)
+    mean = mean_of_tile(row, cells, values, z, pieces, SPEC)
     p, state = stepped(values, row.h, z, mean, trust_of(row, SPEC), SPEC)
     if FLAGS.project:
         if SPEC.REDUCTION == "tile":
             p = projected(p, row_total(p * p, cells.mask), row.h)
         else:
-            square_total(sums, p, cells.mask)
+            square_total(pieces, p, cells.mask)
     bits = rounding_tile(row, start, SPEC)
     p = rounded(p, bits, SPEC)
+    if FLAGS.statistics:
+        leave_observed(sums, with_observed(nothing_observed(1, SPEC), values, p, cells.mask, SPEC), SPEC)
     if not FLAGS.project or SPEC.REDUCTION == "tile":
         state = averaged(p, state, row.h, SPEC)
     store_tile(row, cells, (p,) + state, bits, SPEC, "")

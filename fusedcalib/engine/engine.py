@@ -55,6 +55,7 @@ class Engine:
         report: what steps have found.
         versions: of the tensors that steps write.
         captured: what CUDA graphs go on reading.
+        options: what groups ask for, and whether to measure.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Engine:
         owner: Callable[[], object],
     ) -> None:
         self._name, self._rule, self._backend, self._owner = name, rule, backend, owner
-        self._check_options, self._options = check, OptionGuards(rule, check)
+        self._check_options, self.options = check, OptionGuards(rule, check)
         self._counters, self._places = Counters(), Places(name, rule)
         self._undo: StateBefore | None = None  # where the last plan is a new one
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
@@ -116,7 +117,7 @@ class Engine:
 
     def prepare(self, groups: Groups, state: State, scaling: Scaling = UNSCALED) -> Plan:
         """The plan of the coming step: all host work but the launches."""
-        asked = self._options.look(groups, *scaling)
+        asked = self.options.look(groups, *scaling)
         for param in self._misplaced:
             redistribute_gradient(param)
         self._undo, last = None, self.plan
@@ -141,7 +142,7 @@ class Engine:
 
         Where it is laid out already it costs nothing for the others. Raises as `step` and `check_parts`.
         """
-        asked = self._options.look(groups, *UNSCALED)
+        asked = self.options.look(groups, *UNSCALED)
         check_options(self._name, groups, asked)
         part, same = self._places.part(groups, params)
         if not same:  # of whose places noise goes by
@@ -157,7 +158,7 @@ class Engine:
 
     def check_parts(self, groups: Groups, params: Collection[Tensor]) -> None:
         """Raises where these parameters cannot be stepped without the others, and says what to do."""
-        asked = self._options.look(groups, *UNSCALED)
+        asked = self.options.look(groups, *UNSCALED)
         check_options(self._name, groups, asked)
         if params:
             live = [each for each in everyone(groups, self._rule) if each.param in params]

@@ -180,7 +180,8 @@ class OptionGuards:
     def __init__(self, rule: Rule, check: Callable[[dict[str, Any]], None]) -> None:
         self._rule, self._check = rule, check
         self._seen: list[_Options] = []
-        self._scaling: tuple[bool, bool] | None = None
+        self._scaling: tuple[bool, bool, bool] | None = None
+        self.statistics = False  # whether the coming step is measured
         self._asked = Asked()
 
     def look(
@@ -189,17 +190,18 @@ class OptionGuards:
         """What is asked for now, with what a GradScaler hands over: the same object if nothing changed."""
         known = len(self._seen) == len(groups)
         changed = [i for i, group in enumerate(groups) if not (known and self._seen[i].hold(group))]
-        before, scaling = self._asked, (grad_scale is None, found_inf is None)
+        before, scaling = self._asked, (grad_scale is None, found_inf is None, self.statistics)
         if not changed and scaling == self._scaling and groups is before.groups:
             return before
         self._scaling = None  # until all of it is known
         for i in changed:
             self._check(groups[i])
-        needs = needs_of(groups, grad_scale, found_inf)
+        needs = needs_of(groups, grad_scale, found_inf)._replace(statistics=self.statistics)
         kept = {} if not known or needs != before.needs else dict(enumerate(before.recipes))
         for i in changed:
             kept.pop(i, None)
         recipes = [kept.get(i) or recipe_of(self._rule, group, needs) for i, group in enumerate(groups)]
+        _check_measurable(recipes)
         versions = before.versions if known else [max(before.versions, default=0)] * len(groups)
         self._asked = Asked(
             groups,
@@ -211,6 +213,16 @@ class OptionGuards:
         self._seen = [_Options(group) if i in changed else self._seen[i] for i, group in enumerate(groups)]
         self._scaling = scaling
         return self._asked
+
+
+def _check_measurable(recipes: list[Recipe]) -> None:
+    """Raises where a group's step cannot be measured: weights may be shortened after its pass."""
+    for number, recipe in enumerate(recipes):
+        if recipe.flags.statistics and recipe.flags.project:
+            raise RuntimeError(
+                f"group {number}: track() measures a step in its own pass, but max_row_norm may shorten rows "
+                "after it; set max_row_norm=None, or call track() without names"
+            )
 
 
 NAMES = ("params", "param_names")  # keys of a group whose lists are not options

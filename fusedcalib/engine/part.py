@@ -96,6 +96,11 @@ def check_options(name: str, groups: Groups, asked: Asked) -> None:
         )
     if asked.needs == NOTHING:
         return
+    if asked.needs.statistics:
+        raise RuntimeError(
+            f"{name}: gradient release steps parameters before it has all gradients, but track() measures "
+            "whole steps; call track() without names"
+        )
     for number, group in enumerate(groups):
         where = f"{name}: group {number}: gradient release steps parameters before it has all gradients, but"
         if is_on(group["max_grad_norm"]):

@@ -13,6 +13,7 @@ from ..layout.buckets import Array, Slot
 from ..layout.inputs import PlanInputs
 from ..layout.recipe import Asked, Recipe
 from ..layout.scalars import Scalars
+from ..layout.statistics import Statistics
 from ..layout.split_rows import RowTotals, TensorTotals
 from ..layout.tables import Laid, build_buckets
 from .decide import HostDecider, MakeDecider
@@ -34,6 +35,7 @@ class Plan:
         taken: whether the last step was, as far as the host knows.
         begun: whether anything of it has been launched.
         on_device: whether a CUDA graph might capture it.
+        statistics: what its last step was measured to be, if that is asked for.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Plan:
         self.taken = self.begun = False
         self._recipes, self._slots = recipes, work.slots
         scalars = Scalars()
+        self.statistics = Statistics(work.slots)
         self._totals, self._norms = RowTotals(work.slots), TensorTotals(work.slots)
         capturable = decider is not None and work.needs.remote
-        parts = self._totals.parts, lay, self._norms.parts
+        parts = self._totals.parts, lay, self._norms.parts, self.statistics.parts
         self.buckets = build_buckets(work.slots, scalars, capturable, *parts)
         make = decider if decider is not None and self.buckets else HostDecider
         self.decider = make(work, scalars, self.buckets)
@@ -127,6 +130,7 @@ class Plan:
             self.begun = True
             launches = self.decider.decide()
             launches += self._launch()
+            launches += self._measure(grad_scale, found_inf)
             self.decider.advance()
             # Kernels write through addresses: tell autograd, as an in-place operation would.
             torch.autograd.graph.increment_version(self._written)
@@ -147,4 +151,12 @@ class Plan:
         if self._totals.projected:
             self._totals.add_up()
             launches += sum(bucket.key.executor.step_bucket(bucket, "finish") for bucket in split)
+        return launches
+
+    def _measure(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> int:
+        """Adds up what the step has left of its statistics; a collective where tensors lie on several ranks."""
+        if not self.statistics.parts:
+            return 0
+        launches = sum(bucket.key.executor.step_bucket(bucket, "statistics") for bucket in self.buckets)
+        self.statistics.add_up(grad_scale, found_inf)
         return launches

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import stages
+from ..kernels.observed import observed
 from ..kernels.spec import Spec
 from ..kernels.storage import BLOCK, CODED, COMPANIONS
 from ..layout.buckets import Bucket, Slot, TileShape
@@ -74,6 +75,7 @@ class _Stages(NamedTuple):
     projected: Function
     rounded: Function
     averaged: Function
+    observed: Function
     factor: Function
 
 
@@ -86,7 +88,8 @@ def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> _Stag
     names = dict(NAMES)
     for name in ("prepared", "centred", "directed"):  # of which others are made
         names[name] = rebound(getattr(stages, name), names)
-    made = {name: rebound(getattr(stages, name), names) for name in _Stages._fields[:-1]}
+    sources = {name: getattr(stages, name, observed) for name in _Stages._fields[:-1]}
+    made = {name: rebound(source, names) for name, source in sources.items()}
     of_spec = {name: made[name] if name == "projected" else partial(made[name], SPEC=spec) for name in made}
     factor = partial(rebound(trust.factor, NAMES), VARIANT=recipe.flags.variant) if trust else _one
     return _Stages(**of_spec, factor=factor)
@@ -123,7 +126,7 @@ class EagerExecutor:
         flags = bucket.key.recipe.flags
         if not flags.needs(part):
             return 0
-        scalars = bucket.scalars.tolist()
+        scalars, measured = bucket.scalars.tolist(), dict(zip(map(id, bucket.slots), bucket.statistics, strict=False))
         norms: Sequence[Tensor | None] = bucket.norms or [None] * len(bucket.slots)
         for slot, row, totals, sums in zip(
             bucket.slots, bucket.scalar_rows, bucket.totals, norms, strict=True
@@ -141,12 +144,15 @@ class EagerExecutor:
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.uint32).view(np.int32))
             of_rows = (param if t is None else t for t in (totals, slot.factors))
             pitch = slot.place.pitch if slot.place else 0
+            seen = measured.get(id(slot)) if part == "step" else None
+            if seen is not None:
+                seen.zero_()
             if sums is not None and part == "squares":
                 sums.zero_()
                 sums[-1] = param.numel()
             for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
                 *kept, z, b, total, factors = block
-                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors, sums))
+                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors, sums, seen))
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -189,7 +195,7 @@ def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
 class _Rows(NamedTuple):
     """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors.
 
-    `norms`: sums of squares over the whole tensor.
+    `norms`: sums of squares over the whole tensor; `seen`: its statistics.
     """
 
     part: str
@@ -197,6 +203,7 @@ class _Rows(NamedTuple):
     pitch: int
     factors: Tensor
     norms: Tensor | None
+    seen: Tensor | None
 
 
 def _step(
@@ -245,10 +252,20 @@ def _step(
         else:
             p = of.projected(p, _along_rows(rows.totals, p).to(p.dtype) if split else squares, h)
     p = of.rounded(p, bits)
+    if rows.seen is not None:
+        _observe(rows.seen, *of.observed(values, p))
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
         new = of.averaged(p, new, h)
     for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
         torch_storage.encode(tensors, value, kind, bits)
+
+
+def _observe(seen: Tensor, gradient: Tensor, change: Tensor, weight: Tensor, same: Tensor) -> None:
+    """Takes a block into the statistics of a slot, as kernels/observed.py has them."""
+    g, u, w = (x.to(torch.float64) for x in (gradient, change, weight))
+    counts = [x.sum().to(torch.float64) for x in (same, ~gradient.isfinite())]
+    seen[:-1] += torch.stack([(g * g).sum(), (u * u).sum(), (w * w).sum(), (g * u).sum(), *counts])
+    torch.maximum(seen[-1], g.abs().max(), out=seen[-1])
 
 
 def _places(

@@ -89,6 +89,7 @@ class Needs(NamedTuple):
     scaled: bool = False  # a factor for the gradients
     tentative: bool = False  # it may be left out
     remote: bool = False  # numbers that the host cannot know without waiting
+    statistics: bool = False  # to be measured
 
 
 class Asked(NamedTuple):
@@ -147,6 +148,7 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
         trust=rule.trust.scales if rule.trust and rule.trust.adapts(group) else "none",
+        statistics=needs.statistics,
     )
     forms = tuple(state_format(group["state_dtype"], name) for name in rule.states[flags.variant])
     storage = storage_of(rule, flags.variant, forms, group)

@@ -32,7 +32,7 @@ class Packed:
         found: dict[torch.device, dict[Any, list[int]]] = {}
         for index in lengths:
             where = found.setdefault(local_of(slots[index].param).device, {})
-            where.setdefault((_place_of(slots[index]).mesh, across[index]), []).append(index)
+            where.setdefault((place_of_slot(slots[index]).mesh, across[index]), []).append(index)
         self._packs: list[tuple[Tensor, Any, tuple[int, ...]]] = []
         self.parts: dict[int, Tensor] = {}
         for device, groups in found.items():
@@ -70,7 +70,7 @@ class RowTotals(Packed):
         self.centred = any(flags[i].centralize != "none" for i in split)
         self.projected = any(flags[i].project for i in split)
         rows = {i: local_of(slots[i].param).shape[0] for i in split}
-        super().__init__(slots, rows, {i: _place_of(slots[i]).across for i in split})
+        super().__init__(slots, rows, {i: place_of_slot(slots[i]).across for i in split})
 
 
 class TensorTotals(Packed):
@@ -83,9 +83,9 @@ class TensorTotals(Packed):
     def __init__(self, slots: Sequence[Slot]) -> None:
         trusts = ((i, slot, slot.recipe.rule.trust) for i, slot in enumerate(slots))
         sums = {i: trust.sums + 1 for i, slot, trust in trusts if trust and slot.recipe.flags.trust != "none"}
-        super().__init__(slots, sums, {i: _place_of(slots[i]).parted for i in sums})
+        super().__init__(slots, sums, {i: place_of_slot(slots[i]).parted for i in sums})
 
 
-def _place_of(slot: Slot) -> Place:
+def place_of_slot(slot: Slot) -> Place:
     """Its place; that of a whole tensor where it is not spread."""
     return slot.place or Place(0, 0)

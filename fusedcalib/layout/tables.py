@@ -88,8 +88,9 @@ def build_buckets(
     totals: Mapping[int, Tensor] = MappingProxyType({}),
     lay: Callable[[Slot, Tensor | None], Laid] = lay_slot,
     norms: Mapping[int, Tensor] = MappingProxyType({}),
+    statistics: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Bucket]:
-    """Sorts slots into launches, laid out each. `totals`: of RowTotals, `norms`: of TensorTotals."""
+    """Sorts slots into launches, laid out each. `totals`: of RowTotals, `norms`: of TensorTotals, `statistics`: of Statistics."""
     members: dict[Key, list[tuple[int, Laid]]] = {}
     alike: dict[int, list[tuple[int, Laid]]] = {}  # by the identity of a key: comparing them takes long
     for index, slot in enumerate(slots):
@@ -100,6 +101,7 @@ def build_buckets(
             alike[id(laid.key)].append((index, laid))
     buckets = [_bucket(key, found, shared, capturable, totals) for key, found in members.items()]
     for bucket in buckets:
+        bucket.statistics = [statistics[index] for index in bucket.indices if index in statistics]
         bucket.norms = [norms[index] for index in bucket.indices if index in norms]
         if bucket.norms:
             bucket.table[:, len(bucket.key.dtypes) + 12] = [sums.data_ptr() for sums in bucket.norms]

@@ -151,7 +151,7 @@ class CSGD(SGD):
         """Steps every parameter that has a gradient; returns what the closure returns. As every optimizer."""
         loss = self._evaluated(closure)
         groups = [group for group in self.param_groups if group["branch"]]
-        with torch.no_grad():
+        with torch.no_grad(), self._tracking():
             branches = self._branches_of(groups)
             taken = self._engine.step(
                 self.param_groups, self.state, self._scaling(), lambda: branches.prepare(self._given())

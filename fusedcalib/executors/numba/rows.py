@@ -74,7 +74,10 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            step(start, strides, length, h, factor, mean, trust, at + run * length, words, kept, places)
+            step(
+                *(start, strides, length, h, factor, mean, trust, at + run * length, words, kept, places),
+                about[4],
+            )
         found = 0.0
         if projects:
             for run in range(runs):

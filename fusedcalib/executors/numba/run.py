@@ -24,6 +24,7 @@ from ..source import Function
 from . import branches
 from .cache import on_disk
 from .memory import Memory, fetch_add, geometry_at, memory_of, set_double, tile_at, words_at
+from .observed import SIZE, Partials, as_one
 from .rows import gradients, row_loop, row_squares
 from .values import INNER
 
@@ -64,6 +65,7 @@ def kernel_for(
     factor_of, scaled = gradients(memory, factored)
     on_row = row_loop(recipe, memory, scaled, part) if recipe else row_squares(memory, scaled)
     keeps = part in ("sums", "partial")  # what a row comes to, in its place
+    seen = SIZE if recipe and recipe.flags.statistics and part in ("step", "partial") else 0
     size = 8 * sums if "squares" in part and recipe else 0  # bytes that a tile leaves of norms
     shift, spread = memory.shift, memory.spread
     integers, scalars_at, geometry = memory.integers, memory.scalars_at, memory.geometry
@@ -89,12 +91,12 @@ def kernel_for(
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 at, begin = origin + r * pitch + begins, shift(addresses, along, r)
                 places = places_of(row, fields, r * blocks + begins // BLOCK)
-                factor, about = factor_of(factors, r), (total_at + 8 * r, pitch, places, norms)
+                factor, about = factor_of(factors, r), (total_at + 8 * r, pitch, places, norms, totals + t * seen)
                 found = on_row(row, begin, strides, runs, length, h, factor, at, words, about)
                 total += found
                 if keeps:
                     set_double(total_at, r, found)
-            if totals != 0 and size == 0:
+            if totals != 0 and size == 0 and seen == 0:
                 set_double(totals, t, total)
 
     @numba.cfunc(numba.void(numba.int64))
@@ -167,6 +169,12 @@ class NumbaExecutor:
             return 0
         if part == "squares":
             _leave_norms(bucket, loop)
+        elif part == "step" and bucket.statistics:
+            if "statistics" not in bucket.cache:
+                bucket.cache["statistics"] = Partials(bucket)
+            partials = bucket.cache["statistics"]
+            _run(bucket, loop, partials.cleared())
+            partials.add_up()
         else:
             _run(bucket, loop)
         return 1
@@ -185,10 +193,7 @@ def _leave_norms(bucket: Bucket, loop: Any) -> None:
     if "norms" not in bucket.cache:
         firsts = np.searchsorted(bucket.tiles[:, 0], np.arange(len(bucket.slots)))
         counts = [float(slot.tensors()[0].numel()) for slot in bucket.slots]
-        # All lie in one memory: one assignment leaves those of all slots.
-        whole = torch.empty(0, dtype=torch.float64).set_(bucket.norms[0].untyped_storage()).numpy()
-        places = [range(t.storage_offset(), t.storage_offset() + len(t)) for t in bucket.norms]
-        bucket.cache["norms"] = firsts, np.array(counts)[:, None], whole, np.array([*map(list, places)])
+        bucket.cache["norms"] = firsts, np.array(counts)[:, None], *as_one(bucket.norms)
     firsts, counts, whole, places = bucket.cache["norms"]
     partials = np.zeros((len(bucket.tiles), places.shape[1] - 1))
     _run(bucket, loop, partials.ctypes.data)

@@ -14,6 +14,7 @@ from numba import njit
 from numba.extending import overload
 
 from ...kernels import stages
+from ...kernels.observed import observed
 from ...kernels.storage import BLOCK as CODED_BLOCK
 from ...layout.recipe import Recipe
 from ..source import Function, folded
@@ -21,6 +22,7 @@ from .elements import trimmed
 from .memory import Memory
 from .noise import BLOCK, bits_maker, noise_maker
 from .norms import run_norms
+from .observed import observer
 from .values import INNER
 
 ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
@@ -94,6 +96,7 @@ class Stages(NamedTuple):
     projected: Function
     rounded: Function
     averaged: Function
+    observed: Function
 
 
 def stages_of(recipe: Recipe, memory: Memory) -> Stages:
@@ -120,6 +123,7 @@ def stages_of(recipe: Recipe, memory: Memory) -> Stages:
         compiled(stages.projected),
         compiled(stages.rounded),
         compiled(stages.averaged),
+        compiled(observed),
     )
 
 
@@ -192,20 +196,21 @@ def _steps(
     projected: Function,
     rounded: Function,
     averaged: Function,
+    observed: Function,
 ) -> tuple[Function, Function]:
     """The step, and the projection of rows that are too long."""
     load, store, flags = memory.storage.load, memory.storage.store, recipe.flags
     units_at, byte_room = memory.storage.units, memory.storage.room
     keep, encode = memory.storage.keep, memory.storage.encode
-    project = flags.project
+    project, (nothing, taken_in, leave) = flags.project, observer(flags.statistics, observed, memory.real)
     room, filled, noise = noise_maker(flags.noise, memory.real)
     bit_room, bits_filled, bits = bits_maker(flags.rounds)
     size = BLOCK if flags.random else 1 << 62  # a step without chance needs no blocks
     size, project_size = (CODED_BLOCK, CODED_BLOCK) if memory.coded else (size, BLOCK)
 
     @njit(**INNER)
-    def run_step(addresses, strides, length, h, factor, mean, trust, at, words, kept, places):
-        space, bit_space, byte_space = room(), bit_room(), byte_room()
+    def run_step(addresses, strides, length, h, factor, mean, trust, at, words, kept, places, seen):
+        space, bit_space, byte_space, totals = room(), bit_room(), byte_room(), nothing()
         for first in range(0, length, size):
             last, block = min(first + size, length), first // CODED_BLOCK
             place, units = kept + 4 * first, units_at(places, block)
@@ -213,15 +218,17 @@ def _steps(
                 place = filled(space, at + first, last - first, h, words)
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
-                values = load(addresses, strides, i, units)
-                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean, trust)
+                values = scaled(load(addresses, strides, i, units), factor)
+                p, state = stepped(values, h, noise(place, i - first), mean, trust)
                 word = bits(bit_place, i - first)
                 p = rounded(p, word)
+                totals = taken_in(totals, values, p)
                 if not project:
                     state = averaged(p, state, h)
                 store(addresses, strides, i, p, state, word)
                 keep(byte_space, i - first, state)
             encode(byte_space, addresses, first, last - first, places, block)
+        leave(seen, totals)
 
     @njit(**INNER)
     def run_project(addresses, strides, length, squares, h, at, words, places):

@@ -60,7 +60,7 @@ def _names(part: str, bucket: Bucket) -> tuple[str, ...]:
     before = () if bucket.key.split else ("sums",)
     if part == "squares":
         return (*before, "squares", "totals")
-    if bucket.key.split:
+    if bucket.key.split or part == "statistics":
         return (part,)
     return ("step", "finish") if bucket.norms else (*before, "step", "finish")
 

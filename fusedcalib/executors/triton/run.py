@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import launch
+from ...kernels.observed import OBSERVED
 from ...kernels.step import step_kernel
 from ...kernels.storage import CODED
 from ...kernels.table import GEOMETRY
@@ -144,11 +145,17 @@ class Resident:
         self._table = DeviceArray(device, bucket.table)
         pieces = len(bucket.tiles) if self.spec.REDUCTION == "pieces" else 0
         self.sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
+        firsts = np.searchsorted(bucket.tiles[:, 0], np.arange(len(bucket.slots) + 1)).astype(np.int32)
         self._norms: tuple[Tensor, ...] = ()  # scratch of norms of whole tensors
         if bucket.norms:
             partials = torch.empty(len(bucket.tiles) * self.spec.SUMS, dtype=torch.float64, device=device)
-            firsts = np.searchsorted(bucket.tiles[:, 0], np.arange(len(bucket.slots) + 1)).astype(np.int32)
             self._norms = partials, sent(device, firsts)
+        self._observed: tuple[Tensor, ...] = ()  # scratch of statistics
+        if bucket.statistics:  # zeros, for a first step that is left out leaves nothing
+            partials = torch.zeros(len(bucket.tiles) * OBSERVED, dtype=torch.float64, device=device)
+            places = np.array([t.data_ptr() for t in bucket.statistics])
+            self._norms = self._norms or (self.sums, sent(device, firsts))
+            self._observed = partials, sent(device, places)
         self.launches: dict[str, launch.Launch] = {}
         self._version = bucket.table_version
         self._read: tuple[Any, Any] = (None, None)  # gradients and scalars, as launches have them
@@ -166,7 +173,7 @@ class Resident:
         gradients, before = self._read
         if type(scalars) is not type(before):
             spec = self.spec._replace(COUNT=0) if isinstance(scalars, tuple) else self.spec
-            scratch = launch.Scratch(self.sums, *self._norms)
+            scratch = launch.Scratch(self.sums, *self._norms, *self._observed)
             self.launches = launch.step_launches(
                 self.table, self.gradients, self.tiles, scalars, scratch, spec
             )
@@ -180,7 +187,7 @@ class Resident:
 
     def tensors(self) -> list[Tensor]:
         """What lies on the device."""
-        return [self.table, self.tiles, self.sums, *self._norms]
+        return [self.table, self.tiles, self.sums, *self._norms, *self._observed]
 
 
 def arguments_of(bucket: Bucket) -> tuple[float, ...] | None:
