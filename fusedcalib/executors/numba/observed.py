@@ -68,29 +68,31 @@ def observer(on: bool, observed: Function, real: Any) -> Observer:
 
     @njit(**INNER)
     def nothing():
-        return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, whole(0)
+        return (0.0, 0.0, 0.0, 0.0, 0.0, 0.0), whole(0)
 
     @njit(**INNER, fastmath=ADD_FREELY)
     def taken_in(totals, values, p):
-        squares, changes, weights, products, unmoved, nonfinite, largest = totals
+        sums, largest = totals
+        squares, changes, weights, products, unmoved, nonfinite = sums
         gradient, change, weight, same = observed(values, p)
         g, u, w = double(gradient), double(change), double(weight)
         size = as_other(abs(gradient))
-        return (
+        sums = (
             squares + g * g,
             changes + u * u,
             weights + w * w,
             products + g * u,
             unmoved + (1.0 if same else 0.0),
             nonfinite + (1.0 if size >= infinity else 0.0),
-            size if size > largest else largest,
         )
+        return sums, size if size > largest else largest
 
     @njit(**INNER)
     def leave(place, totals):
+        sums, largest = totals
         for i in range(OBSERVED - 1):
-            set_double(place, i, double_at(place + 8 * i)[0] + totals[i])
-        before, now = double_at(place + SIZE - 8)[0], double(as_other(whole(totals[6])))
+            set_double(place, i, double_at(place + 8 * i)[0] + sums[i])
+        before, now = double_at(place + SIZE - 8)[0], double(as_other(largest))
         set_double(place, OBSERVED - 1, now if before <= now or now != now else before)
 
     return Observer(*cast(Any, (nothing, taken_in, leave)))
