@@ -51,10 +51,11 @@ class TrackedSteps:
             \mathrm{update\_ratio} = \lVert \Delta \rVert_2 / \lVert \theta_t \rVert_2 \\
             \mathrm{cosine} &= - \langle \Delta, g \rangle / (\lVert \Delta \rVert_2 \lVert g \rVert_2)
 
-        Also "max_abs_grad", the largest :math:`|g|` (NaN if one is); "nonfinite", how many elements of
-        :math:`g` are not finite; "unmoved", the fraction of the :math:`n` weights that are what they were: too
-        small a step for bf16, say. Sums are fp64. A step of parameters without gradients measures nothing
-        of these, and a step that is left out leaves the statistics of the one before.
+        The cosine is 0 where one of the two is. Also "max_abs_grad", the largest :math:`|g|` (NaN if one is);
+        "nonfinite", how many elements of :math:`g` are not finite; "unmoved", the fraction of the :math:`n`
+        weights that are what they were (with what a parameter has beside it): too small a step for bf16, say.
+        Sums are fp64. Parameters without gradients have none of these; a step that is left out leaves
+        those of the one before. Checkpoints and copies of the optimizer do not track.
 
         Args:
             names: of what to measure, as above.

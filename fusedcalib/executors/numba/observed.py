@@ -71,10 +71,9 @@ def observer(on: bool, observed: Function, real: Any) -> Observer:
         return (0.0, 0.0, 0.0, 0.0, 0.0, 0.0), whole(0)
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def taken_in(totals, values, p):
+    def added(totals, gradient, change, weight, same):
         sums, largest = totals
         squares, changes, weights, products, unmoved, nonfinite = sums
-        gradient, change, weight, same = observed(values, p)
         g, u, w = double(gradient), double(change), double(weight)
         size = as_other(abs(gradient))
         sums = (
@@ -86,6 +85,12 @@ def observer(on: bool, observed: Function, real: Any) -> Observer:
             nonfinite + (1.0 if size >= infinity else 0.0),
         )
         return sums, size if size > largest else largest
+
+    # What is added is computed without fastmath, which a function hands down to those that it calls.
+    @njit(**INNER)
+    def taken_in(totals, values, p):
+        gradient, change, weight, same = observed(values, p)
+        return added(totals, gradient, change, weight, same)
 
     @njit(**INNER)
     def leave(place, totals):
