@@ -72,14 +72,14 @@ def test_every_way_to_walk_rows(backend: str, name: str, options: dict[str, Any]
 
 STAGES: list[dict[str, Any]] = [
     {"max_grad_norm": 0.1},
-    {"noise": "0.1", "seed": 3},
+    {"noise": fusedcalib.WeightNoise(0.1), "seed": 3},
     {"ema_decay": 0.9},
     {"state_dtype": "8bit", "min_8bit_size": 0},
     {"maximize": True, "l1": 0.1},
 ]
 
 
-@pytest.mark.parametrize("options", STAGES, ids=str)
+@pytest.mark.parametrize("options", STAGES, ids=lambda options: next(iter(options)))
 def test_stages_and_storage(options: dict[str, Any]):
     params = drawn([(8, 64), (70,)])
     opt = fusedcalib.AdamW(params.items(), lr=0.01, backend="eager", **options)
