@@ -133,7 +133,7 @@ class TrackedSteps:
 
 def _names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
     """What parameters are called, by their identities."""
-    found = {}
+    found: dict[int, str] = {}
     for number, group in enumerate(groups):
         params = group["params"]
         names = group.get("param_names") or [f"{number}.{index}" for index in range(len(params))]
@@ -143,7 +143,7 @@ def _names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
 
 def _values(measured: measured.Statistics) -> Mapping[str, Tensor]:
     """Of each statistic fp64 [parameters + 1], the first that of all."""
-    parts = list(measured.parts.values())
+    parts = [part for _, part in sorted(measured.parts.items())]  # as the parameters
     there = parts[0].device
     each = torch.stack([part.to(there, non_blocking=True) for part in parts])
     largest = each[:, -1]

@@ -45,7 +45,7 @@ def dtype_of(name: str):
 
 
 def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
-    """The launches of a step: "sums", "squares", "totals" before it, "finish" where it needs a norm, "statistics"."""
+    """The launches of a step, in their order: what comes before it, itself, what comes after it."""
     whole = tile.reduction not in ("pieces", "ranks")
     return tuple(part for part in KERNELS if flags.needs(part) and not (whole and part in ("sums", "finish")))
 

@@ -51,7 +51,7 @@ class Flags(NamedTuple):
         return self.centralize != "none" or self.project
 
     def needs(self, part: str) -> bool:
-        """Whether a step has this part: "sums", "squares", "totals" before it, "finish", "statistics" after."""
+        """Whether a step has this part, of those of launch.py."""
         norms = self.trust != "none"
         needed = {
             "sums": self.centralize != "none",

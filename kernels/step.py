@@ -26,7 +26,8 @@ def step_kernel(
     grads,  # int64 [slots], addresses
     tiles,  # int32 [programs, 3]
     scalars,  # COMPUTE [rows, COUNT]; where COUNT is 0 the one row, a tuple of fp32
-    sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters; `Observing`
+    sums,  # COMPUTE [2, programs], of pieces: what row means are of; squares of the new parameters;
+    # `Observing`, where the step is measured
     SPEC: tl.constexpr,  # Spec
 ):
     """Steps the rows or the tile of this program."""

@@ -18,7 +18,9 @@ from rule_cases import RULES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import fusedcalib
 from fusedcalib import GradientNoise, WeightNoise
+from fusedcalib.statistics import NAMES
 
 # Even and uneven rows, fewer rows or columns than ranks, a convolution, vectors, a scalar.
 SHAPES = ((8, 8), (5, 7), (1, 6), (3, 1), (4, 3, 2, 2), (9,), (1,), (12, 4))
@@ -132,13 +134,36 @@ def trials(ranks: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def statistics(ranks: int) -> dict[str, float]:
+    """How far statistics lie from those of one process, relative to them, in every layout; fp64."""
+    found = {}
+    for name, (mesh, placements) in layouts(ranks).items():
+        torch.manual_seed(0)
+        start = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
+        whole = [torch.nn.Parameter(t.clone()) for t in start]
+        parts = [torch.nn.Parameter(spread(t, mesh, placements)) for t in start]
+        runs = [fusedcalib.AdamW(p, lr=0.1, centralize=True, backend="eager") for p in (whole, parts)]
+        worst = 0.0
+        for opt in runs:
+            opt.track(*NAMES)
+        for _ in range(2):
+            for p, q in zip(whole, parts, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = spread(p.grad, mesh, placements)
+            one, many = (opt.step() or opt.statistics() for opt in runs)
+            assert [*one] == [*many]
+            worst = max(worst, *(abs(v - many[k]).item() / max(1.0, abs(v.item())) for k, v in one.items()))
+        found[name] = worst
+    return found
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", timeout, ranks, rank)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # gathering here may take its time
     models = distributed_models.runs(ranks, Path(out).parent)
-    found = {"trials": trials(ranks), "models": models}
+    found = {"trials": trials(ranks), "models": models, "statistics": statistics(ranks)}
     if ranks == 2:
         found["virtual layers"] = distributed_models.virtual(rank, ranks)
         found["embedded"] = distributed_models.embedded(ranks)

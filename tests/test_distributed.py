@@ -80,6 +80,14 @@ def test_models_and_their_checkpoints(results, ranks, count):
     assert len(found) == count
 
 
+@pytest.mark.parametrize("ranks", [2, FOUR])
+def test_statistics_are_those_of_one_process(results, ranks):
+    """Each element once, in every layout; sums of fp64 in another order, of less than 1000 numbers."""
+    found = results(ranks)["statistics"]
+    assert {name: error for name, error in found.items() if not error < 1e-10} == {}
+    assert len(found) == (3 if ranks == 2 else 7)
+
+
 def test_a_gradient_that_is_laid_out_otherwise_than_its_parameter(results):
     """Is laid out anew at every step, which is planned once all the same."""
     case = results(2)["embedded"]

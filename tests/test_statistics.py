@@ -1,6 +1,8 @@
 """Statistics of steps: equal to what plain torch finds of the weights before and after."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,9 +202,31 @@ def test_what_cannot_be_measured_is_refused():
         opt.statistics(style="olmo")
     opt.track("grad_norm")
     before = params["p0"].detach().clone()
-    with pytest.raises(RuntimeError, match="group 0: track.* max_row_norm=None, or call track.. without names"):
+    with pytest.raises(
+        RuntimeError, match=r"group 0: track.* max_row_norm=None, or call track.. without names"
+    ):
         opt.step()
     assert torch.equal(before, params["p0"])
     opt.track()
     opt.step()
     assert not torch.equal(before, params["p0"])
+
+
+def test_gradient_release_is_refused():
+    params = drawn([(4, 4)])
+    opt = fusedcalib.SGD(params.values(), lr=0.1, backend="eager")
+    opt.track("grad_norm")
+    with pytest.raises(RuntimeError, match=r"track\(\) measures whole steps; call track\(\) without names"):
+        fusedcalib.enable_gradient_release(opt)
+
+
+def test_python_of_the_page_runs():
+    page = Path(__file__).resolve().parents[1] / "docs" / "statistics.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    namespace: dict[str, Any] = {}
+    printed: list[Any] = []
+    namespace["print"] = printed.append
+    for block in blocks:
+        exec(block, namespace)
+    assert printed == [["grad_norm", "grad_norm/bias", "grad_norm/weight"], "update_rms/weight"]

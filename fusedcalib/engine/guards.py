@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..hostmath import is_remote
-from ..layout.recipe import Asked, needs_of, recipe_of
+from ..layout.recipe import Asked, Recipe, needs_of, recipe_of
 from ..layout.shards import is_spread, local_of
 from ..rule import Rule
 from .offsets import offsets, version_offset

@@ -13,8 +13,8 @@ from ..layout.buckets import Array, Slot
 from ..layout.inputs import PlanInputs
 from ..layout.recipe import Asked, Recipe
 from ..layout.scalars import Scalars
-from ..layout.statistics import Statistics
 from ..layout.split_rows import RowTotals, TensorTotals
+from ..layout.statistics import Statistics
 from ..layout.tables import Laid, build_buckets
 from .decide import HostDecider, MakeDecider
 from .guards import Guards
@@ -154,7 +154,7 @@ class Plan:
         return launches
 
     def _measure(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> int:
-        """Adds up what the step has left of its statistics; a collective where tensors lie on several ranks."""
+        """Adds up what the step has left of its statistics; over ranks where tensors lie on several."""
         if not self.statistics.parts:
             return 0
         launches = sum(bucket.key.executor.step_bucket(bucket, "statistics") for bucket in self.buckets)

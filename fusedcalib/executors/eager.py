@@ -126,7 +126,10 @@ class EagerExecutor:
         flags = bucket.key.recipe.flags
         if not flags.needs(part):
             return 0
-        scalars, measured = bucket.scalars.tolist(), dict(zip(map(id, bucket.slots), bucket.statistics, strict=False))
+        scalars, measured = (
+            bucket.scalars.tolist(),
+            dict(zip(map(id, bucket.slots), bucket.statistics, strict=False)),
+        )
         norms: Sequence[Tensor | None] = bucket.norms or [None] * len(bucket.slots)
         for slot, row, totals, sums in zip(
             bucket.slots, bucket.scalar_rows, bucket.totals, norms, strict=True

@@ -90,7 +90,8 @@ class Executor(Protocol):
         Where rows lie on several ranks in three parts: "sums" leaves what of a row's mean is known here,
         "step" that of its norm, "finish" shortens it. Where a rule wants norms of whole tensors, "squares"
         comes before "step" and leaves them in `bucket.norms`. After
-        all of it "statistics" leaves `bucket.statistics`, where the step is measured. What is left is added up in between.
+        all of it "statistics" leaves `bucket.statistics`, where the step is measured. What is left is added
+        up in between.
         """
 
     def squares(self, bucket: Bucket) -> float:
@@ -132,7 +133,7 @@ class Bucket:
     norms: list[Tensor] = field(
         default_factory=list
     )  # of each slot fp64 [sums + 1], where its rule wants such
-    statistics: list[Tensor] = field(default_factory=list)  # of each fp64 [OBSERVED], where it is measured
+    statistics: list[Tensor] = field(default_factory=list)  # of each fp64 [OBSERVED], if measured
     table_version: int = 0  # counts changes but those of gradients, for executors that keep a copy
     moves: int = 0  # counts changes of gradients
     cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies

@@ -135,13 +135,13 @@ def place_of(param: Tensor) -> Place:
     )
 
 
-def summed(
-    total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None, how: str = "SUM"
-) -> Tensor:
+def summed(total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None, how: str = "SUM") -> Tensor:
     """Added up over dimensions of a mesh (default all), in place: one collective for each of them.
 
     how: of torch.distributed.ReduceOp, if not added up.
     """
     for dimension in range(mesh.ndim) if dimensions is None else dimensions:
-        torch.distributed.all_reduce(total, getattr(torch.distributed.ReduceOp, how), group=mesh.get_group(dimension))
+        torch.distributed.all_reduce(
+            total, getattr(torch.distributed.ReduceOp, how), group=mesh.get_group(dimension)
+        )
     return total

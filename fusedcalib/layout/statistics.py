@@ -18,7 +18,7 @@ class Statistics(Packed):
 
     Attributes:
         params: the parameters that are measured.
-        parts: fp64 [OBSERVED] each, by the numbers of the slots.
+        parts: fp64 [OBSERVED] each, by the numbers of the slots, in any order.
         scale: fp64, by which the gradients of the last step were too large; None if they never were.
     """
 

@@ -90,7 +90,10 @@ def build_buckets(
     norms: Mapping[int, Tensor] = MappingProxyType({}),
     statistics: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Bucket]:
-    """Sorts slots into launches, laid out each. `totals`: of RowTotals, `norms`: of TensorTotals, `statistics`: of Statistics."""
+    """Sorts slots into launches, laid out each.
+
+    `totals`: of RowTotals, `norms`: of TensorTotals, `statistics`: of Statistics.
+    """
     members: dict[Key, list[tuple[int, Laid]]] = {}
     alike: dict[int, list[tuple[int, Laid]]] = {}  # by the identity of a key: comparing them takes long
     for index, slot in enumerate(slots):

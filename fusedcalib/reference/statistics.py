@@ -1,4 +1,4 @@
-"""Statistics of a step from their definitions, in plain torch and fp64: of what was before it and is after."""
+"""Statistics of a step from their definitions, in plain torch and fp64: of the weights before and after."""
 
 import torch
 from torch import Tensor

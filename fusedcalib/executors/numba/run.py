@@ -91,7 +91,10 @@ def kernel_for(
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 at, begin = origin + r * pitch + begins, shift(addresses, along, r)
                 places = places_of(row, fields, r * blocks + begins // BLOCK)
-                factor, about = factor_of(factors, r), (total_at + 8 * r, pitch, places, norms, totals + t * seen)
+                factor, about = (
+                    factor_of(factors, r),
+                    (total_at + 8 * r, pitch, places, norms, totals + t * seen),
+                )
                 found = on_row(row, begin, strides, runs, length, h, factor, at, words, about)
                 total += found
                 if keeps:
