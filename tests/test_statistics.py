@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, device_of
+from kernel_cases import BACKENDS, FUSED, device_of
 from rule_cases import RULES, each
 
 import fusedcalib
@@ -58,7 +58,6 @@ def test_every_rule_in_plain_torch(rule: Any):
         check(opt, params)
 
 
-FUSED = [backend for backend in BACKENDS if getattr(backend, "values", [backend])[0] != "eager"]
 CASES = [("AdamW", {"centralize": True}), ("SGD", {"momentum": 0.9})]
 
 
@@ -78,6 +77,7 @@ STAGES: list[dict[str, Any]] = [
     {"ema_decay": 0.9},
     {"state_dtype": "8bit", "min_8bit_size": 0},
     {"maximize": True, "l1": 0.1},
+    {"weight_decay": 0.1, "amsgrad": True},
 ]
 
 
@@ -213,11 +213,19 @@ def test_what_cannot_be_measured_is_refused():
 
 
 def test_gradient_release_is_refused():
-    params = drawn([(4, 4)])
-    opt = fusedcalib.SGD(params.values(), lr=0.1, backend="eager")
+    """When it is enabled, and by the backward pass where steps are measured from later on."""
+    model = torch.nn.Linear(4, 2)
+    opt = fusedcalib.SGD(model.parameters(), lr=0.1, backend="eager")
+    told = r"track\(\) measures whole steps; call track\(\) without names"
     opt.track("grad_norm")
-    with pytest.raises(RuntimeError, match=r"track\(\) measures whole steps; call track\(\) without names"):
-        fusedcalib.enable_gradient_release(opt)
+    with pytest.raises(RuntimeError, match=told):
+        fusedcalib.enable_gradient_release(model, opt)
+    opt.track()
+    released = fusedcalib.enable_gradient_release(model, opt)
+    opt.track("grad_norm")
+    with pytest.raises(RuntimeError, match=told):
+        model(torch.ones(1, 4)).sum().backward()
+    released.remove()
 
 
 def test_python_of_the_page_runs():
