@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 from weakref import ref
@@ -197,7 +197,7 @@ class FusedOptimizer(TrackedSteps, MasterWeights, Optimizer):
                 been changed then: parameters, state and counters are as they were.
         """
         loss = self._evaluated(closure)
-        with torch.no_grad(), self._tracking():
+        with torch.no_grad(), self._tracking() if self._tracked else nullcontext():
             self._engine.step(self.param_groups, self.state, self._scaling())
         return loss
 
