@@ -17,6 +17,7 @@ import torch
 from rule_cases import RULES
 
 import fusedcalib
+from fusedcalib.executors import choose
 from fusedcalib.reference import ORACLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,8 +267,17 @@ def test_signature_begins_with_torchs(cls):
     assert mine[: len(theirs)] == theirs
 
 
+@pytest.fixture
+def no_loops(monkeypatch):
+    """Each rule's loop takes a second to compile, and has tests of its own."""
+    monkeypatch.setattr("fusedcalib.executors.numba.why_not", lambda *asked: "is not wanted")
+    choose.choose.cache_clear()
+    yield
+    choose.choose.cache_clear()
+
+
 @pytest.mark.parametrize("thing", EXPLAINED, ids=lambda t: t.__name__)
-def test_docstring_examples(thing):
+def test_docstring_examples(thing, no_loops):
     (test,) = doctest.DocTestFinder(recurse=False).find(thing)
     assert test.examples, "what is public shows how it is used"
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
