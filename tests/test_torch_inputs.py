@@ -20,7 +20,7 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("what runs here runs in the plain run too", allow_module_level=True)
 
-# Two modules of half torch hold decorators of tests alone: nothing of theirs is in what is read, or pickle fails.
+# Two modules that load half of torch hold decorators alone; were one in what is read, pickle would fail.
 READ = """
 import pickle, sys, torch
 from unittest import mock
