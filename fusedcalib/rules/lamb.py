@@ -45,6 +45,14 @@ def _scalars(group: Group, step: float) -> tuple[float, ...]:
 
 
 _READ = ("param", "grad", "exp_avg", "exp_avg_sq")
+_RULE = Rule(
+    update=lamb,
+    scalars=_scalars,
+    states={"plain": ("exp_avg", "exp_avg_sq")},
+    nonnegative=frozenset({"exp_avg_sq"}),
+    decay=lambda group: "trusted",
+    trust=Trust(weights_and_direction, trust_ratio, 2, _READ, adapts=decays_or_always),
+)
 
 
 class LAMB(FusedOptimizer, Options):
@@ -91,14 +99,7 @@ class LAMB(FusedOptimizer, Options):
     [1.2322, 2.2322]
     """
 
-    rule = Rule(
-        update=lamb,
-        scalars=_scalars,
-        states={"plain": ("exp_avg", "exp_avg_sq")},
-        nonnegative=frozenset({"exp_avg_sq"}),
-        decay=lambda group: "trusted",
-        trust=Trust(weights_and_direction, trust_ratio, 2, _READ, adapts=decays_or_always),
-    )
+    rule = _RULE
 
     def __init__(
         self,
@@ -111,6 +112,6 @@ class LAMB(FusedOptimizer, Options):
         always_adapt: bool = False,
         **options: Any,
     ) -> None:
-        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        ratio = {"trust_clip": trust_clip, "always_adapt": always_adapt}
-        super().__init__(params, own | ratio, **options)
+        ratio: dict[str, Any] = {"trust_clip": trust_clip, "always_adapt": always_adapt}
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | ratio
+        super().__init__(params, own, **options)
