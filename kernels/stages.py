@@ -49,6 +49,11 @@ class Flags(NamedTuple):
         """Whether a row is more than its elements."""
         return self.centralize != "none" or self.project
 
+    @property
+    def centres_trusted(self) -> bool:
+        """Whether row means are of what norms of the whole tensor have been multiplied into."""
+        return self.trust == "gradient" and self.centralize == "update"
+
     def needs(self, part: str) -> bool:
         """Whether a step has this part: "sums", "squares" and "totals" before it, "finish" after it."""
         norms = self.trust != "none"
@@ -106,7 +111,18 @@ def prepared(p, g, h, z, SPEC: tl.constexpr):
 
 
 @jit
-def measured(values, h, z, SPEC: tl.constexpr):
+def trusted(p, g, h, trust, SPEC: tl.constexpr):
+    """The gradient [R, C] times its factor by norms of the whole tensor, decay with it."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    if FLAGS.trust == "gradient":
+        if FLAGS.decay == "trusted":
+            g = where(h.decay != 0, g + h.decay * p, g)
+        g = trust * g
+    return g
+
+
+@jit
+def measured(values, h, z, trust, SPEC: tl.constexpr):
     """What the row mean is taken of [R, C]: the prepared gradient, or the update direction."""
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
@@ -114,6 +130,7 @@ def measured(values, h, z, SPEC: tl.constexpr):
     p, state = values[0], values[2:]
     g = prepared(p, values[1], h, z, SPEC)
     if FLAGS.centralize == "update":
+        g = trusted(p, g, h, trust, SPEC)
         if FLAGS.ema:
             g, _ = RULE(p, g, state[1:], h.own, VARIANT)
         else:
@@ -171,10 +188,7 @@ def stepped(values, h, z, mean, trust, SPEC: tl.constexpr):
     """
     FLAGS: tl.constexpr = SPEC.FLAGS
     g = centred(values, h, z, mean, SPEC)
-    if FLAGS.trust == "gradient":
-        if FLAGS.decay == "trusted":
-            g = where(h.decay != 0, g + h.decay * values[0], g)
-        g = trust * g
+    g = trusted(values[0], g, h, trust, SPEC)
     direction, state = directed(values, g, h, mean, SPEC)
     step_size = h.step_size
     if FLAGS.trust == "step":

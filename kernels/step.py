@@ -13,10 +13,10 @@ from .rows import (
     project_row,
     row_total,
     square_total,
+    trust_of,
 )
 from .stages import averaged, projected, rounded, stepped
 from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile
-from .totals import trust_of
 
 
 @jit

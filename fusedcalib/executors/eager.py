@@ -84,7 +84,7 @@ def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> _Stag
     trust = rule.trust and replace(rule.trust, squares=rebound(rule.trust.squares, NAMES))
     spec = Spec((dtype,), compute).of_rule(rebound(rule.update, NAMES), recipe.flags, trust)
     names = dict(NAMES)
-    for name in ("prepared", "centred", "directed"):  # of which others are made
+    for name in ("prepared", "trusted", "centred", "directed"):  # of which others are made
         names[name] = rebound(getattr(stages, name), names)
     made = {name: rebound(getattr(stages, name), names) for name in _Stages._fields[:-1]}
     of_spec = {name: made[name] if name == "projected" else partial(made[name], SPEC=spec) for name in made}
@@ -220,23 +220,23 @@ def _step(
     mean: Any = 0.0
     new = tuple(state)
     if rows.part == "sums":
-        rows.totals.copy_(of.measured(values, h, z).sum(dim=inner))
+        rows.totals.copy_(of.measured(values, h, z, 1.0).sum(dim=inner))
         return
+    trust: Any = 1.0
+    if rows.part == "step" and rows.norms is not None:
+        *sums, count = rows.norms.unbind()
+        trust = of.factor(tuple(sums), count, h.own).to(p.dtype)
     if rows.part != "finish":
         if split and flags.centralize != "none":
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
         elif flags.centralize != "none":
-            mean = of.measured(values, h, z).mean(dim=inner, keepdim=True)
+            mean = of.measured(values, h, z, trust).mean(dim=inner, keepdim=True)
     if rows.part == "squares":
         assert rows.norms is not None
         found = of.normed(values, h, z, mean)
         rows.norms[:-1] += torch.stack([x.to(torch.float64).square().sum() for x in found])
         return
     if rows.part == "step":
-        trust: Any = 1.0
-        if rows.norms is not None:
-            *sums, count = rows.norms.unbind()
-            trust = of.factor(tuple(sums), count, h.own).to(p.dtype)
         p, new = of.stepped(values, h, z, mean, trust)
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)

@@ -28,6 +28,7 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
     norms, total, squares, step, project = passes_of(recipe, memory, scaled)
     real, flags, split = memory.real, recipe.flags, part in ("partial", "partial squares")
     trust_of = factor_of(recipe, memory, NAMES)
+    late = flags.centres_trusted
     centred, projects, ema = flags.centralize != "none", flags.project, flags.ema
     room, filled, _ = noise_maker(flags.noise, real)
     twice = centred and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
@@ -35,10 +36,12 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     @njit(**INNER)
     def sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept):
-        found, places = 0.0, about[2]
+        found, places, trust = 0.0, about[2], real(1.0)
+        if late:
+            trust = trust_of(about[3], h)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            found += total(start, strides, length, h, factor, at + run * length, words, kept, places)
+            found += total(start, strides, length, h, factor, trust, at + run * length, words, kept, places)
         return found
 
     @njit(**INNER)
@@ -60,7 +63,9 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     @njit(**INNER)
     def norms_row(row, addresses, strides, runs, length, h, factor, at, words, about):
-        mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, 0)
+        mean = real(0.0)
+        if not late:
+            mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, 0)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
             norms(start, strides, length, h, factor, mean, at + run * length, words, about[2], about[3])

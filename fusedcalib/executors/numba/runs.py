@@ -107,16 +107,16 @@ def stages_of(recipe: Recipe, memory: Memory) -> Stages:
 
     rule, trust = compiled(recipe.rule.update), recipe.rule.trust
     prepared = compiled(stages.prepared)
-    centred = compiled(stages.centred, prepared=prepared)
+    centred, trusted = compiled(stages.centred, prepared=prepared), compiled(stages.trusted)
     directed = compiled(stages.directed, RULE=rule)
     normed = None
     if trust and recipe.flags.trust != "none":
         squares = compiled(trust.squares)
         normed = compiled(stages.normed, SQUARES=squares, centred=centred, directed=directed)
     return Stages(
-        compiled(stages.measured, RULE=rule, prepared=prepared),
+        compiled(stages.measured, RULE=rule, prepared=prepared, trusted=trusted),
         normed,
-        compiled(stages.stepped, centred=centred, directed=directed),
+        compiled(stages.stepped, centred=centred, directed=directed, trusted=trusted),
         compiled(stages.projected),
         compiled(stages.rounded),
         compiled(stages.averaged),
@@ -157,7 +157,7 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
     sum_filled, sum_noise = noise_maker(noise if noise == "gradient" else "none", real)[1:]
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_sum(addresses, strides, length, h, factor, at, words, kept, places):
+    def run_sum(addresses, strides, length, h, factor, trust, at, words, kept, places):
         total, space = 0.0, room()
         for first in range(0, length, size):
             part, last = real(0.0), min(first + size, length)
@@ -166,7 +166,7 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
                 place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
+                part += measured(scaled(values, factor), h, sum_noise(place, i - first), trust)
             total += part
         return total
 

@@ -57,12 +57,12 @@ class TritonExecutor:
 
 def _names(part: str, bucket: Bucket) -> tuple[str, ...]:
     """The launches of a part of a step, in their order; with their sums, where rows are whole here."""
-    before = () if bucket.key.split else ("sums",)
+    late = bucket.key.recipe.flags.centres_trusted
     if part == "squares":
-        return (*before, "squares", "totals")
+        return ("squares", "totals") if late or bucket.key.split else ("sums", "squares", "totals")
     if bucket.key.split:
         return (part,)
-    return ("step", "finish") if bucket.norms else (*before, "step", "finish")
+    return ("step", "finish") if bucket.norms and not late else ("sums", "step", "finish")
 
 
 EXECUTOR = TritonExecutor()
