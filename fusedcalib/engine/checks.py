@@ -62,8 +62,8 @@ def check_parameter(
         )
     if place and place.across and recipe.for_tensor(spread).flags.centres_trusted:
         raise RuntimeError(
-            f'{owner}: its rows lie on several ranks, where centralize="update" would need means of an update '
-            'whose length is not known yet; set centralize="gradient", or divide it by rows (dimension 0)'
+            f'{owner}: its rows lie on several ranks, where centralize="update" would need the means of an '
+            'update whose length is not known yet; set centralize="gradient", or divide it by dimension 0'
         )
     if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
         raise RuntimeError(

@@ -18,8 +18,8 @@ from ..rule import Rule, Trust, decays_or_always
 
 @jit
 def lamb(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, unbias, correction, eps, _ = h
-    m = state[0] + beta1_rest * (g - state[0])
+    beta1, beta1_rest, beta2, beta2_rest, unbias, correction, eps, _ = h
+    m = beta1 * state[0] + beta1_rest * g
     v = beta2 * state[1] + beta2_rest * g * g
     return divide(unbias * m, sqrt(v) * correction + eps), (m, v)
 
@@ -33,14 +33,14 @@ def weights_and_direction(p, g, direction, state, h, VARIANT: tl.constexpr):
 def trust_ratio(sums, count, h, VARIANT: tl.constexpr):
     both = (sums[0] > 0) & (sums[1] > 0)
     ratio = where(both, divide(sqrt(sums[0]), sqrt(where(both, sums[1], 1.0))), 1.0)
-    return where(ratio > h[6], h[6], ratio)
+    return where(ratio > h[7], h[7], ratio)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     correction = 1 / hostmath.sqrt(1 - beta2**step)
     most = hostmath.where(group["trust_clip"], 1.0, math.inf)
-    averages = 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step)
+    averages = beta1, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step)
     return group["lr"], *averages, correction, group["eps"], most
 
 
