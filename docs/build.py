@@ -96,7 +96,7 @@ def _costs(cls: type[FusedOptimizer]) -> list[tuple[str, int, float]]:
         (
             ", ".join(f"`{name}`" for name in states) or "none",
             FP32 * len(states),
-            DTYPES["fp32"].moved(len(states)),
+            DTYPES["fp32"].moved(len(states), looked=cls.rule.trust.reads if cls.rule.trust else ()),
         )
         for states in kinds
     ]

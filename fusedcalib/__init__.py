@@ -32,7 +32,9 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .rules.adan import Adan as Adan
     from .rules.ademamix import AdEMAMix as AdEMAMix
     from .rules.adopt import ADOPT as ADOPT
+    from .rules.lamb import LAMB as LAMB
     from .rules.laprop import LaProp as LaProp
+    from .rules.lars import LARS as LARS
     from .rules.lion import Lion as Lion
     from .rules.nadam import NAdam as NAdam
     from .rules.radam import RAdam as RAdam
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .rules.sgd import SGD as SGD
     from .rules.sgd import SGDW as SGDW
     from .rules.signum import Signum as Signum
+    from .rules.stableadamw import StableAdamW as StableAdamW
 
 _HOMES = {
     "FusedOptimizer": ".optimizer",

@@ -18,7 +18,7 @@ from .storage import FORMATS, MASTERS, check_storage, format_name, is_format, is
 
 CENTRALIZE = (False, True, "gradient", "update")
 # Numbers of rules that may not be negative.
-SIZES = {"lr", "eps", "weight_decay", "clip_exponent", "alpha", "alpha_warmup", "beta3_warmup"}
+SIZES = {"lr", "eps", "weight_decay", "clip_exponent", "alpha", "alpha_warmup", "beta3_warmup", "trust_coeff"}
 Backend = Literal["auto", "triton", "numba", "eager"]  # executors/ has the last three, here by preference
 BACKENDS: tuple[str, ...] = get_args(Backend)
 

@@ -6,12 +6,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .hostmath import Group
+from .hostmath import Group, is_on
 
 
 def decay_of(group: Group) -> str:
     """Decay of the gradient, or of the parameter where that is asked for."""
     return "decoupled" if group["decoupled_weight_decay"] else "coupled"
+
+
+@dataclass(frozen=True, eq=False)
+class Trust:
+    """A factor on a step by Euclidean norms of whole tensors, as the trust ratio of LAMB.
+
+    Attributes:
+        squares: device function `(p, g, direction, state, h, VARIANT) -> values`: a tuple, whose squares are
+            added up over the whole tensor. `g` is centred, `state` new.
+        factor: device function `(sums, count, h, VARIANT) -> factor`, of these sums of squares in fp64 and
+            the number of elements of the tensor.
+        sums: how many there are.
+        reads: what of a slot has to be read for it: "param", "grad", names of states.
+        scales: what is multiplied: "step", the step size, or "gradient", before the rule sees it.
+        adapts: whether a param group wants it.
+    """
+
+    squares: Any
+    factor: Any
+    sums: int
+    reads: tuple[str, ...]
+    scales: str = "step"
+    adapts: Callable[[Group], bool] = lambda group: True
+
+
+def decays_or_always(group: Group) -> bool:
+    """Whether a group has weight decay, or wants a factor without it: for `Trust.adapts`."""
+    return is_on(group["weight_decay"]) or bool(group["always_adapt"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +61,11 @@ class Rule:
         starts: group keys that hold the initial value of a state; others start at zero.
         product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
             it; `scalars` gets its new value as a third argument.
-        decay: how `weight_decay` acts in a param group: "coupled", "decoupled" or "proximal".
+        decay: how `weight_decay` acts in a param group: "coupled", "decoupled", "proximal", or "trusted":
+            added to what `trust` multiplies, to a gradient after its norm is taken, to a direction before.
         extras: options of a param group, with defaults, that torch.optim's class of the name has not.
         check: raises ValueError where one of those is out of range.
+        trust: a factor by norms of the whole tensor.
         steps: whether it steps the parameters of a group; others are left to the optimizer.
     """
 
@@ -51,4 +81,5 @@ class Rule:
     decay: Callable[[Group], str] = lambda group: "coupled"
     extras: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Group], None] = lambda group: None
+    trust: Trust | None = None
     steps: Callable[[Group], bool] = lambda group: True

@@ -1,6 +1,6 @@
 """The only launches. What they compile is a Spec each (spec.py), for which Triton keeps compiled kernels."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from .branch import BranchSpec, Told, branch_kernel
 from .decide import GRID, Control, Sums, control_kernel, norm_kernel
@@ -10,6 +10,7 @@ from .rows import project_kernel, row_sums_kernel
 from .spec import LOOPS, DeciderSpec, NormSpec, Spec, Tile, norm_spec, tile_for
 from .stages import Flags
 from .step import step_kernel
+from .totals import Partials, squares_kernel, totals_kernel
 from .virtual import VirtualNumbers, VirtualSpec, virtual_kernel
 
 # Without contraction to fused multiply-add every executor rounds alike; the kernel is bound by memory.
@@ -22,7 +23,14 @@ NORM_OPTIONS: dict[str, dict[str, Any]] = {
     "interpreter": OPTIONS,
 }
 
-KERNELS = {"sums": row_sums_kernel, "step": step_kernel, "finish": project_kernel}
+KERNELS = {
+    "sums": row_sums_kernel,
+    "squares": squares_kernel,
+    "totals": totals_kernel,
+    "step": step_kernel,
+    "finish": project_kernel,
+}
+NORMS = ("squares", "totals")  # of whole tensors: these two share `Partials`
 WARPS = 4  # of the programs that have no tile
 # Places of arguments that may be others at the next step.
 GRADS, SCALARS, NORM_CONTROL, CONTROL, TOLD = 1, 3, 4, 1, 4
@@ -34,12 +42,26 @@ def dtype_of(name: str):
 
 
 def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
-    """The launches of a step: "sums" that have to be known before it, "finish" where a norm has to be."""
+    """The launches of a step: "sums", "squares", "totals" before it, "finish" where it needs a norm."""
     whole = tile.reduction not in ("pieces", "ranks")
-    return tuple(part for part in KERNELS if part == "step" or (not whole and flags.needs(part)))
+    found = [part for part in KERNELS if flags.needs(part) and not (whole and part in ("sums", "finish"))]
+    return tuple(sorted(found, key=lambda part: part not in NORMS) if flags.centres_trusted else found)
 
 
-def step_launches(table, grads, tiles, scalars, sums, spec: Spec) -> dict[str, Launch]:
+def warps_of(part: str, spec: Spec) -> int:
+    """The warps of a program of a launch."""
+    return WARPS if part == "totals" else spec.WARPS
+
+
+class Scratch(NamedTuple):
+    """What the launches of a step leave for each other."""
+
+    sums: Any  # compute dtype [2, programs], where rows are added up from pieces; else anything
+    squares: Any = None  # fp64 [programs, SUMS], where a rule wants norms of whole tensors
+    firsts: Any = None  # int32 [slots + 1], where the programs of each slot begin; there as well
+
+
+def step_launches(table, grads, tiles, scalars, scratch: Scratch, spec: Spec) -> dict[str, Launch]:
     """The launches that step every tile of a list, by their parts and in their order.
 
     Args:
@@ -48,13 +70,21 @@ def step_launches(table, grads, tiles, scalars, sums, spec: Spec) -> dict[str, L
         tiles: int32 [programs, 3] on the device.
         scalars: compute dtype [rows, count] on the device, `Numbers` of kernels/stages.py; or those of the
             one row, where `spec.COUNT` is 0.
-        sums: compute dtype [2, programs], scratch, where rows are added up from pieces; else anything.
+        scratch: what they share.
     """
-    constants = {"SPEC": spec, "num_warps": spec.WARPS, **OPTIONS}
-    args = (table, grads, tiles, scalars, sums)
     assert spec.FLAGS is not None
-    parts = parts_of(spec.tile, spec.FLAGS)
-    return {part: Launch(KERNELS[part], tiles.shape[0], args, constants) for part in parts}
+    partials = Partials(scratch.sums, scratch.squares)
+
+    def launch(part: str) -> Launch:
+        constants = {"SPEC": spec, "num_warps": warps_of(part, spec), **OPTIONS}
+        sums = partials if part in NORMS else scratch.sums
+        if part == "totals":  # a program a slot
+            args, programs = (table, grads, scratch.firsts, scalars, sums), scratch.firsts.shape[0] - 1
+        else:
+            args, programs = (table, grads, tiles, scalars, sums), tiles.shape[0]
+        return Launch(KERNELS[part], programs, args, constants)
+
+    return {part: launch(part) for part in parts_of(spec.tile, spec.FLAGS)}
 
 
 def programs_for(tiles: int) -> int:
@@ -106,6 +136,7 @@ __all__ = [
     "GRADS",
     "KERNELS",
     "LOOPS",
+    "NORMS",
     "NORM_CONTROL",
     "NORM_OPTIONS",
     "OPTIONS",
@@ -116,6 +147,8 @@ __all__ = [
     "DeciderSpec",
     "Launch",
     "NormSpec",
+    "Partials",
+    "Scratch",
     "Spec",
     "Sums",
     "Tile",
@@ -130,4 +163,5 @@ __all__ = [
     "programs_for",
     "step_launches",
     "tile_for",
+    "warps_of",
 ]

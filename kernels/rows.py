@@ -30,6 +30,29 @@ def hinted(evict, spec, hints):
 
 
 @jit
+def sums_at(base, SPEC: tl.constexpr):
+    """Where the sums of a slot lie, fp64 [SUMS + 1]: the last is the number of its elements."""
+    return tl.load(base + len(SPEC.DTYPES) + 12).to(tl.pointer_type(tl.float64))
+
+
+@jit
+def trust_of(row, SPEC: tl.constexpr):
+    """The factor of a slot: 1 where its rule wants no norms."""
+    FACTOR: tl.constexpr = SPEC.FACTOR
+    SUMS: tl.constexpr = SPEC.SUMS
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    VARIANT: tl.constexpr = FLAGS.variant
+    if FLAGS.trust == "none":
+        return 1.0
+    else:
+        place = sums_at(row.base, SPEC)
+        sums = ()
+        for i in tl.static_range(SUMS):
+            sums = sums + (tl.load(place + i),)
+        return FACTOR(sums, tl.load(place + SUMS), row.h.own, VARIANT).to(SPEC.COMPUTE)
+
+
+@jit
 def row_total(x, mask):
     """Sums [R, 1] of the rows of a tile [R, C]."""
     return tl.sum(tl.where(mask, x, 0), axis=1)[:, None]
@@ -43,7 +66,7 @@ def sum_of_loop(row, SPEC: tl.constexpr):
     totals = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, KEEP)
-        x = measured(values, row.h, noise_tile(row, start, SPEC), SPEC)
+        x = measured(values, row.h, noise_tile(row, start, SPEC), trust_of(row, SPEC), SPEC)
         totals += tl.where(cells.mask, x, 0)
     return tl.sum(tl.sum(totals, axis=1), axis=0)
 
@@ -53,6 +76,29 @@ def mean_of_ranks(row, SPEC: tl.constexpr):
     """Mean of a row [1], of which the sum over ranks is known: a scalar. The whole row is K + 9 long."""
     total = tl.sum(tl.load(totals_of(row, SPEC)), axis=0).to(SPEC.COMPUTE)
     return divide(total, tl.load(row.base + len(SPEC.DTYPES) + 9).to(SPEC.COMPUTE))
+
+
+@jit
+def mean_of_row(row, SPEC: tl.constexpr):
+    """Mean of a row [1] that a program walks, or walks a part of: 0 where nothing is centred."""
+    if SPEC.FLAGS.centralize == "none":
+        return 0.0
+    elif SPEC.REDUCTION == "ranks":
+        return mean_of_ranks(row, SPEC)
+    else:
+        return divide(sum_of_loop(row, SPEC), row.columns.to(SPEC.COMPUTE))
+
+
+@jit
+def mean_of_tile(row, cells, values, z, sums, SPEC: tl.constexpr):
+    """Means of the rows of a tile [R, C], or of the row that it is a piece of: 0 where nothing is centred."""
+    if SPEC.FLAGS.centralize == "none":
+        return 0.0
+    elif SPEC.REDUCTION == "tile":
+        x = measured(values, row.h, z, trust_of(row, SPEC), SPEC)
+        return divide(row_total(x, cells.mask), row.columns.to(SPEC.COMPUTE))
+    else:
+        return mean_of_pieces(sums, row, SPEC)
 
 
 @jit
@@ -105,7 +151,7 @@ def row_sums_kernel(table, grads, tiles, scalars, sums, SPEC: tl.constexpr):
     else:
         start = row.piece * SPEC.C
         cells, values = load_tile(row, start, SPEC, "")
-        x = measured(values, row.h, noise_tile(row, start, SPEC), SPEC)
+        x = measured(values, row.h, noise_tile(row, start, SPEC), trust_of(row, SPEC), SPEC)
         tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(cells.mask, x, 0), axis=1), axis=0))
 
 

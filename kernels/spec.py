@@ -61,9 +61,12 @@ class Spec(NamedTuple):
         str, ...
     ] = ()  # how each tensor that rules see is kept, see storage.py; () where all are cast
     RULE: Any = None  # device function
+    SQUARES: Any = None  # device function: what norms of the whole tensor are taken of, see totals.py
+    FACTOR: Any = None  # device function: what the step makes of them
+    SUMS: int = 0  # how many there are
     FLAGS: Flags | None = None
-    # Hash of the rule's source: on disk Triton tells kernels apart by how their constants print, and a
-    # function prints its name alone.
+    # Hash of the source of these functions: on disk Triton tells kernels apart by how their constants print,
+    # and a function prints its name alone.
     SOURCE: str = ""
     R: int = 1  # rows and columns of a tile
     C: int = 1
@@ -75,9 +78,15 @@ class Spec(NamedTuple):
         """The tile as it is compiled."""
         return Tile(self.R, self.C, self.WARPS, self.REDUCTION)
 
-    def of_rule(self, rule: Any, flags: Flags) -> "Spec":
-        """The same for a rule and its stages."""
-        return self._replace(RULE=rule, FLAGS=flags, SOURCE=getattr(rule, "cache_key", ""))
+    def of_rule(self, rule: Any, flags: Flags, trust: Any = None) -> "Spec":
+        """The same for a rule and its stages. trust: `squares`, `factor`, `sums` of one that wants norms."""
+        hashes = getattr(rule, "cache_key", "")
+        spec = self._replace(RULE=rule, FLAGS=flags, SOURCE=hashes)
+        if flags.trust == "none":
+            return spec
+        functions = (trust.squares, trust.factor)
+        hashes += "".join(getattr(function, "cache_key", "") for function in functions)
+        return spec._replace(SQUARES=trust.squares, FACTOR=trust.factor, SUMS=trust.sums, SOURCE=hashes)
 
     def tiled(self, tile: Tile) -> "Spec":
         """The same for a list of such tiles. Unaligned ones get other shapes, of as many programs."""

@@ -21,7 +21,7 @@ class Flags(NamedTuple):
 
     variant: str
     maximize: bool
-    decay: str  # "none" | "coupled" | "decoupled" | "proximal"
+    decay: str  # "none" | "coupled" | "decoupled" | "proximal" | "trusted"
     l1: bool
     centralize: str  # "none" | "gradient" | "update"
     project: bool  # onto rows of a largest norm
@@ -32,6 +32,7 @@ class Flags(NamedTuple):
     rounding: str = "nearest"  # "nearest" | "stochastic", of the parameter
     master: str = "none"  # "none" | "split16" | "split8" | "float32", what a parameter has beside it
     dithered: bool = False  # states are rounded at random
+    trust: str = "none"  # "none" | "gradient" | "step", what a factor by norms of the whole tensor multiplies
 
     @property
     def random(self) -> bool:
@@ -48,9 +49,21 @@ class Flags(NamedTuple):
         """Whether a row is more than its elements."""
         return self.centralize != "none" or self.project
 
+    @property
+    def centres_trusted(self) -> bool:
+        """Whether row means are of what norms of the whole tensor have been multiplied into."""
+        return self.trust == "gradient" and self.centralize == "update"
+
     def needs(self, part: str) -> bool:
-        """Whether a step in parts has this one: "sums" before it, "finish" after it."""
-        return {"sums": self.centralize != "none", "finish": self.project}.get(part, True)
+        """Whether a step has this part: "sums", "squares" and "totals" before it, "finish" after it."""
+        norms = self.trust != "none"
+        needed = {
+            "sums": self.centralize != "none",
+            "finish": self.project,
+            "squares": norms,
+            "totals": norms,
+        }
+        return needed.get(part, True)
 
 
 class Numbers(NamedTuple):
@@ -98,7 +111,18 @@ def prepared(p, g, h, z, SPEC: tl.constexpr):
 
 
 @jit
-def measured(values, h, z, SPEC: tl.constexpr):
+def trusted(p, g, h, trust, SPEC: tl.constexpr):
+    """The gradient [R, C] times its factor by norms of the whole tensor, decay with it."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    if FLAGS.trust == "gradient":
+        if FLAGS.decay == "trusted":
+            g = where(h.decay != 0, g + h.decay * p, g)
+        g = trust * g
+    return g
+
+
+@jit
+def measured(values, h, z, trust, SPEC: tl.constexpr):
     """What the row mean is taken of [R, C]: the prepared gradient, or the update direction."""
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
@@ -106,6 +130,7 @@ def measured(values, h, z, SPEC: tl.constexpr):
     p, state = values[0], values[2:]
     g = prepared(p, values[1], h, z, SPEC)
     if FLAGS.centralize == "update":
+        g = trusted(p, g, h, trust, SPEC)
         if FLAGS.ema:
             g, _ = RULE(p, g, state[1:], h.own, VARIANT)
         else:
@@ -114,15 +139,22 @@ def measured(values, h, z, SPEC: tl.constexpr):
 
 
 @jit
-def stepped(values, h, z, mean, SPEC: tl.constexpr):
-    """The new parameter [R, C], yet to be projected, and the new state. `mean` is that of its rows."""
+def centred(values, h, z, mean, SPEC: tl.constexpr):
+    """The gradient [R, C] that a rule is given. `mean` is that of its rows."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    g = prepared(values[0], values[1], h, z, SPEC)
+    if FLAGS.centralize == "gradient":
+        g = g - mean
+    return g
+
+
+@jit
+def directed(values, g, h, mean, SPEC: tl.constexpr):
+    """The direction [R, C] of a step, and the new state."""
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant
     p, state = values[0], values[2:]
-    g = prepared(p, values[1], h, z, SPEC)
-    if FLAGS.centralize == "gradient":
-        g = g - mean
     if FLAGS.ema:
         direction, own = RULE(p, g, state[1:], h.own, VARIANT)
         state = state[:1] + own
@@ -130,9 +162,41 @@ def stepped(values, h, z, mean, SPEC: tl.constexpr):
         direction, state = RULE(p, g, state, h.own, VARIANT)
     if FLAGS.centralize == "update":
         direction = direction - mean
+    if FLAGS.decay == "trusted" and FLAGS.trust != "gradient":
+        direction = where(h.decay != 0, direction + h.decay * p, direction)
+    return direction, state
+
+
+@jit
+def normed(values, h, z, mean, SPEC: tl.constexpr):
+    """A tuple of blocks [R, C], of which the rule wants the norms over the whole tensor."""
+    SQUARES: tl.constexpr = SPEC.SQUARES
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    VARIANT: tl.constexpr = FLAGS.variant
+    g = centred(values, h, z, mean, SPEC)
+    direction, state = directed(values, g, h, mean, SPEC)
+    if FLAGS.ema:
+        state = state[1:]
+    return SQUARES(values[0], g, direction, state, h.own, VARIANT)
+
+
+@jit
+def stepped(values, h, z, mean, trust, SPEC: tl.constexpr):
+    """The new parameter [R, C], yet to be projected, and the new state. `mean` is that of its rows.
+
+    trust: the factor by norms of the whole tensor.
+    """
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    g = centred(values, h, z, mean, SPEC)
+    g = trusted(values[0], g, h, trust, SPEC)
+    direction, state = directed(values, g, h, mean, SPEC)
+    step_size = h.step_size
+    if FLAGS.trust == "step":
+        step_size = trust * step_size
+    p = values[0]
     if FLAGS.decay == "decoupled":
         p = h.decay * p
-    p = p - h.step_size * direction
+    p = p - step_size * direction
     if FLAGS.decay == "proximal":
         p = h.decay * p
     if FLAGS.noise == "weights":

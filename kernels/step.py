@@ -4,19 +4,18 @@ One launch serves every tensor of a (device, dtype set, row class): a program ta
 """
 
 from .language import jit, tl
-from .ops import divide
 from .rows import (
     HINTS,
     hinted,
     leave_total,
-    mean_of_pieces,
-    mean_of_ranks,
+    mean_of_row,
+    mean_of_tile,
     project_row,
     row_total,
     square_total,
-    sum_of_loop,
+    trust_of,
 )
-from .stages import averaged, measured, projected, rounded, stepped
+from .stages import averaged, projected, rounded, stepped
 from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile
 
 
@@ -47,16 +46,11 @@ def step_rows(row, SPEC: tl.constexpr):
     FLAGS: tl.constexpr = SPEC.FLAGS
     DONE: tl.constexpr = hinted("evict_first", SPEC, HINTS)
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
-    mean = 0.0
-    if FLAGS.centralize != "none":
-        if SPEC.REDUCTION == "ranks":
-            mean = mean_of_ranks(row, SPEC)
-        else:
-            mean = divide(sum_of_loop(row, SPEC), row.columns.to(SPEC.COMPUTE))
+    mean, trust = mean_of_row(row, SPEC), trust_of(row, SPEC)
     squares = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, DONE)
-        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, SPEC)
+        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, trust, SPEC)
         if FLAGS.project:
             squares += tl.where(cells.mask, p * p, 0)
         bits = rounding_tile(row, start, SPEC)
@@ -79,14 +73,8 @@ def step_tile(row, sums, SPEC: tl.constexpr):
     start = row.piece * SPEC.C
     cells, values = load_tile(row, start, SPEC, "")
     z = noise_tile(row, start, SPEC)
-    mean = 0.0
-    if FLAGS.centralize != "none":
-        if SPEC.REDUCTION == "tile":
-            x = measured(values, row.h, z, SPEC)
-            mean = divide(row_total(x, cells.mask), row.columns.to(SPEC.COMPUTE))
-        else:
-            mean = mean_of_pieces(sums, row, SPEC)
-    p, state = stepped(values, row.h, z, mean, SPEC)
+    mean = mean_of_tile(row, cells, values, z, sums, SPEC)
+    p, state = stepped(values, row.h, z, mean, trust_of(row, SPEC), SPEC)
     if FLAGS.project:
         if SPEC.REDUCTION == "tile":
             p = projected(p, row_total(p * p, cells.mask), row.h)

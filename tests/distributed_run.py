@@ -107,6 +107,10 @@ def trial(
     split = sum(p.is_shard() and p.dim > 0 for p in placements)
     stages = bool(options.get("centralize")) + ("max_row_norm" in options)
     expected = mesh.ndim * ("max_grad_norm" in options) + split * stages
+    trust = RULES[rule].ours.rule.trust
+    if trust and trust.adapts(runs[1].param_groups[0]):  # over what each tensor is divided by
+        over = {tuple(i for i, p in enumerate(q.placements) if p.is_shard()) for q in parts}
+        expected += sum(map(len, over))
     return {"error": max(errors), "collectives": max(counted), "expected": expected}
 
 

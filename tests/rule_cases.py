@@ -108,6 +108,9 @@ RULES = {
         ),
         Rule("AdaBelief", ADAM, ("exp_avg", "exp_avg_var")),
         Rule("LaProp", ADAM, BOTH),
+        Rule("LAMB", ADAM, BOTH),
+        Rule("LARS", {**MOMENTUM, "lr": 1.0, "trust_coeff": 0.1}, ("momentum_buffer",), False),
+        Rule("StableAdamW", ADAM, BOTH),
     )
 }
 IN_TORCH = [name for name, rule in RULES.items() if rule.in_torch]

@@ -46,6 +46,9 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "AdEMAMix": [{}, {"betas": (0.5, 0.6, 0.8), "beta3_warmup": 3, "alpha_warmup": 4, "eps": 0.3}],
     "AdaBelief": [{}, {"betas": (0.5, 0.6), "eps": 0.3, "decoupled_weight_decay": True}],
     "LaProp": [{}, {"betas": (0.5, 0.6), "eps": 0.3}],
+    "LAMB": [{}, {"betas": (0.5, 0.6), "eps": 0.3, "trust_clip": True, "always_adapt": True}],
+    "LARS": [{}, {"momentum": 0.9, "trust_coeff": 0.5, "always_adapt": True}],
+    "StableAdamW": [{}, {"betas": (0.5, 0.6), "eps": 0.3}],
 }
 CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 

@@ -98,6 +98,10 @@ SAME = [
     # without a share of the slow average; an average of one quotient
     (("AdEMAMix", {"betas": (0.8, 0.95, 0.99), "alpha": 0.0}), ("Adam", {"betas": (0.8, 0.95)})),
     (("LaProp", {"betas": (0.0, 0.95), "eps": 0.04}), ("Adam", {"betas": (0.0, 0.95), "eps": 0.04})),
+    # without a ratio; a second moment that never lags behind
+    (("LAMB", {"eps": 0.04, "betas": (0.8, 0.95)}), ("Adam", {"eps": 0.04, "betas": (0.8, 0.95)})),
+    (("LARS", {"momentum": 0.9}), ("SGD", {"momentum": 0.9})),
+    (("StableAdamW", {"betas": (0.8, 0.0), "eps": 0.04}), ("Adam", {"betas": (0.8, 0.0), "eps": 0.04})),
     # too short a memory ever to divide by it: what is left is a corrected average
     (("RAdam", {"betas": (0.0, 0.6)}), ("SGD", {})),
 ]

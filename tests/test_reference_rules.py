@@ -131,6 +131,35 @@ def laprop(w: float) -> End:
     return {"param": w, "step": 5, "exp_avg": m, "exp_avg_sq": n}
 
 
+def lamb(w: float, *, most: float = math.inf, decay: float = DECAY) -> End:
+    m = v = 0.0
+    for t, g in enumerate(GRADIENTS, start=1):
+        m, v = 0.6 * m + 0.4 * g, 0.8 * v + 0.2 * g * g
+        u = (m / (1 - 0.6**t)) / (math.sqrt(v / (1 - 0.8**t)) + 0.05) + decay * w
+        w = w - LR * min(abs(w) / abs(u), most) * u
+    return {"param": w, "step": 5, "exp_avg": m, "exp_avg_sq": v}
+
+
+def lars(w: float, *, larc: bool = False) -> End:
+    b = 0.0
+    for t, g in enumerate(GRADIENTS, start=1):
+        rho = 0.5 * abs(w) / (abs(g) + DECAY * abs(w) + 0.05)
+        rho = min(rho, LR) / LR if larc else rho
+        b = 0.9 * b + rho * (g + DECAY * w) if t > 1 else rho * (g + DECAY * w)
+        w = w - LR * b
+    return {"param": w, "momentum_buffer": b}
+
+
+def stableadamw(w: float) -> End:
+    m = v = 0.0
+    for t, g in enumerate(GRADIENTS, start=1):
+        m, v = 0.6 * m + 0.4 * g, 0.8 * v + 0.2 * g * g
+        corrected = v / (1 - 0.8**t)
+        lr = LR / max(1.0, abs(g) / max(math.sqrt(corrected), 0.05))
+        w = (1 - lr * DECAY) * w - lr * (m / (1 - 0.6**t)) / (math.sqrt(corrected) + 0.05)
+    return {"param": w, "step": 5, "exp_avg": m, "exp_avg_sq": v}
+
+
 ADAN = {"betas": (0.9, 0.7, 0.8), "eps": 0.05}
 MIX = {"betas": (0.6, 0.8, 0.9), "eps": 0.05}
 WARM = {"beta3": [warm(t) for t in (1, 2, 3, 4, 5)], "alpha": [2 / 3, 4 / 3, 2, 2, 2]}
@@ -152,6 +181,15 @@ BY_HAND: list[tuple[Callable[[float], End], str, dict[str, Any]]] = [
     (adabelief, "AdaBelief", {"eps": 0.05, **BETAS}),
     (partial(adabelief, decoupled=True), "AdaBelief", {"eps": 0.05, **APART}),
     (laprop, "LaProp", {"eps": 0.05, **BETAS}),
+    (lamb, "LAMB", {"eps": 0.05, **BETAS}),
+    (partial(lamb, most=1.0), "LAMB", {"trust_clip": True, "eps": 0.05, **BETAS}),
+    (lars, "LARS", {"momentum": 0.9, "trust_coeff": 0.5, "eps": 0.05}),
+    (
+        partial(lars, larc=True),
+        "LARS",
+        {"trust_clip": True, "momentum": 0.9, "trust_coeff": 0.5, "eps": 0.05},
+    ),
+    (stableadamw, "StableAdamW", {"eps": 0.05, **BETAS}),
 ]
 
 
@@ -180,6 +218,26 @@ def test_a_rule_is_that_of_its_paper(
 
 
 OWN_DEFAULTS = {
+    "LAMB": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+        "trust_clip": False,
+        "always_adapt": False,
+    },
+    "LARS": {
+        "lr": 1.0,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "trust_coeff": 0.001,
+        "eps": 1e-8,
+        "trust_clip": False,
+        "always_adapt": False,
+    },
+    "StableAdamW": {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01},
     "SGDW": {"lr": 1e-3, "weight_decay": 0, "decoupled_weight_decay": True},
     "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0, "decoupled_weight_decay": True},
     "Signum": {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0, "decoupled_weight_decay": True},
@@ -259,6 +317,9 @@ SCALE_FREE = [
     ("AdEMAMix", SMALL_EPS),
     ("AdaBelief", SMALL_EPS),
     ("LaProp", SMALL_EPS),
+    ("LAMB", SMALL_EPS),
+    ("LARS", {**SMALL_EPS, "always_adapt": True}),
+    ("StableAdamW", SMALL_EPS),
 ]
 
 

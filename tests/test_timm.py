@@ -144,6 +144,7 @@ def trained(registry, name, **options):
 THEIR_OWN = {
     "adopt": {"clip_exp": 0.25},
     "adabelief": {"decoupled_decay": False, "rectify": False},
+    "lamb": {"max_grad_norm": None},
 }
 # timm's LaProp decays after the step, and corrects its second moment by an fp32 number: five roundings of
 # 2^-24 in each of five steps, which are up to 2 lr long.

@@ -59,15 +59,20 @@ class Storage(NamedTuple):
             return self.state.itemsize
         return 1 + FP32 / self.block if self.coded else 2
 
-    def moved(self, states: int, clips: bool = False, averages: bool = False) -> float:
+    def moved(
+        self, states: int, clips: bool = False, averages: bool = False, looked: Sequence[str] = ()
+    ) -> float:
         """Bytes that a step must move for each parameter.
 
         Parameter and states are read and written, the gradient is read, once more for its norm; an average is
-        read and written. What is beside a parameter is too; an fp32 copy is read in place of it.
+        read and written. What is beside a parameter is too; an fp32 copy is read in place of it. For norms of
+        whole tensors what is `looked` at ("param", "grad", names of states) is read once before.
         """
         size, beside = self.param.itemsize, BESIDE[self.master]
         weights = 2 * (size + beside) - size * (self.master == "float32")
-        return weights + (1 + clips) * size + 2 * states * self.state_size + 2 * FP32 * averages
+        seen = {"param": beside if self.master == "float32" else size + beside, "grad": size}
+        before = sum(seen.get(name, self.state_size) for name in looked)
+        return weights + (1 + clips) * size + 2 * states * self.state_size + 2 * FP32 * averages + before
 
     def kept(self, states: int, averages: bool = False) -> float:
         """Bytes that each parameter takes, with its gradient, states and average."""
@@ -138,6 +143,11 @@ def traffic(kernel: str, flags: Flags, sizes: Sequence[float], looping: bool = F
         return Traffic(grad, 0)
     if kernel == "sums":
         return Traffic(measured, 0)
+    if kernel == "totals":
+        return Traffic(0, 0)
+    if kernel == "squares":  # at most: rules that look at one state only read less
+        looked = sum(states) - average if flags.trust == "step" else 0
+        return Traffic(seen + grad + looked, 0)
     if kernel == "finish":
         return Traffic(seen + average, weight + average)
     projected = looping * flags.project

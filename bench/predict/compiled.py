@@ -150,9 +150,11 @@ def compiled_for(
     """One of launch.KERNELS; its scalars in a table, or its one row of them as arguments."""
     scalar = "*fp64" if "64" in str(spec.COMPUTE) else "*fp32"
     scalars: Any = ("fp32",) * spec.COUNT if as_arguments else scalar
-    tables = {"table": "*i64", "grads": "*i64", "tiles": "*i32", "scalars": scalars, "sums": scalar}
+    sums: Any = launch.Partials(scalar, "*fp64") if kernel in launch.NORMS else scalar
+    lists = {"firsts" if kernel == "totals" else "tiles": "*i32", "scalars": scalars, "sums": sums}
+    tables = {"table": "*i64", "grads": "*i64", **lists}
     spec = spec._replace(COUNT=0) if as_arguments else spec
-    asm, shared = _compiled(launch.KERNELS[kernel], tables, spec, spec.WARPS, target)
+    asm, shared = _compiled(launch.KERNELS[kernel], tables, spec, launch.warps_of(kernel, spec), target)
     return Compiled(spec, target, asm, spec.tile, shared)
 
 

@@ -32,6 +32,8 @@ NAMES = {
     "norm": "norm_kernel",
     "control": "control_kernel",
     "sums": "row_sums_kernel",
+    "squares": "squares_kernel",
+    "totals": "totals_kernel",
     "step": "step_kernel",
     "finish": "project_kernel",
 }

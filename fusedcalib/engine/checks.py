@@ -40,7 +40,7 @@ def check_parameter(
     """
     grad = param.grad
     assert grad is not None
-    place = _check_spread(owner, param, recipe)
+    place, spread = _check_spread(owner, param, recipe), param
     check_storage(owner, param, recipe)
     param, grad = local_of(param), local_of(grad)
     state = {k: local_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
@@ -59,6 +59,11 @@ def check_parameter(
     if recipe.flags.by_rows and param.is_complex():
         raise ValueError(
             f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None"
+        )
+    if place and place.across and recipe.for_tensor(spread).flags.centres_trusted:
+        raise RuntimeError(
+            f'{owner}: its rows lie on several ranks, where centralize="update" would need the means of an '
+            'update whose length is not known yet; set centralize="gradient", or divide it by dimension 0'
         )
     if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
         raise RuntimeError(

@@ -13,7 +13,7 @@ from ..layout.buckets import Array, Slot
 from ..layout.inputs import PlanInputs
 from ..layout.recipe import Asked, Recipe
 from ..layout.scalars import Scalars
-from ..layout.split_rows import RowTotals
+from ..layout.split_rows import RowTotals, TensorTotals
 from ..layout.tables import Laid, build_buckets
 from .decide import HostDecider, MakeDecider
 from .guards import Guards
@@ -48,9 +48,10 @@ class Plan:
         self.taken = self.begun = False
         self._recipes, self._slots = recipes, work.slots
         scalars = Scalars()
-        self._totals = RowTotals(work.slots)
+        self._totals, self._norms = RowTotals(work.slots), TensorTotals(work.slots)
         capturable = decider is not None and work.needs.remote
-        self.buckets = build_buckets(work.slots, scalars, capturable, self._totals.parts, lay)
+        parts = self._totals.parts, lay, self._norms.parts
+        self.buckets = build_buckets(work.slots, scalars, capturable, *parts)
         make = decider if decider is not None and self.buckets else HostDecider
         self.decider = make(work, scalars, self.buckets)
         self.on_device = any(
@@ -132,12 +133,16 @@ class Plan:
         return launches
 
     def _launch(self) -> int:
-        """Every launch of it; collectives where rows lie on several ranks."""
+        """Every launch of it; collectives where rows, or tensors with norms, lie on several ranks."""
         split = [bucket for bucket in self.buckets if bucket.key.split]
         launches = 0
         if self._totals.centred:
             launches += sum(bucket.key.executor.step_bucket(bucket, "sums") for bucket in split)
             self._totals.add_up()
+        if self._norms.parts:
+            normed = [bucket for bucket in self.buckets if bucket.norms]
+            launches += sum(bucket.key.executor.step_bucket(bucket, "squares") for bucket in normed)
+            self._norms.add_up()
         launches += sum(bucket.key.executor.step_bucket(bucket) for bucket in self.buckets)
         if self._totals.projected:
             self._totals.add_up()

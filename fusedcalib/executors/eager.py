@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -64,18 +65,35 @@ NAMES = {
 }
 
 
+class _Stages(NamedTuple):
+    """Functions of kernels/stages.py for a recipe, and what its rule makes of norms."""
+
+    measured: Function
+    normed: Function
+    stepped: Function
+    projected: Function
+    rounded: Function
+    averaged: Function
+    factor: Function
+
+
 @cache
-def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> tuple[Function, ...]:
-    """`measured`, `stepped`, `projected`, `rounded` and `averaged` of kernels/stages.py for a recipe."""
-    spec = Spec((dtype,), compute).of_rule(rebound(recipe.rule.update, NAMES), recipe.flags)
-    names = {**NAMES, "prepared": rebound(stages.prepared, NAMES)}
-    return (
-        partial(rebound(stages.measured, names), SPEC=spec),
-        partial(rebound(stages.stepped, names), SPEC=spec),
-        rebound(stages.projected, names),
-        partial(rebound(stages.rounded, names), SPEC=spec),
-        partial(rebound(stages.averaged, names), SPEC=spec),
-    )
+def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> _Stages:
+    """The stages of a recipe."""
+    rule = recipe.rule
+    trust = rule.trust and replace(rule.trust, squares=rebound(rule.trust.squares, NAMES))
+    spec = Spec((dtype,), compute).of_rule(rebound(rule.update, NAMES), recipe.flags, trust)
+    names = dict(NAMES)
+    for name in ("prepared", "trusted", "centred", "directed"):  # of which others are made
+        names[name] = rebound(getattr(stages, name), names)
+    made = {name: rebound(getattr(stages, name), names) for name in _Stages._fields[:-1]}
+    of_spec = {name: made[name] if name == "projected" else partial(made[name], SPEC=spec) for name in made}
+    factor = partial(rebound(trust.factor, NAMES), VARIANT=recipe.flags.variant) if trust else _one
+    return _Stages(**of_spec, factor=factor)
+
+
+def _one(*_: Any) -> float:
+    return 1.0
 
 
 # Elements stepped at once: on a CPU few enough for the temporaries to stay in the cache, on a GPU few
@@ -106,7 +124,10 @@ class EagerExecutor:
         if not flags.needs(part):
             return 0
         scalars = bucket.scalars.tolist()
-        for slot, row, totals in zip(bucket.slots, bucket.scalar_rows, bucket.totals, strict=True):
+        norms: Sequence[Tensor | None] = bucket.norms or [None] * len(bucket.slots)
+        for slot, row, totals, sums in zip(
+            bucket.slots, bucket.scalar_rows, bucket.totals, norms, strict=True
+        ):
             h = stages.Numbers.of_row(scalars[row])
             tensors = slot.tensors()
             param = tensors[0]
@@ -120,9 +141,12 @@ class EagerExecutor:
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.uint32).view(np.int32))
             of_rows = (param if t is None else t for t in (totals, slot.factors))
             pitch = slot.place.pitch if slot.place else 0
+            if sums is not None and part == "squares":
+                sums.zero_()
+                sums[-1] = param.numel()
             for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
                 *kept, z, b, total, factors = block
-                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors))
+                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors, sums))
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -163,12 +187,16 @@ def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors."""
+    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors.
+
+    `norms`: sums of squares over the whole tensor.
+    """
 
     part: str
     totals: Tensor
     pitch: int
     factors: Tensor
+    norms: Tensor | None
 
 
 def _step(
@@ -180,7 +208,7 @@ def _step(
     rows: _Rows,
 ) -> None:
     recipe, split = bucket.key.recipe, bucket.key.split
-    measured, stepped, projected, rounded, averaged = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
+    of = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
     flags = recipe.flags
     places = _places(recipe, *kept)
     p, g, *state = (torch_storage.decode(tensors, kind, bucket.compute) for tensors, kind in places)
@@ -192,23 +220,33 @@ def _step(
     mean: Any = 0.0
     new = tuple(state)
     if rows.part == "sums":
-        rows.totals.copy_(measured(values, h, z).sum(dim=inner))
+        rows.totals.copy_(of.measured(values, h, z, 1.0).sum(dim=inner))
         return
-    if rows.part == "step":
+    trust: Any = 1.0
+    if rows.part == "step" and rows.norms is not None:
+        *sums, count = rows.norms.unbind()
+        trust = of.factor(tuple(sums), count, h.own).to(p.dtype)
+    if rows.part != "finish":
         if split and flags.centralize != "none":
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
         elif flags.centralize != "none":
-            mean = measured(values, h, z).mean(dim=inner, keepdim=True)
-        p, new = stepped(values, h, z, mean)
+            mean = of.measured(values, h, z, trust).mean(dim=inner, keepdim=True)
+    if rows.part == "squares":
+        assert rows.norms is not None
+        found = of.normed(values, h, z, mean)
+        rows.norms[:-1] += torch.stack([x.to(torch.float64).square().sum() for x in found])
+        return
+    if rows.part == "step":
+        p, new = of.stepped(values, h, z, mean, trust)
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)
         if split and rows.part == "step":
             rows.totals.copy_(squares.view(-1))
         else:
-            p = projected(p, _along_rows(rows.totals, p).to(p.dtype) if split else squares, h)
-    p = rounded(p, bits)
+            p = of.projected(p, _along_rows(rows.totals, p).to(p.dtype) if split else squares, h)
+    p = of.rounded(p, bits)
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
-        new = averaged(p, new, h)
+        new = of.averaged(p, new, h)
     for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
         torch_storage.encode(tensors, value, kind, bits)
 

@@ -88,7 +88,8 @@ class Executor(Protocol):
         """Steps every slot of the bucket; returns the number of kernel launches.
 
         Where rows lie on several ranks in three parts: "sums" leaves what of a row's mean is known here,
-        "step" that of its norm, "finish" shortens it. What is left is added up in between.
+        "step" that of its norm, "finish" shortens it. Where a rule wants norms of whole tensors, "squares"
+        comes before "step" and leaves them in `bucket.norms`. What is left is added up in between.
         """
 
     def squares(self, bucket: Bucket) -> float:
@@ -112,7 +113,7 @@ class Key(NamedTuple):
     factored: bool  # its rows have factors
 
 
-GEOMETRY = 12  # columns of the table between addresses and strides: see kernels/table.py
+GEOMETRY = 13  # columns of the table between addresses and strides: see kernels/table.py
 
 
 @dataclass(eq=False)
@@ -127,6 +128,9 @@ class Bucket:
     shared: Scalars = field(default_factory=Scalars)  # one for all buckets of a plan
     capturable: bool = False
     totals: list[Tensor | None] = field(default_factory=list)  # of the rows of each slot, if it is split
+    norms: list[Tensor] = field(
+        default_factory=list
+    )  # of each slot fp64 [sums + 1], where its rule wants such
     table_version: int = 0  # counts changes but those of gradients, for executors that keep a copy
     moves: int = 0  # counts changes of gradients
     cache: dict[Any, Any] = field(default_factory=dict)  # the executor's own: kernels, device copies

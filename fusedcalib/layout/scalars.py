@@ -25,7 +25,7 @@ from ..rule import Rule
 from .recipe import Recipe
 
 Array = np.ndarray[Any, np.dtype[Any]]
-DECAYS = {"none": 0.0, "coupled": 0.0, "decoupled": 1.0, "proximal": 2.0}
+DECAYS = {"none": 0.0, "coupled": 0.0, "trusted": 0.0, "decoupled": 1.0, "proximal": 2.0}
 
 
 class StepFacts(NamedTuple):

@@ -87,6 +87,7 @@ class Place(NamedTuple):
         mesh: the ranks that share the parameter; None where it is not spread.
         copies: how many of them have this same part.
         across: dimensions of the mesh over which its rows are split.
+        parted: those over which it is split at all.
     """
 
     first: int
@@ -95,6 +96,7 @@ class Place(NamedTuple):
     mesh: Any = None
     copies: int = 1
     across: tuple[int, ...] = ()
+    parted: tuple[int, ...] = ()
 
 
 def place_of(param: Tensor) -> Place:
@@ -118,7 +120,8 @@ def place_of(param: Tensor) -> Place:
     if tuple(own) != here:
         raise RuntimeError(f"a parameter with placements {placements} has {here} here instead of {own}")
     # Not by what lies here: every rank has to come to the same.
-    split = [i for i, p in enumerate(placements) if getattr(p, "dim", 0) > 0 and mesh.size(i) > 1]
+    parted = [i for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
+    split = [i for i in parted if getattr(placements[i], "dim", 0) > 0]
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
     copies = prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
     return Place(
@@ -128,6 +131,7 @@ def place_of(param: Tensor) -> Place:
         mesh=mesh,
         copies=copies,
         across=tuple(split),
+        parted=tuple(parted),
     )
 
 

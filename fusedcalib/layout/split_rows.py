@@ -1,57 +1,91 @@
-"""Sums over rows that lie on several ranks, packed: one collective adds up those of all parameters."""
+"""Sums over what lies on several ranks, packed: one collective adds up those of all parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .buckets import Slot
-from .shards import local_of, summed
+from .shards import Place, local_of, summed
 
 
-class RowTotals:
-    """A number for each row: the ranks leave sums over what they have of it, and find those of all.
+class Packed:
+    """Numbers of each slot in one tensor: the ranks leave what they have of a sum, and find that of all.
 
     Laid out by the order of the slots and not by launches, which may differ from rank to rank.
 
     Args:
         slots: those of a plan; also such as have no element here, where other ranks have some.
+        lengths: of some slots, by their numbers: how many numbers they have.
+        across: of each of these the dimensions of its mesh over which they are added up.
 
     Attributes:
-        centred, projected: whether means, and norms, of such rows are asked for.
-        parts: fp64 [rows], of those slots whose rows are not whole, by the slot's number.
+        parts: fp64, of these slots by their numbers; those on one device lie in one memory.
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        found: dict[Any, list[tuple[int, int]]] = {}
-        flags = []
-        for index, slot in enumerate(slots):
-            if not (slot.place and slot.place.across):
-                continue
-            recipe = slot.compiled()
-            if recipe.flags.by_rows:
-                local = local_of(slot.param)
-                where = (slot.place.mesh, slot.place.across, local.device)
-                found.setdefault(where, []).append((index, local.shape[0]))
-                flags.append(recipe.flags)
-        self.centred = any(f.centralize != "none" for f in flags)
-        self.projected = any(f.project for f in flags)
+    def __init__(
+        self, slots: Sequence[Slot], lengths: Mapping[int, int], across: Mapping[int, tuple[int, ...]]
+    ) -> None:
+        found: dict[torch.device, dict[Any, list[int]]] = {}
+        for index in lengths:
+            where = found.setdefault(local_of(slots[index].param).device, {})
+            where.setdefault((_place_of(slots[index]).mesh, across[index]), []).append(index)
         self._packs: list[tuple[Tensor, Any, tuple[int, ...]]] = []
         self.parts: dict[int, Tensor] = {}
-        for (mesh, across, device), members in found.items():
-            pack = torch.zeros(sum(rows for _, rows in members), dtype=torch.float64, device=device)
-            self._packs.append((pack, mesh, across))
-            parts = torch.split(pack, [rows for _, rows in members])
-            self.parts |= {index: part for (index, _), part in zip(members, parts, strict=True)}
+        for device, groups in found.items():
+            counts = [[lengths[index] for index in members] for members in groups.values()]
+            whole = torch.zeros(sum(map(sum, counts)), dtype=torch.float64, device=device)
+            packs = torch.split(whole, [*map(sum, counts)])
+            for (mesh, dimensions), members, pack, of_slots in zip(
+                groups, groups.values(), packs, counts, strict=True
+            ):
+                self._packs.append((pack, mesh, dimensions))
+                self.parts |= dict(zip(members, torch.split(pack, of_slots), strict=True))
         # No kernel writes these: what the sum over ranks left there must not be counted again.
         self._idle = [part for i, part in self.parts.items() if not local_of(slots[i].param).numel()]
 
     def add_up(self) -> None:
-        """Over ranks, in place: one collective for each dimension of a mesh over which rows are split."""
+        """Over ranks, in place: one collective for each dimension of a mesh over which there is something."""
         for part in self._idle:
             part.zero_()
-        for pack, mesh, across in self._packs:
-            summed(pack, mesh, across)
+        for pack, mesh, dimensions in self._packs:
+            summed(pack, mesh, dimensions)
+
+
+class RowTotals(Packed):
+    """A number for each row, of slots whose rows are not whole.
+
+    Attributes:
+        centred, projected: whether means, and norms, of such rows are asked for.
+        parts: fp64 [rows] each.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        split = [i for i, slot in enumerate(slots) if slot.place and slot.place.across]
+        flags = {i: slots[i].compiled().flags for i in split}
+        split = [i for i in split if flags[i].by_rows]
+        self.centred = any(flags[i].centralize != "none" for i in split)
+        self.projected = any(flags[i].project for i in split)
+        rows = {i: local_of(slots[i].param).shape[0] for i in split}
+        super().__init__(slots, rows, {i: _place_of(slots[i]).across for i in split})
+
+
+class TensorTotals(Packed):
+    """Sums of squares over whole tensors, of slots whose rules want them: see kernels/totals.py.
+
+    Attributes:
+        parts: fp64 [sums + 1] each; the last is the number of elements.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        trusts = ((i, slot, slot.recipe.rule.trust) for i, slot in enumerate(slots))
+        sums = {i: trust.sums + 1 for i, slot, trust in trusts if trust and slot.recipe.flags.trust != "none"}
+        super().__init__(slots, sums, {i: _place_of(slots[i]).parted for i in sums})
+
+
+def _place_of(slot: Slot) -> Place:
+    """Its place; that of a whole tensor where it is not spread."""
+    return slot.place or Place(0, 0)

@@ -87,8 +87,9 @@ def build_buckets(
     capturable: bool = False,
     totals: Mapping[int, Tensor] = MappingProxyType({}),
     lay: Callable[[Slot, Tensor | None], Laid] = lay_slot,
+    norms: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Bucket]:
-    """Sorts slots into launches and lays each launch out. `totals`: of RowTotals."""
+    """Sorts slots into launches, laid out each. `totals`: of RowTotals, `norms`: of TensorTotals."""
     members: dict[Key, list[tuple[int, Laid]]] = {}
     alike: dict[int, list[tuple[int, Laid]]] = {}  # by the identity of a key: comparing them takes long
     for index, slot in enumerate(slots):
@@ -97,7 +98,12 @@ def build_buckets(
             if id(laid.key) not in alike:
                 alike[id(laid.key)] = members.setdefault(laid.key, [])
             alike[id(laid.key)].append((index, laid))
-    return [_bucket(key, found, shared, capturable, totals) for key, found in members.items()]
+    buckets = [_bucket(key, found, shared, capturable, totals) for key, found in members.items()]
+    for bucket in buckets:
+        bucket.norms = [norms[index] for index in bucket.indices if index in norms]
+        if bucket.norms:
+            bucket.table[:, len(bucket.key.dtypes) + 12] = [sums.data_ptr() for sums in bucket.norms]
+    return buckets
 
 
 def _bucket(
@@ -154,7 +160,7 @@ def _row(
     """The slot's row of the table, see kernels/table.py."""
     random = (*slot.words, place.first, place.pitch)
     of_rows = (0 if t is None else t.data_ptr() for t in (totals, slot.factors))
-    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows)
+    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows, 0)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)
     scales = (t.data_ptr() for t in slot.scales)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -14,12 +14,24 @@ Direction: TypeAlias = Callable[..., tuple[Tensor | None, State]]
 """A rule proper: ``direction(g, state, *, ...) -> (update, state)``. An update of None takes no
 step: neither decay nor projection moves the weights then."""
 
-Decay: TypeAlias = Literal["coupled", "decoupled", "proximal"]
-"""Where weight decay acts: on the gradient, on the weights before the move, or after it."""
+Decay: TypeAlias = Literal["coupled", "decoupled", "proximal", "trusted"]
+"""Where weight decay acts: on the gradient, on the weights before the move, or after it, or in what a
+factor by norms of the whole tensor multiplies."""
+
+
+class Trust(NamedTuple):
+    """A factor by norms of the whole tensor: ``factor(w, g, update, state, options)``, a number.
+
+    It multiplies the step (``scales`` is "step"), or the gradient before the rule sees it (then update and
+    state are not known). The options are the rule's own, with `lr` and `weight_decay`.
+    """
+
+    factor: Callable[..., Tensor]
+    scales: Literal["step", "gradient"] = "step"
 
 
 def oracle(
-    *, lr: float, weight_decay: float = 0.0, decay: Decay = "coupled"
+    *, lr: float, weight_decay: float = 0.0, decay: Decay = "coupled", trust: Trust | None = None
 ) -> Callable[[Direction], Oracle]:
     r"""Make one step of an optimizer out of the direction of its rule.
 
@@ -56,12 +68,15 @@ def oracle(
     defaults = {"lr": lr, "weight_decay": weight_decay, switch: decay == "decoupled"}
 
     def decorate(direction: Direction) -> Oracle:
+        named = inspect.signature(direction).parameters.values()
+        own = {p.name: p.default for p in named if p.default is not p.empty}
+
         @functools.wraps(direction, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
         def step(param: Tensor, grad: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
-            options = defaults | options
-            kind: Decay = "proximal" if decay == "proximal" else "coupled"
+            options = defaults | own | options
+            kind: Decay = decay if decay in ("proximal", "trusted") else "coupled"
             kind = "decoupled" if options.pop(switch) else kind
-            return _take_step(direction, kind, param, grad, state, **options)
+            return _take_step(direction, (kind, trust), param, grad, state, **options)
 
         step.__signature__ = _signature(direction, defaults)  # type: ignore[attr-defined]
         return step
@@ -71,7 +86,7 @@ def oracle(
 
 def _take_step(
     direction: Direction,
-    decay: Decay,
+    around: tuple[Decay, Trust | None],
     param: Tensor,
     grad: Tensor,
     state: State,
@@ -90,17 +105,25 @@ def _take_step(
     Source: Yong et al. 2020, section 3.4 (decay before P); torch.optim.AdamW (decay before the
     move); Xie et al. 2022, algorithm 1 (proximal decay after it).
     """
+    decay, trust = around
     g = -grad if maximize else grad
     if decay == "coupled":
         g = stages.coupled_decay(g, param, weight_decay)
     g = stages.l1_subgradient(g, param, l1)
     g = stages.centralize_at("gradient", g, centralize, centralize_min_ndim)
 
+    numbers = {**options, "lr": lr, "weight_decay": weight_decay}
+    if trust and trust.scales == "gradient":
+        factor = trust.factor(param, g, None, {}, numbers)
+        g = factor * (g + weight_decay * param)
     update, new_state = direction(g, state, **options)
     if update is None:
         return param.clone(), new_state
     update = stages.centralize_at("update", update, centralize, centralize_min_ndim)
 
+    if trust and trust.scales == "step":
+        update = update + weight_decay * param
+        update = trust.factor(param, g, update, new_state, numbers) * update
     if decay == "decoupled":
         param = stages.decoupled_decay(param, lr, weight_decay)
     param = param - lr * update

@@ -96,7 +96,9 @@ def _texts(value: Any) -> Iterator[str]:
     """What a part of a kind is told by: never an address."""
     if isinstance(value, Recipe):
         yield from _texts((value.flags, value.storage))
-        yield from _sources(value.rule.update)
+        trust = value.rule.trust
+        for function in (value.rule.update, *((trust.squares, trust.factor) if trust else ())):
+            yield from _sources(function)
     elif isinstance(value, tuple):
         yield f"{type(value).__name__} of {len(value)}"
         for item in value:

@@ -13,17 +13,22 @@ from ...layout.recipe import Recipe
 from ..source import Function
 from .memory import Memory, double_at
 from .noise import KEPT, noise_maker
-from .runs import ADD_FREELY, passes_of
+from .norms import factor_of
+from .runs import ADD_FREELY, NAMES, passes_of
 from .values import INNER
 
 
 def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Function:
     """A row's part of a step: "sums" returns its sum, "finish" shortens it if it must be.
 
+    "squares" adds those of which its rule wants the norms to the sums of its tile.
+
     "step" does all of it; "partial" takes its mean from the row's total and leaves its squares there.
     """
-    total, squares, step, project = passes_of(recipe, memory, scaled)
-    real, flags, split = memory.real, recipe.flags, part == "partial"
+    norms, total, squares, step, project = passes_of(recipe, memory, scaled)
+    real, flags, split = memory.real, recipe.flags, part in ("partial", "partial squares")
+    trust_of = factor_of(recipe, memory, NAMES)
+    late = flags.centres_trusted
     centred, projects, ema = flags.centralize != "none", flags.project, flags.ema
     room, filled, _ = noise_maker(flags.noise, real)
     twice = centred and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
@@ -31,10 +36,12 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     @njit(**INNER)
     def sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept):
-        found, places = 0.0, about[2]
+        found, places, trust = 0.0, about[2], real(1.0)
+        if late:
+            trust = trust_of(about[3], h)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            found += total(start, strides, length, h, factor, at + run * length, words, kept, places)
+            found += total(start, strides, length, h, factor, trust, at + run * length, words, kept, places)
         return found
 
     @njit(**INNER)
@@ -45,18 +52,34 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
                 project(start, strides, length, real(found), h, at + run * length, words, places)
 
     @njit(**INNER)
-    def step_row(row, addresses, strides, runs, length, h, factor, at, words, about):
-        mean, kept, places = real(0.0), 0, about[2]
-        if twice and runs == 1 and length <= KEPT:
-            kept = filled(room(), at, length, h, words)
+    def mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, kept):
+        mean = real(0.0)
         if centred and split:
             mean = real(double_at(about[0])[0] / about[1])
         elif centred:
             found = sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
             mean = real(found / (runs * length))
+        return mean
+
+    @njit(**INNER)
+    def norms_row(row, addresses, strides, runs, length, h, factor, at, words, about):
+        mean = real(0.0)
+        if not late:
+            mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, 0)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            step(start, strides, length, h, factor, mean, at + run * length, words, kept, places)
+            norms(start, strides, length, h, factor, mean, at + run * length, words, about[2], about[3])
+        return 0.0
+
+    @njit(**INNER)
+    def step_row(row, addresses, strides, runs, length, h, factor, at, words, about):
+        kept, places, trust = 0, about[2], trust_of(about[3], h)
+        if twice and runs == 1 and length <= KEPT:
+            kept = filled(room(), at, length, h, words)
+        mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
+        for run in range(runs):
+            start = start_of_run(row, addresses, run)
+            step(start, strides, length, h, factor, mean, trust, at + run * length, words, kept, places)
         found = 0.0
         if projects:
             for run in range(runs):
@@ -74,7 +97,8 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         finish_row(row, addresses, strides, runs, length, h, at, words, double_at(about[0])[0], about[2])
         return 0.0
 
-    return cast(Function, {"sums": sums, "finish": finish}.get(part, step_row))
+    found = {"sums": sums, "finish": finish, "squares": norms_row, "partial squares": norms_row}
+    return cast(Function, found.get(part, step_row))
 
 
 @cache

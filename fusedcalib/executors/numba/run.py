@@ -50,18 +50,21 @@ def kernel_for(
     factored: bool = False,
     part: str = "step",
     kept: tuple[str, ...] = (),
+    sums: int = 0,
 ) -> Function:
     """The compiled loop of a recipe, whatever the hyperparameters: a C function `void work(void *job)`.
 
     A job is eight int64: the addresses and sizes of the tables (laid out as kernels/table.py says), how
     many tiles there are, how many a thread takes at once, the next to take, and an address for a double of
-    each tile: the squares of its gradients, where there is no recipe.
+    each tile: the squares of its gradients, where there is no recipe. Of a loop that measures norms each tile
+    has so many doubles as the rule has `sums`.
     """
     memory = memory_of(dtypes, compute, count, inner, kept)
     places_of, walk = memory.storage.places, _walker(memory)
     factor_of, scaled = gradients(memory, factored)
     on_row = row_loop(recipe, memory, scaled, part) if recipe else row_squares(memory, scaled)
     keeps = part in ("sums", "partial")  # what a row comes to, in its place
+    size = 8 * sums if "squares" in part and recipe else 0  # bytes that a tile leaves of norms
     shift, spread = memory.shift, memory.spread
     integers, scalars_at, geometry = memory.integers, memory.scalars_at, memory.geometry
 
@@ -72,9 +75,10 @@ def kernel_for(
             row = table + 8 * slot * fields
             addresses = integers(row)
             place = geometry_at(row + geometry)
-            rows, columns, scalar_row, tall, wide, stream, key0, key1, origin, pitch, total_at, factors = (
-                place
-            )
+            rows, columns, scalar_row, tall, wide, stream, key0, key1, origin, pitch = place[:10]
+            total_at, factors, norms = place[10:]
+            if size:
+                norms = totals + t * size
             words = (np.uint64(stream), np.uint64(key0), np.uint64(key1))
             h = scalars_at(scalars, scalar_row)
             begins = column_block * wide
@@ -85,12 +89,12 @@ def kernel_for(
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 at, begin = origin + r * pitch + begins, shift(addresses, along, r)
                 places = places_of(row, fields, r * blocks + begins // BLOCK)
-                factor, about = factor_of(factors, r), (total_at + 8 * r, pitch, places)
+                factor, about = factor_of(factors, r), (total_at + 8 * r, pitch, places, norms)
                 found = on_row(row, begin, strides, runs, length, h, factor, at, words, about)
                 total += found
                 if keeps:
                     set_double(total_at, r, found)
-            if totals != 0:
+            if totals != 0 and size == 0:
                 set_double(totals, t, total)
 
     @numba.cfunc(numba.void(numba.int64))
@@ -146,11 +150,12 @@ class NumbaExecutor:
         """Compiles their loops, once for each bucket."""
         for bucket in buckets:
             if "loops" not in bucket.cache:
-                parts = ("sums", "step", "finish") if bucket.key.split else ("step",)
-                recipe = bucket.key.recipe
+                split, recipe = bucket.key.split, bucket.key.recipe
+                parts = ("sums", "squares", "step", "finish") if split else ("squares", "step")
+                # Where ranks share rows means are known already, and the step leaves something to be done.
+                named = {"step": "partial", "squares": "partial squares"} if split else {}
                 bucket.cache["loops"] = {
-                    # Where ranks share rows the step leaves something to be done.
-                    part: _loop(bucket, recipe, "partial" if bucket.key.split and part == "step" else part)
+                    part: _loop(bucket, recipe, named.get(part, part))
                     for part in parts
                     if recipe.flags.needs(part)
                 }
@@ -160,7 +165,10 @@ class NumbaExecutor:
         loop = bucket.cache["loops"].get(part)
         if loop is None:
             return 0
-        _run(bucket, loop)
+        if part == "squares":
+            _leave_norms(bucket, loop)
+        else:
+            _run(bucket, loop)
         return 1
 
     def squares(self, bucket: Bucket) -> float:
@@ -170,6 +178,21 @@ class NumbaExecutor:
             bucket.cache["squares"] = _loop(bucket, None, "step")
         _run(bucket, bucket.cache["squares"], totals.ctypes.data)
         return float(totals.sum())
+
+
+def _leave_norms(bucket: Bucket, loop: Any) -> None:
+    """Runs a loop that measures norms of whole tensors, and adds up what its tiles leave."""
+    if "norms" not in bucket.cache:
+        firsts = np.searchsorted(bucket.tiles[:, 0], np.arange(len(bucket.slots)))
+        counts = [float(slot.tensors()[0].numel()) for slot in bucket.slots]
+        # All lie in one memory: one assignment leaves those of all slots.
+        whole = torch.empty(0, dtype=torch.float64).set_(bucket.norms[0].untyped_storage()).numpy()
+        places = [range(t.storage_offset(), t.storage_offset() + len(t)) for t in bucket.norms]
+        bucket.cache["norms"] = firsts, np.array(counts)[:, None], whole, np.array([*map(list, places)])
+    firsts, counts, whole, places = bucket.cache["norms"]
+    partials = np.zeros((len(bucket.tiles), places.shape[1] - 1))
+    _run(bucket, loop, partials.ctypes.data)
+    whole[places] = np.concatenate([np.add.reduceat(partials, firsts), counts], axis=1)
 
 
 def _run(bucket: Bucket, loop: Any, totals: int = 0) -> None:
@@ -198,6 +221,7 @@ def _loop(bucket: Bucket, recipe: Recipe | None, part: str) -> Any:
         key.factored,
         part,
         key.recipe.kept,
+        len(bucket.norms[0]) - 1 if bucket.norms else 0,
     )
     return compiled.ctypes
 

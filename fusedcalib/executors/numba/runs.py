@@ -20,6 +20,7 @@ from ..source import Function, folded
 from .elements import trimmed
 from .memory import Memory
 from .noise import BLOCK, bits_maker, noise_maker
+from .norms import run_norms
 from .values import INNER
 
 ADD_FREELY = {"reassoc", "nsz"}  # a sum may be vectorised; NaN and infinity keep their meaning
@@ -84,8 +85,19 @@ NAMES = {
 }
 
 
-def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
-    """`measured`, `stepped`, `projected`, `rounded`, `averaged` of kernels/stages.py for single elements."""
+class Stages(NamedTuple):
+    """Functions of kernels/stages.py for single elements; `normed` is None where no norm is wanted."""
+
+    measured: Function
+    normed: Function | None
+    stepped: Function
+    projected: Function
+    rounded: Function
+    averaged: Function
+
+
+def stages_of(recipe: Recipe, memory: Memory) -> Stages:
+    """Those of a recipe."""
     constants = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
 
     def compiled(function: Any, **names: Any) -> Function:
@@ -93,11 +105,18 @@ def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
         function = njit(folded(function, {**NAMES, **own, **names}, constants), **INNER)
         return cast(Function, function)
 
-    rule = compiled(recipe.rule.update)
+    rule, trust = compiled(recipe.rule.update), recipe.rule.trust
     prepared = compiled(stages.prepared)
-    return (
-        compiled(stages.measured, RULE=rule, prepared=prepared),
-        compiled(stages.stepped, RULE=rule, prepared=prepared),
+    centred, trusted = compiled(stages.centred, prepared=prepared), compiled(stages.trusted)
+    directed = compiled(stages.directed, RULE=rule)
+    normed = None
+    if trust and recipe.flags.trust != "none":
+        squares = compiled(trust.squares)
+        normed = compiled(stages.normed, SQUARES=squares, centred=centred, directed=directed)
+    return Stages(
+        compiled(stages.measured, RULE=rule, prepared=prepared, trusted=trusted),
+        normed,
+        compiled(stages.stepped, centred=centred, directed=directed, trusted=trusted),
         compiled(stages.projected),
         compiled(stages.rounded),
         compiled(stages.averaged),
@@ -105,8 +124,12 @@ def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
 
 
 class Passes(NamedTuple):
-    """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection."""
+    """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection.
 
+    `norms` leaves what a rule wants of the whole tensor; None where it wants nothing.
+    """
+
+    norms: Function | None
     total: Function
     squares: Function
     step: Function
@@ -119,8 +142,9 @@ def passes_of(recipe: Recipe, memory: Memory, scaled: Function) -> Passes:
     A run is walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
     accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
     """
-    measured, *others = stages_of(recipe, memory)
-    return Passes(*_sums(recipe, memory, scaled, measured), *_steps(recipe, memory, scaled, *others))
+    measured, normed, *others = stages_of(recipe, memory)
+    norms = run_norms(recipe, memory, scaled, normed) if normed else None
+    return Passes(norms, *_sums(recipe, memory, scaled, measured), *_steps(recipe, memory, scaled, *others))
 
 
 def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> tuple[Function, Function]:
@@ -133,7 +157,7 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
     sum_filled, sum_noise = noise_maker(noise if noise == "gradient" else "none", real)[1:]
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_sum(addresses, strides, length, h, factor, at, words, kept, places):
+    def run_sum(addresses, strides, length, h, factor, trust, at, words, kept, places):
         total, space = 0.0, room()
         for first in range(0, length, size):
             part, last = real(0.0), min(first + size, length)
@@ -142,7 +166,7 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
                 place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
+                part += measured(scaled(values, factor), h, sum_noise(place, i - first), trust)
             total += part
         return total
 
@@ -180,7 +204,7 @@ def _steps(
     size, project_size = (CODED_BLOCK, CODED_BLOCK) if memory.coded else (size, BLOCK)
 
     @njit(**INNER)
-    def run_step(addresses, strides, length, h, factor, mean, at, words, kept, places):
+    def run_step(addresses, strides, length, h, factor, mean, trust, at, words, kept, places):
         space, bit_space, byte_space = room(), bit_room(), byte_room()
         for first in range(0, length, size):
             last, block = min(first + size, length), first // CODED_BLOCK
@@ -190,7 +214,7 @@ def _steps(
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean)
+                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean, trust)
                 word = bits(bit_place, i - first)
                 p = rounded(p, word)
                 if not project:

@@ -144,6 +144,11 @@ class Resident:
         self._table = DeviceArray(device, bucket.table)
         pieces = len(bucket.tiles) if self.spec.REDUCTION == "pieces" else 0
         self.sums = torch.empty(2 * pieces, dtype=bucket.compute, device=device)
+        self._norms: tuple[Tensor, ...] = ()  # scratch of norms of whole tensors
+        if bucket.norms:
+            partials = torch.empty(len(bucket.tiles) * self.spec.SUMS, dtype=torch.float64, device=device)
+            firsts = np.searchsorted(bucket.tiles[:, 0], np.arange(len(bucket.slots) + 1)).astype(np.int32)
+            self._norms = partials, sent(device, firsts)
         self.launches: dict[str, launch.Launch] = {}
         self._version = bucket.table_version
         self._read: tuple[Any, Any] = (None, None)  # gradients and scalars, as launches have them
@@ -161,8 +166,9 @@ class Resident:
         gradients, before = self._read
         if type(scalars) is not type(before):
             spec = self.spec._replace(COUNT=0) if isinstance(scalars, tuple) else self.spec
+            scratch = launch.Scratch(self.sums, *self._norms)
             self.launches = launch.step_launches(
-                self.table, self.gradients, self.tiles, scalars, self.sums, spec
+                self.table, self.gradients, self.tiles, scalars, scratch, spec
             )
         elif gradients is not self.gradients or scalars is not before:
             for each in self.launches.values():
@@ -174,7 +180,7 @@ class Resident:
 
     def tensors(self) -> list[Tensor]:
         """What lies on the device."""
-        return [self.table, self.tiles, self.sums]
+        return [self.table, self.tiles, self.sums, *self._norms]
 
 
 def arguments_of(bucket: Bucket) -> tuple[float, ...] | None:
@@ -197,7 +203,7 @@ def spec_of(bucket: Bucket) -> launch.Spec:
         FACTORED=key.factored,
         KEPT=key.recipe.kept,
     )
-    spec = spec.of_rule(key.recipe.rule.update, key.recipe.flags)
+    spec = spec.of_rule(key.recipe.rule.update, key.recipe.flags, key.recipe.rule.trust)
     return spec.tiled(cast(launch.Tile, key.row_class))
 
 
