@@ -12,14 +12,17 @@ from torch import Tensor
 from ..kernels.storage import BLOCK, CODED
 from ..layout.geometry import overlaps_itself
 from ..layout.recipe import Recipe
+from ..layout.stacks import leading_dims
 from ..layout.storage import (
     MASTER,
     REMAINDER,
     in_bytes,
+    leading_of,
     names_of,
     remainder_shape,
     scales_shape,
 )
+from ..option import LAST
 
 
 def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
@@ -37,20 +40,22 @@ def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
             f"{owner} has dtype {param.dtype}, whose states cannot be kept as {form!r}; use "
             "state_dtype=None for it, in a param group of its own"
         )
-    if {*asked.states} & {*CODED} and in_bytes(param, asked.least):
-        _check_cut(owner, param)
+    leading = recipe.leading(param)
+    if {*asked.states} & {*CODED} and in_bytes(param, asked.least, leading):
+        _check_cut(owner, param, leading)
 
 
-def _check_cut(owner: str, param: Tensor) -> None:
+def _check_cut(owner: str, param: Tensor, leading: int) -> None:
     """Raises where ranks have parts of rows that begin within a block."""
     spread: Any = param
     cuts = [(spread.device_mesh.size(i), p) for i, p in enumerate(getattr(spread, "placements", ()))]
-    split = [(ranks, p.dim) for ranks, p in cuts if getattr(p, "dim", 0) > 0 and ranks > 1]
+    split = [(ranks, p.dim) for ranks, p in cuts if getattr(p, "dim", 0) >= leading and ranks > 1]
     counts, dims = [ranks for ranks, _ in split], {dim for _, dim in split}
-    if not dims or (dims == {1} and _in_blocks(param, counts)):
+    if not dims or (dims == {leading} and _in_blocks(param, counts, leading)):
         return
-    width, ranks = prod(param.shape[1:]), prod(counts)
-    fits = next((n for n in range(ranks - 1, 1, -1) if dims == {1} and _in_blocks(param, [n])), 1)
+    width, ranks = prod(param.shape[leading:]), prod(counts)
+    tried = range(ranks - 1, 1, -1) if dims == {leading} else ()
+    fits = next((n for n in tried if _in_blocks(param, [n], leading)), 1)
     raise RuntimeError(
         f"{owner}: its rows of {width} elements are cut by {ranks} ranks within blocks of {BLOCK} "
         'that share a scale; use state_dtype="float32" for it (in a param group of its own)'
@@ -58,13 +63,13 @@ def _check_cut(owner: str, param: Tensor) -> None:
     )
 
 
-def _in_blocks(param: Tensor, counts: list[int]) -> bool:
+def _in_blocks(param: Tensor, counts: list[int], leading: int) -> bool:
     """Whether ranks have whole blocks of rows, whose first dimension is split by so many in either order."""
-    inner, blocks = prod(param.shape[2:]), scales_shape(param.shape)[1]
+    inner, blocks = prod(param.shape[leading + 1 :]), scales_shape(param.shape, leading)[-1]
     return all(
         -(-len(part) * inner // BLOCK) == len(of_scales) and (part.start * inner % BLOCK == 0 or not part)
         for order in (counts, counts[::-1])
-        for part, of_scales in zip(_parts(param.shape[1], order), _parts(blocks, order), strict=True)
+        for part, of_scales in zip(_parts(param.shape[leading], order), _parts(blocks, order), strict=True)
     )
 
 
@@ -86,7 +91,11 @@ def check_kept(
         codes, scales = names_of(name, "signed")
         if codes in state or scales in state:
             wanted[codes] = tuple(param.shape), torch.uint8
-            wanted[scales] = scales_shape(param.shape), torch.float32
+            stacked = (
+                scales in state and leading_of(state[scales]) > 1
+            )  # converted, where others are asked for
+            leading = leading_dims(param.shape, LAST) if stacked else 1
+            wanted[scales] = scales_shape(param.shape, leading), torch.float32
     if MASTER in state:
         wanted[MASTER] = tuple(param.shape), torch.float32
     if REMAINDER in state:

@@ -40,7 +40,7 @@ def check_parameter(
     """
     grad = param.grad
     assert grad is not None
-    place = _check_spread(owner, param, recipe)
+    leading, place = recipe.laid_by(param), _check_spread(owner, param, recipe)
     check_storage(owner, param, recipe)
     param, grad = local_of(param), local_of(grad)
     state = {k: local_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
@@ -63,7 +63,7 @@ def check_parameter(
     if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
         raise RuntimeError(
             f"{owner}: noise and stochastic rounding number its elements, which its placements leave in "
-            "pieces; shard it by its first or second dimension"
+            f"pieces; shard it by its first {'or second ' if leading == 1 else ''}dimension"
         )
     if overlaps_itself(param):
         raise RuntimeError(
@@ -102,7 +102,7 @@ def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
     if spread is None:
         return None
     try:
-        place = place_of(param)
+        place = place_of(param, recipe.laid_by(param))
     except RuntimeError as error:
         raise RuntimeError(f"{owner}: {error}; redistribute it") from None
     return place

@@ -13,7 +13,7 @@ from ..layout.recipe import Recipe
 from ..layout.shards import like, local_of
 from ..layout.storage import MASTER, REMAINDER, names_of, remainder_view
 from ..storage import FORMS, STATE_DTYPES, state_format
-from .kept import is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
+from .kept import Form, is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
 from .offload import loaded_state, move_states
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def make_state(
 
     What is kept otherwise than the group asks is converted; what is offloaded moves, a state at a time.
     """
-    rule, storage = recipe.rule, recipe.storage.of(param)
+    rule, storage, leading = recipe.rule, recipe.storage_of(param), recipe.leading(param)
     nothing = not recipe.states and not recipe.counts and storage.master == "none"
     if nothing and param not in state:
         return True
@@ -50,9 +50,10 @@ def make_state(
     for name, kind in zip(recipe.own_states, kinds, strict=True):
         dtype = state_dtype(group, name, param)
         if name not in missing:
-            keep_state(entry, versions, param, name, kind, dtype, name in rule.nonnegative)
+            form = Form(kind, dtype, name in rule.nonnegative, leading)
+            keep_state(entry, versions, param, name, form)
         elif kind in CODED:
-            make_bytes(entry, versions, param, name)
+            make_bytes(entry, versions, param, name, leading)
         else:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
             entry[name] = like(param, versions.new_state(param, value, dtype or param.dtype))
@@ -111,7 +112,7 @@ def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tup
 
     What the parameter has beside it comes last.
     """
-    entry, storage = state.get(param, {}), recipe.storage.of(param)
+    entry, storage = state.get(param, {}), recipe.storage_of(param)
     names = ["ema"] if recipe.flags.ema else []
     kinds = storage.states or ("cast",) * len(recipe.own_states)
     names += [names_of(name, kind)[0] for name, kind in zip(recipe.own_states, kinds, strict=True)]
@@ -124,10 +125,11 @@ def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tup
 
 
 def scales_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-    """The scales here of a parameter's states that are kept in bytes."""
-    kinds = recipe.storage.of(param).states
+    """The scales here [rows, blocks] of a parameter's states that are kept in bytes."""
+    kinds = recipe.storage_of(param).states
     named = zip(recipe.own_states, kinds, strict=False)
-    return tuple(local_of(state[param][names_of(name, kind)[1]]) for name, kind in named if kind in CODED)
+    found = (local_of(state[param][names_of(name, kind)[1]]) for name, kind in named if kind in CODED)
+    return tuple(scales.flatten(0, -2) for scales in found)
 
 
 class StateBefore:

@@ -14,6 +14,7 @@ from .geometry import Geometry
 from .recipe import Recipe
 from .scalars import Scalars
 from .shards import Place, local_of
+from .stacks import rows_first
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,6 +34,7 @@ class Slot(NamedTuple):
     place: Place | None = None  # where its local part lies, if it is spread over ranks
     factors: Tensor | None = None  # [rows], by which its gradient's rows are multiplied first
     scales: tuple[Tensor, ...] = ()  # of the states in bytes
+    leading: int = 1  # dimensions that a row is an index of, see layout/stacks.py
 
     def compiled(self) -> Recipe:
         """What is compiled of its recipe; the same on every rank."""
@@ -41,13 +43,15 @@ class Slot(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state..., what the parameter has beside it: all of one shape.
 
-        Complex ones are pairs of reals, as torch.optim's rules see them.
+        Complex ones are pairs of reals, as torch.optim's rules see them. Rows are indices of dimension 0.
         """
         assert self.param.grad is not None
         param, grad = (local_of(t).detach() for t in (self.param, self.param.grad))
         tensors = (param, grad.resolve_conj().resolve_neg(), *self.states)  # copies only where it is lazy
         if self.param.is_complex():
             return tuple(torch.view_as_real(t) for t in tensors)
+        if self.leading > 1:
+            return tuple(rows_first(t, self.leading) for t in tensors)
         return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class RowTotals:
             if recipe.flags.by_rows:
                 local = local_of(slot.param)
                 where = (slot.place.mesh, slot.place.across, local.device)
-                found.setdefault(where, []).append((index, local.shape[0]))
+                found.setdefault(where, []).append((index, prod(local.shape[: slot.leading])))
                 flags.append(recipe.flags)
         self.centred = any(f.centralize != "none" for f in flags)
         self.projected = any(f.project for f in flags)
