@@ -28,6 +28,8 @@ SPLIT = (
     (1, 6),
     (4, 3, 2, 2),
 )  # ranks share rows of all
+STACKS = ((5, 6, 256), (4, 3, 8), (3, 6))  # matrices, and one of them alone
+STACKED = {"matrix_dims": (-2, -1), "backend": "eager", "lr": 0.1}
 STEPS = 5
 LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
@@ -75,6 +77,7 @@ def trial(
     """How far parameters, averages and norm lie from those of one process; collectives of a step."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float64
+    dtype = torch.float32 if "state_dtype" in options else dtype
     start = [torch.randn(shape, dtype=dtype) for shape in shapes]
     whole = [torch.nn.Parameter(t.clone()) for t in start]
     parts = [torch.nn.Parameter(spread(t, mesh, placements)) for t in start]
@@ -104,7 +107,8 @@ def trial(
             errors.append((value - other).abs().max().item())
     if "max_grad_norm" in options:
         errors.append(abs(runs[0].grad_norm.item() - runs[1].grad_norm.item()))
-    split = sum(p.is_shard() and p.dim > 0 for p in placements)
+    outer = 1 if "matrix_dims" in options else 0  # last dimension over which rows lie
+    split = sum(p.is_shard() and p.dim > outer for p in placements)
     stages = bool(options.get("centralize")) + ("max_row_norm" in options)
     expected = mesh.ndim * ("max_grad_norm" in options) + split * stages
     return {"error": max(errors), "collectives": max(counted), "expected": expected}
@@ -128,6 +132,20 @@ def trials(ranks: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def stacks(ranks: int) -> dict[str, dict[str, float]]:
+    """Stacks of matrices divided by their first, second and last dimension."""
+    line = init_device_mesh("cpu", (ranks,))
+    found = {}
+    for dim in range(3):
+        options = {**STACKED, "centralize": True, "max_row_norm": 2.0}
+        if dim != 1:  # of rows that lie a pitch apart
+            options["noise"] = GradientNoise(0.1)
+        found[f"stacks by {dim}"] = trial("AdamW", options, line, (Shard(dim),), STACKS)
+        options = {**STACKED, "state_dtype": "8bit", "min_8bit_size": 0}
+        found[f"stacks by {dim}, bits"] = trial("AdamW", options, line, (Shard(dim),), STACKS)
+    return found
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
@@ -136,6 +154,7 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     models = distributed_models.runs(ranks, Path(out).parent)
     found = {"trials": trials(ranks), "models": models}
     if ranks == 2:
+        found["trials"] |= stacks(ranks)
         found["virtual layers"] = distributed_models.virtual(rank, ranks)
         found["embedded"] = distributed_models.embedded(ranks)
         found["long"] = distributed_models.long(ranks)

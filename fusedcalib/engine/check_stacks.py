@@ -44,9 +44,9 @@ def check_stack(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, A
         if isinstance(t, Tensor) and not has_rows_first(local_of(t), leading):
             shape, strides = tuple(local_of(t).shape), local_of(t).stride()
             raise RuntimeError(
-                f"{owner}: matrix_dims={dims} makes rows of all its dimensions but the last, and those of its "
-                f"{what} {shape} with strides {strides} do not follow each other in memory; make it "
-                "contiguous, or put it in a group with matrix_dims=None"
+                f"{owner}: with matrix_dims={dims} a row is an index of all dimensions but the last, and the "
+                f"rows of its {what} {shape} with strides {strides} do not lie at one distance; make it "
+                "contiguous, or put the parameter in a group with matrix_dims=None"
             )
 
 
@@ -64,14 +64,14 @@ def warn_of_stack(name: str, live: Iterable[Live], asked: Asked) -> bool:
             continue
         flags = recipe.for_tensor(param).flags
         done = {"centralize": flags.centralize != "none", "max_row_norm": flags.project}
-        options = " and ".join(option for option, on in done.items() if on)
+        options = " or ".join(option for option, on in done.items() if on)
         if options:
             shape = tuple(param.shape)
             warnings.warn(
-                f"{describe(name, asked.groups, group, index)} is {shape}, and for {options} a row is all "
-                f"{shape[1]} x {shape[2]} elements of an index of dimension 0; where it is {shape[0]} matrices "
-                f"(weights of experts), give its group matrix_dims={LAST}, so that they have {shape[1]} rows "
-                "each",
+                f"{describe(name, asked.groups, group, index)} is {shape}, and {options} takes all "
+                f"{shape[1]} x {shape[2]} elements of an index of dimension 0 for one row; if it is "
+                f"{shape[0]} matrices, as the weights of experts, give its group matrix_dims={LAST}: each "
+                f"has {shape[1]} rows then",
                 stacklevel=2,
             )
             return True

@@ -91,9 +91,8 @@ def check_kept(
         codes, scales = names_of(name, "signed")
         if codes in state or scales in state:
             wanted[codes] = tuple(param.shape), torch.uint8
-            stacked = (
-                scales in state and leading_of(state[scales]) > 1
-            )  # converted, where others are asked for
+            # A step converts those of rows that are no longer asked for.
+            stacked = scales in state and leading_of(state[scales]) > 1
             leading = leading_dims(param.shape, LAST) if stacked else 1
             wanted[scales] = scales_shape(param.shape, leading), torch.float32
     if MASTER in state:
