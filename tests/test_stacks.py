@@ -12,6 +12,7 @@ from storage_runs import BYTES
 
 import fusedcalib
 from fusedcalib import GradientNoise
+from fusedcalib.layout.row_scales import RowFactors, set_row_factors
 from fusedcalib.layout.stacks import matrix_shape
 from fusedcalib.reference import ORACLES
 
@@ -221,6 +222,20 @@ def test_rows_that_are_not_to_be_had(case):
     assert not optimizer.state
     optimizer.param_groups[0]["matrix_dims"] = ()
     optimizer.step()
+
+
+def test_factors_of_rows_of_dimension_0_are_refused():
+    """Of the layers of SVGD, a convolution of one dimension say."""
+    p = torch.nn.Parameter(torch.ones(2, 3, 4))
+    optimizer = fusedcalib.SGD([p], lr=1.0, matrix_dims=LAST, centralize=True, backend="eager")
+    factors = RowFactors(torch.full((2,), 3.0), optimizer)
+    set_row_factors(p, factors)
+    p.grad = torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match=r"SGD: parameter 0 of group 0: .*in a group with matrix_dims=None"):
+        optimizer.step()
+    optimizer.param_groups[0].update(matrix_dims=LAST, centralize=False)
+    optimizer.step()
+    assert torch.equal(p, torch.full((2, 3, 4), -2.0))
 
 
 def test_padded_rows_are_stepped():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layout.recipe import Asked, Recipe
+from ..layout.row_scales import row_factors_of
 from ..layout.shards import local_of
 from ..layout.stacks import has_rows_first, may_be_stack
 from ..layout.storage import MASTER, REMAINDER
@@ -28,7 +29,7 @@ def check_stack(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, A
         state: its own.
 
     Raises:
-        ValueError: it has more dimensions than the group counts on.
+        ValueError: it has more dimensions than the group counts on, or factors for rows of dimension 0.
         RuntimeError: its rows, or those of its gradient or a state, are not at one distance in memory.
     """
     leading, dims = recipe.leading(param), recipe.matrix_dims
@@ -38,6 +39,11 @@ def check_stack(owner: str, param: Tensor, recipe: Recipe, state: Mapping[str, A
         raise ValueError(
             f"{owner} has {param.ndim} dimensions, of which matrix_dims={dims} are not the last; give its "
             f"group matrix_dims={LAST}, or put it in a group with matrix_dims=None"
+        )
+    if recipe.laid_by(param) > 1 and row_factors_of(param) is not None:
+        raise ValueError(
+            f"{owner}: its gradient has factors for rows of dimension 0 (fusedcalib.nn.scale_in_step), but "
+            f"matrix_dims={dims} makes rows of others; put it in a group with matrix_dims=None"
         )
     kept = {f"state {name!r}": state.get(name) for name in (*recipe.states, MASTER, REMAINDER)}
     for what, t in {"parameter": param, "gradient": param.grad, **kept}.items():

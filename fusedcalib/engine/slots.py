@@ -47,19 +47,10 @@ def slot_of(
     words: tuple[int, int, int],
     factors: Tensor | None,
 ) -> Slot:
-    """The slot of a parameter whose states are there.
-
-    Raises:
-        ValueError: rows of a stack have factors, which are for those of dimension 0.
-    """
+    """The slot of a parameter whose states are there."""
     states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
     leading = recipe.laid_by(param)
     place = place_of(param, leading) if is_spread(param) else None
-    if leading > 1 and factors is not None:
-        raise ValueError(
-            "a parameter whose gradient has factors for its rows (fusedcalib.nn.scale_in_step) is in a group "
-            f"with matrix_dims={recipe.matrix_dims}; put it in a group with matrix_dims=None"
-        )
     return Slot(param, states, group, recipe, executor, words, place, factors, scales, leading)
 
 
