@@ -28,7 +28,7 @@ SPLIT = (
     (1, 6),
     (4, 3, 2, 2),
 )  # ranks share rows of all
-STACKS = ((5, 6, 256), (4, 3, 8), (3, 6))  # matrices, and one of them alone
+STACKS = ((5, 6, 256), (4, 3, 8))
 STACKED = {"matrix_dims": (-2, -1), "backend": "eager", "lr": 0.1}
 STEPS = 5
 LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
