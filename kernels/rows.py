@@ -14,8 +14,8 @@ SPEC is a `Spec` of spec.py throughout.
 
 from .language import constexpr_function, jit, tl
 from .ops import divide, sqrt
-from .stages import averaged, measured, projected, rounded
-from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile, totals_of
+from .stages import averaged, measured, projected, rounded, row_averaged
+from .table import load_tile, noise_tile, rounding_tile, row_of, rows_of, store_tile, totals_of
 
 # Of a row that one program walks twice, the caches keep what the second walk reads again, and let go first
 # of what it reads and writes for the last time: else parameters and states would push the gradients out.
@@ -25,7 +25,7 @@ HINTS = tl.constexpr(True)
 @constexpr_function
 def hinted(evict, spec, hints):
     """A hint for the caches, where a row is walked twice; not where strides take the registers it needs."""
-    walked_twice = spec.REDUCTION == "loop" and spec.FLAGS.centralize != "none"
+    walked_twice = spec.REDUCTION == "loop" and spec.FLAGS.means
     return evict if hints and walked_twice and spec.D == 0 else ""
 
 
@@ -53,6 +53,17 @@ def mean_of_ranks(row, SPEC: tl.constexpr):
     """Mean of a row [1], of which the sum over ranks is known: a scalar. The whole row is K + 9 long."""
     total = tl.sum(tl.load(totals_of(row, SPEC)), axis=0).to(SPEC.COMPUTE)
     return divide(total, tl.load(row.base + len(SPEC.DTYPES) + 9).to(SPEC.COMPUTE))
+
+
+@jit
+def row_state(row, mean, SPEC: tl.constexpr):
+    """The states [R, 1] of rows, brought up to date by the means of this step, and kept."""
+    r = rows_of(row, SPEC)[:, None]
+    inside = r < tl.load(row.base + len(SPEC.DTYPES))
+    places = tl.load(row.base + len(SPEC.DTYPES) + 11).to(tl.pointer_type(SPEC.COMPUTE)) + r
+    new = row_averaged(tl.load(places, inside, other=0), mean, row.h)
+    tl.store(places, new, inside)
+    return new
 
 
 @jit

@@ -32,6 +32,7 @@ class Flags(NamedTuple):
     rounding: str = "nearest"  # "nearest" | "stochastic", of the parameter
     master: str = "none"  # "none" | "split16" | "split8" | "float32", what a parameter has beside it
     dithered: bool = False  # states are rounded at random
+    row_state: bool = False  # the rule keeps a number for each row, an average of the mean of its squares
 
     @property
     def random(self) -> bool:
@@ -46,11 +47,16 @@ class Flags(NamedTuple):
     @property
     def by_rows(self) -> bool:
         """Whether a row is more than its elements."""
-        return self.centralize != "none" or self.project
+        return self.means or self.project
+
+    @property
+    def means(self) -> bool:
+        """Whether something of a row has a mean."""
+        return self.centralize != "none" or self.row_state
 
     def needs(self, part: str) -> bool:
         """Whether a step in parts has this one: "sums" before it, "finish" after it."""
-        return {"sums": self.centralize != "none", "finish": self.project}.get(part, True)
+        return {"sums": self.means, "finish": self.project}.get(part, True)
 
 
 class Numbers(NamedTuple):
@@ -99,7 +105,7 @@ def prepared(p, g, h, z, SPEC: tl.constexpr):
 
 @jit
 def measured(values, h, z, SPEC: tl.constexpr):
-    """What the row mean is taken of [R, C]: the prepared gradient, or the update direction."""
+    """What the row mean is taken of [R, C]: the prepared gradient, its square, or the update direction."""
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant  # a field of a tuple cannot be passed on as it is
@@ -110,12 +116,23 @@ def measured(values, h, z, SPEC: tl.constexpr):
             g, _ = RULE(p, g, state[1:], h.own, VARIANT)
         else:
             g, _ = RULE(p, g, state, h.own, VARIANT)
+    if FLAGS.row_state:
+        g = g * g
     return g
 
 
 @jit
+def row_averaged(average, mean, h):
+    """The state of a row: the average of means that the rule keeps, brought up to date."""
+    return average + h.own[0] * (mean - average)
+
+
+@jit
 def stepped(values, h, z, mean, SPEC: tl.constexpr):
-    """The new parameter [R, C], yet to be projected, and the new state. `mean` is that of its rows."""
+    """The new parameter [R, C], yet to be projected, and the new state.
+
+    `mean` is that of its rows, or their state where the rule keeps one: it is handed the last of its states.
+    """
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant
@@ -123,11 +140,15 @@ def stepped(values, h, z, mean, SPEC: tl.constexpr):
     g = prepared(p, values[1], h, z, SPEC)
     if FLAGS.centralize == "gradient":
         g = g - mean
+    own = state
     if FLAGS.ema:
-        direction, own = RULE(p, g, state[1:], h.own, VARIANT)
-        state = state[:1] + own
-    else:
-        direction, state = RULE(p, g, state, h.own, VARIANT)
+        own = state[1:]
+    if FLAGS.row_state:
+        own = own + (mean,)
+    direction, own = RULE(p, g, own, h.own, VARIANT)
+    if FLAGS.ema:
+        own = state[:1] + own
+    state = own
     if FLAGS.centralize == "update":
         direction = direction - mean
     if FLAGS.decay == "decoupled":

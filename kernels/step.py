@@ -12,6 +12,7 @@ from .rows import (
     mean_of_pieces,
     mean_of_ranks,
     project_row,
+    row_state,
     row_total,
     square_total,
     sum_of_loop,
@@ -48,11 +49,13 @@ def step_rows(row, SPEC: tl.constexpr):
     DONE: tl.constexpr = hinted("evict_first", SPEC, HINTS)
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
     mean = 0.0
-    if FLAGS.centralize != "none":
+    if FLAGS.centralize != "none" or FLAGS.row_state:
         if SPEC.REDUCTION == "ranks":
             mean = mean_of_ranks(row, SPEC)
         else:
             mean = divide(sum_of_loop(row, SPEC), row.columns.to(SPEC.COMPUTE))
+    if FLAGS.row_state:
+        mean = row_state(row, mean, SPEC)
     squares = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, DONE)
@@ -80,12 +83,14 @@ def step_tile(row, sums, SPEC: tl.constexpr):
     cells, values = load_tile(row, start, SPEC, "")
     z = noise_tile(row, start, SPEC)
     mean = 0.0
-    if FLAGS.centralize != "none":
+    if FLAGS.centralize != "none" or FLAGS.row_state:
         if SPEC.REDUCTION == "tile":
             x = measured(values, row.h, z, SPEC)
             mean = divide(row_total(x, cells.mask), row.columns.to(SPEC.COMPUTE))
         else:
             mean = mean_of_pieces(sums, row, SPEC)
+    if FLAGS.row_state:
+        mean = row_state(row, mean, SPEC)
     p, state = stepped(values, row.h, z, mean, SPEC)
     if FLAGS.project:
         if SPEC.REDUCTION == "tile":

@@ -93,7 +93,9 @@ class RowWarnings:
     def look(self, name: str, live: list[Live], unknown: list[Live], asked: Asked) -> None:
         """Looks at the parameters of a step, and at those that are not laid out yet."""
         if not self._flat:
-            by_rows = [each.param for each in live if asked.recipes[each.group].flags.by_rows]
+            flags = [asked.recipes[each.group].flags for each in live]
+            asks = [f.centralize != "none" or f.project for f in flags]
+            by_rows = [each.param for each, on in zip(live, asks, strict=True) if on]
             self._flat = warn_of_flat(name, by_rows)
         if not self._stack:
             self._stack = warn_of_stack(name, unknown, asked)

@@ -87,6 +87,9 @@ def check_kept(
 ) -> None:
     """Raises where what is here of a state in bytes, or beside the parameter, is not as it should be."""
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if (of_rows := recipe.rule.row_state) and of_rows in state:
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        wanted[of_rows] = tuple(param.shape[: recipe.laid_by(param)]) or (1,), wide
     for name in recipe.own_states:
         codes, scales = names_of(name, "signed")
         if codes in state or scales in state:

@@ -58,7 +58,8 @@ def check_parameter(
         raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
     if recipe.flags.by_rows and param.is_complex():
         raise ValueError(
-            f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None"
+            f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None, "
+            "or use a rule that keeps no state of rows"
         )
     if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
         raise RuntimeError(
@@ -77,7 +78,8 @@ def check_parameter(
             "stochastic_rounding=False"
         )
     _check_like(f"{owner}: its gradient", grad, param)
-    for name in (*recipe.own_states, *(recipe.rule.product or ())[:1]):
+    of_rows = (recipe.rule.row_state,) if recipe.rule.row_state else ()
+    for name in (*recipe.own_states, *of_rows, *(recipe.rule.product or ())[:1]):
         if recipe.rule.counts and not is_there(state, name) and state.get("step", 0) > 0:
             raise KeyError(
                 f"{owner} has been stepped without the state {name!r}: an option was switched on late "

@@ -121,7 +121,7 @@ def check_rows(name: str, groups: Groups, live: Iterable[Live], recipes: Sequenc
     """
     for group, index, param in live:
         by_rows = recipes[group].flags.by_rows and recipes[group].for_tensor(param).flags.by_rows
-        if by_rows and is_spread(param) and place_of(param, recipes[group].leading(param)).across:
+        if by_rows and is_spread(param) and place_of(param, recipes[group].laid_by(param)).across:
             owner = describe(name, groups, group, index)
             raise RuntimeError(
                 f"{owner}: its rows lie on several ranks, and gradient release "

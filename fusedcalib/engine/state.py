@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.storage import CODED
 from ..layout.recipe import Recipe
-from ..layout.shards import like, local_of
+from ..layout.shards import like, local_of, of_rows
 from ..layout.storage import MASTER, REMAINDER, names_of, remainder_view
 from ..storage import FORMS, STATE_DTYPES, state_format
 from .kept import Form, is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
@@ -47,6 +47,8 @@ def make_state(
     if rule.product and rule.product[0] not in entry:
         entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
     kinds = storage.states or ("cast",) * len(recipe.own_states)
+    if rule.row_state and rule.row_state not in entry:
+        entry[rule.row_state] = make_row_state(versions, param, recipe.laid_by(param))
     for name, kind in zip(recipe.own_states, kinds, strict=True):
         dtype = state_dtype(group, name, param)
         if name not in missing:
@@ -65,6 +67,14 @@ def make_state(
     if versions.offload:
         move_states(entry, versions, ("step", *(rule.product or ())[:1]))
     return fresh
+
+
+def make_row_state(versions: VersionCounters, param: Tensor, leading: int) -> Tensor:
+    """Makes a number for each row here of a parameter, in the type of the arithmetic: zero."""
+    local = local_of(param)
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    shape = local.shape[:leading] or (1,)
+    return of_rows(param, versions.counted(torch.zeros(shape, dtype=dtype, device=local.device)), leading)
 
 
 def state_dtype(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype | None:
@@ -97,7 +107,7 @@ def load_state(
         if name == "step" or not isinstance(value, Tensor):
             continue
         loaded = entry[name].dtype
-        if is_storage(name):
+        if is_storage(name) or value.shape != param.shape:  # bytes, and numbers of rows
             dtype = value.dtype
         else:
             dtype = state_dtype(group, name, param) or torch.promote_types(loaded, value.dtype)

@@ -92,7 +92,9 @@ class EagerExecutor:
     launches = False
     branches = branches
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
         """One tile a slot: the table is not read."""
         return TileShape(layout.rows, layout.columns, None)
 
@@ -118,11 +120,11 @@ class EagerExecutor:
             if flags.rounds:
                 drawn = [rounding_words(*run, int(h.step), slot.words) for run in runs]
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.uint32).view(np.int32))
-            of_rows = (param if t is None else t for t in (totals, slot.factors))
+            of_rows = (param if t is None else t for t in (totals, slot.factors, slot.row_state))
             pitch = slot.place.pitch if slot.place else 0
             for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
-                *kept, z, b, total, factors = block
-                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors))
+                *kept, z, b, total, factors, row_state = block
+                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors, row_state))
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -163,12 +165,13 @@ def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors."""
+    """Of the rows of a block: part of a step, fp64 sums over ranks, length of the whole, factors, states."""
 
     part: str
     totals: Tensor
     pitch: int
     factors: Tensor
+    state: Tensor
 
 
 def _step(
@@ -195,10 +198,14 @@ def _step(
         rows.totals.copy_(measured(values, h, z).sum(dim=inner))
         return
     if rows.part == "step":
-        if split and flags.centralize != "none":
+        if split and flags.means:
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
-        elif flags.centralize != "none":
+        elif flags.means:
             mean = measured(values, h, z).mean(dim=inner, keepdim=True)
+        if flags.row_state:
+            mean = stages.row_averaged.fn(_along_rows(rows.state, p), mean, h)
+            rows.state.copy_(mean.view(-1))
+            mean = mean.expand(p.shape)
         p, new = stepped(values, h, z, mean)
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)

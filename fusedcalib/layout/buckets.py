@@ -35,6 +35,7 @@ class Slot(NamedTuple):
     factors: Tensor | None = None  # [rows], by which its gradient's rows are multiplied first
     scales: tuple[Tensor, ...] = ()  # of the states in bytes
     leading: int = 1  # dimensions that a row is an index of, see layout/stacks.py
+    row_state: Tensor | None = None  # [rows], what the rule keeps of each row
 
     def compiled(self) -> Recipe:
         """What is compiled of its recipe; the same on every rank."""
@@ -50,7 +51,7 @@ class Slot(NamedTuple):
         tensors = (param, grad.resolve_conj().resolve_neg(), *self.states)  # copies only where it is lazy
         if self.param.is_complex():
             return tuple(torch.view_as_real(t) for t in tensors)
-        if self.leading > 1:
+        if self.leading != 1:
             return tuple(rows_first(t, self.leading) for t in tensors)
         return tensors
 
@@ -82,8 +83,13 @@ class Executor(Protocol):
     @property
     def branches(self) -> Any: ...
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
-        """The tile for a slot of this layout and so many tensors; `split` if ranks share its rows."""
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
+        """The tile for a slot of this layout and so many tensors.
+
+        `split` if ranks share its rows, `whole` if a row is to be one program's.
+        """
 
     def prepare(self, buckets: list[Bucket]) -> None:
         """Makes those of a plan ready to run: whatever can fail, as memory and compiling, is done here."""

@@ -72,7 +72,12 @@ class Recipe:
         return leading_dims(param.shape, self.matrix_dims)
 
     def laid_by(self, param: Tensor) -> int:
-        """The same as a step lays it out: 1 where it does not matter which its rows are."""
+        """The same as a step lays it out: 1 where it does not matter which its rows are.
+
+        0 of a vector that is one row, for a rule that keeps a number for each.
+        """
+        if self.rule.row_state and param.ndim < 2:
+            return 0
         compiled = self.for_tensor(param)
         matters = compiled.flags.by_rows or bool({*CODED} & {*compiled.kinds})
         return self.leading(param) if matters else 1
@@ -164,6 +169,7 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         scaled=needs.scaled,
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
+        row_state=rule.row_state is not None,
     )
     forms = tuple(state_format(group["state_dtype"], name) for name in rule.states[flags.variant])
     storage = storage_of(rule, flags.variant, forms, group)

@@ -42,6 +42,32 @@ def like(param: Tensor, local: Tensor, shape: Sequence[int] | None = None) -> Te
     )
 
 
+def of_rows(param: Tensor, local: Tensor, leading: int) -> Tensor:
+    """Numbers for the rows here of a parameter as what they are for the whole: copies where ranks share rows.
+
+    `leading`: dimensions that a row is an index of; of none, for a vector that is one row, there is one.
+    """
+    if not is_spread(param):
+        return local
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spread: Any = param
+    shape = tuple(param.shape[:leading]) or (1,)
+    kept = [p if getattr(p, "dim", leading) < leading else Replicate() for p in spread.placements]
+    stride = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
+    if local.device.type != spec_device(spread):
+        return _part(local, spread.device_mesh, kept, shape, stride)
+    return DTensor.from_local(
+        local, spread.device_mesh, kept, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def spec_device(spread: Any) -> str:
+    """The kind of device that a DTensor's mesh is of."""
+    kind: str = spread.device_mesh.device_type
+    return kind
+
+
 def _part(
     local: Tensor, mesh: Any, placements: Any, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:

@@ -38,7 +38,7 @@ class RowTotals:
                 where = (slot.place.mesh, slot.place.across, local.device)
                 found.setdefault(where, []).append((index, prod(local.shape[: slot.leading])))
                 flags.append(recipe.flags)
-        self.centred = any(f.centralize != "none" for f in flags)
+        self.centred = any(f.means for f in flags)
         self.projected = any(f.project for f in flags)
         self._packs: list[tuple[Tensor, Any, tuple[int, ...]]] = []
         self.parts: dict[int, Tensor] = {}

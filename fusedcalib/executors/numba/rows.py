@@ -11,9 +11,9 @@ from numba import njit
 from ...layout.buckets import GEOMETRY
 from ...layout.recipe import Recipe
 from ..source import Function
-from .memory import Memory, double_at
+from .memory import Memory, double_at, set_number
 from .noise import KEPT, noise_maker
-from .runs import ADD_FREELY, passes_of
+from .runs import ADD_FREELY, passes_of, row_average
 from .values import INNER
 
 
@@ -24,9 +24,10 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
     """
     total, squares, step, project = passes_of(recipe, memory, scaled)
     real, flags, split = memory.real, recipe.flags, part == "partial"
-    centred, projects, ema = flags.centralize != "none", flags.project, flags.ema
+    means, keeps, projects, ema = flags.means, flags.row_state, flags.project, flags.ema
+    factor_at, row_averaged = memory.factor_at, row_average()
     room, filled, _ = noise_maker(flags.noise, real)
-    twice = centred and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
+    twice = means and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
     start_of_run = _run_starter(memory)
 
     @njit(**INNER)
@@ -49,11 +50,14 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         mean, kept, places = real(0.0), 0, about[2]
         if twice and runs == 1 and length <= KEPT:
             kept = filled(room(), at, length, h, words)
-        if centred and split:
+        if means and split:
             mean = real(double_at(about[0])[0] / about[1])
-        elif centred:
+        elif means:
             found = sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
             mean = real(found / (runs * length))
+        if keeps:
+            mean = row_averaged(factor_at(about[3], about[4])[0], mean, h)
+            set_number(about[3], about[4], mean)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
             step(start, strides, length, h, factor, mean, at + run * length, words, kept, places)

@@ -104,6 +104,11 @@ def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
     )
 
 
+def row_average() -> Function:
+    """`row_averaged` of kernels/stages.py for single elements."""
+    return cast(Function, njit(folded(stages.row_averaged, NAMES, {}), **INNER))
+
+
 class Passes(NamedTuple):
     """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection."""
 
