@@ -24,11 +24,11 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .registry import register_timm as register_timm
     from .release import enable_gradient_release as enable_gradient_release
     from .rules.adabelief import AdaBelief as AdaBelief
-    from .rules.adam_mini import AdamMini as AdamMini
     from .rules.adadelta import Adadelta as Adadelta
     from .rules.adagrad import Adagrad as Adagrad
     from .rules.adam import Adam as Adam
     from .rules.adam import AdamW as AdamW
+    from .rules.adam_mini import AdamMini as AdamMini
     from .rules.adamax import Adamax as Adamax
     from .rules.adan import Adan as Adan
     from .rules.ademamix import AdEMAMix as AdEMAMix

@@ -69,4 +69,5 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "AdEMAMix": [_ADEMAMIX, {**_ADEMAMIX, "alpha_warmup": 6.0, "beta3_warmup": 5.0, "maximize": True}],
     "AdaBelief": [{**_AVERAGES, "eps": 0.1}, {**_AVERAGES, **_DECOUPLED, "eps": 0.01}],
     "LaProp": [{**_AVERAGES, "eps": 0.1}],
+    "AdamMini": [{**_AVERAGES, "eps": 0.1}],
 }

@@ -46,6 +46,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "AdEMAMix": [{}, {"betas": (0.5, 0.6, 0.8), "beta3_warmup": 3, "alpha_warmup": 4, "eps": 0.3}],
     "AdaBelief": [{}, {"betas": (0.5, 0.6), "eps": 0.3, "decoupled_weight_decay": True}],
     "LaProp": [{}, {"betas": (0.5, 0.6), "eps": 0.3}],
+    "AdamMini": [{}, {"betas": (0.5, 0.6), "eps": 0.3, "decoupled_weight_decay": False}],
 }
 CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 

@@ -216,6 +216,13 @@ OWN_DEFAULTS = {
         "weight_decay": 0,
         "decoupled_weight_decay": True,
     },
+    "AdamMini": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0,
+        "decoupled_weight_decay": True,
+    },
 }
 
 
@@ -259,6 +266,7 @@ SCALE_FREE = [
     ("AdEMAMix", SMALL_EPS),
     ("AdaBelief", SMALL_EPS),
     ("LaProp", SMALL_EPS),
+    ("AdamMini", SMALL_EPS),
 ]
 
 

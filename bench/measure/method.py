@@ -70,6 +70,7 @@ SUBJECTS: dict[str, Subject] = {
     "AdEMAMix": Subject("AdEMAMix", _DECAY),
     "AdaBelief": Subject("AdaBelief", _DECAY),
     "LaProp": Subject("LaProp", _DECAY),
+    "AdamMini": Subject("AdamMini", _DECAY),
     "Adagrad": Subject("Adagrad", {**_DECAY, "initial_accumulator_value": 0.1}),
     "Adadelta": Subject("Adadelta", {**_DECAY, "lr": 1.0}),
     "RMSprop": Subject("RMSprop", _DECAY),

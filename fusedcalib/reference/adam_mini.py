@@ -40,7 +40,7 @@ def adam_mini(
     (tensor([[-1., -7.]]), tensor([0.0250]))
     """
     t, (beta1, beta2) = steps_taken(state), betas
-    blocks = g.reshape(g.shape[0] if g.ndim > 1 else 1, -1)
+    blocks = g.flatten(1) if g.ndim > 1 else g.reshape(1, g.numel())
     m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * g
     square = torch.linalg.vector_norm(blocks, dim=1) ** 2 / max(1, blocks.shape[1])
     v = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * square
