@@ -14,7 +14,7 @@ SPEC is a `Spec` of spec.py throughout.
 
 from .language import constexpr_function, jit, tl
 from .ops import divide, sqrt
-from .stages import averaged, measured, projected, rounded, row_averaged
+from .stages import averaged, measured, measured_next, projected, rounded, row_averaged
 from .table import load_tile, noise_tile, rounding_tile, row_of, rows_of, store_tile, totals_of
 
 # Of a row that one program walks twice, the caches keep what the second walk reads again, and let go first
@@ -36,14 +36,21 @@ def row_total(x, mask):
 
 
 @jit
-def sum_of_loop(row, SPEC: tl.constexpr):
-    """Sum of the measured quantity over a row [1], C columns at a time: a scalar."""
+def sum_of_loop(row, first, SPEC: tl.constexpr, NEXT: tl.constexpr):
+    """Sum of the measured quantity over a row [1], C columns at a time: a scalar.
+
+    `NEXT`: of what is measured once `first` is known.
+    """
     C: tl.constexpr = SPEC.C
     KEEP: tl.constexpr = hinted("evict_last", SPEC, HINTS)
     totals = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, KEEP)
-        x = measured(values, row.h, noise_tile(row, start, SPEC), SPEC)
+        z = noise_tile(row, start, SPEC)
+        if NEXT:
+            x = measured_next(values, row.h, z, first, SPEC)
+        else:
+            x = measured(values, row.h, z, SPEC)
         totals += tl.where(cells.mask, x, 0)
     return tl.sum(tl.sum(totals, axis=1), axis=0)
 
@@ -64,6 +71,39 @@ def row_state(row, mean, SPEC: tl.constexpr):
     new = row_averaged(tl.load(places, inside, other=0), mean, row.h)
     tl.store(places, new, inside)
     return new
+
+
+@jit
+def next_of_tile(row, tile, z, first, SPEC: tl.constexpr):
+    """Mean [R, 1] over rows of what is measured next. tile: loaded values and their mask."""
+    x = measured_next(tile[0], row.h, z, first, SPEC)
+    return divide(row_total(x, tile[1]), row.columns.to(SPEC.COMPUTE))
+
+
+@jit
+def states_of_tile(row, tile, z, first, SPEC: tl.constexpr):
+    """Means and new states [R, 1] of rows, of which the first mean is known."""
+    if SPEC.FLAGS.centralize == "gradient":
+        mean, state = first, row_state(row, next_of_tile(row, tile, z, first, SPEC), SPEC)
+    else:
+        mean, state = 0.0, row_state(row, first, SPEC)
+        if SPEC.FLAGS.centralize == "update":
+            mean = next_of_tile(row, tile, z, state, SPEC)
+    return mean, state
+
+
+@jit
+def states_of_loop(row, first, SPEC: tl.constexpr):
+    """The mean and new state of a row [1] that is walked, of which the first mean is known."""
+    columns = row.columns.to(SPEC.COMPUTE)
+    if SPEC.FLAGS.centralize == "gradient":
+        second = divide(sum_of_loop(row, first, SPEC, True), columns)
+        mean, state = first, row_state(row, second, SPEC)
+    else:
+        mean, state = 0.0, row_state(row, first, SPEC)
+        if SPEC.FLAGS.centralize == "update":
+            mean = divide(sum_of_loop(row, state, SPEC, True), columns)
+    return mean, state
 
 
 @jit
@@ -112,7 +152,7 @@ def row_sums_kernel(table, grads, tiles, scalars, sums, SPEC: tl.constexpr):
     """
     row = row_of(table, grads, tiles, scalars, SPEC)
     if SPEC.REDUCTION == "ranks":
-        leave_total(row, sum_of_loop(row, SPEC), SPEC)
+        leave_total(row, sum_of_loop(row, 0.0, SPEC, False), SPEC)
     else:
         start = row.piece * SPEC.C
         cells, values = load_tile(row, start, SPEC, "")

@@ -105,19 +105,45 @@ def prepared(p, g, h, z, SPEC: tl.constexpr):
 
 @jit
 def measured(values, h, z, SPEC: tl.constexpr):
-    """What the row mean is taken of [R, C]: the prepared gradient, its square, or the update direction."""
+    """What the row mean is taken of [R, C]: the prepared gradient, or the update direction.
+
+    Its square, where the rule keeps a state of rows that does not wait for their means.
+    """
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant  # a field of a tuple cannot be passed on as it is
     p, state = values[0], values[2:]
     g = prepared(p, values[1], h, z, SPEC)
-    if FLAGS.centralize == "update":
+    if FLAGS.row_state:
+        if FLAGS.centralize != "gradient":
+            g = g * g
+    elif FLAGS.centralize == "update":
         if FLAGS.ema:
             g, _ = RULE(p, g, state[1:], h.own, VARIANT)
         else:
             g, _ = RULE(p, g, state, h.own, VARIANT)
-    if FLAGS.row_state:
-        g = g * g
+    return g
+
+
+@jit
+def measured_next(values, h, z, first, SPEC: tl.constexpr):
+    """What a second row mean is taken of [R, C], where rows are centred and have states.
+
+    `first`: the mean of the gradient, of which the squares of what is left are taken; else the state of the
+    row, with which the update is found.
+    """
+    RULE: tl.constexpr = SPEC.RULE
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    VARIANT: tl.constexpr = FLAGS.variant
+    p, state = values[0], values[2:]
+    g = prepared(p, values[1], h, z, SPEC)
+    if FLAGS.centralize == "gradient":
+        g = (g - first) * (g - first)
+    else:
+        own = state
+        if FLAGS.ema:
+            own = state[1:]
+        g, _ = RULE(p, g, own + (first,), h.own, VARIANT)
     return g
 
 
@@ -128,10 +154,10 @@ def row_averaged(average, mean, h):
 
 
 @jit
-def stepped(values, h, z, mean, SPEC: tl.constexpr):
+def stepped(values, h, z, mean, of_row, SPEC: tl.constexpr):
     """The new parameter [R, C], yet to be projected, and the new state.
 
-    `mean` is that of its rows, or their state where the rule keeps one: it is handed the last of its states.
+    `mean` is that of its rows, `of_row` their state where the rule keeps one: it is the last of its states.
     """
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
@@ -144,11 +170,10 @@ def stepped(values, h, z, mean, SPEC: tl.constexpr):
     if FLAGS.ema:
         own = state[1:]
     if FLAGS.row_state:
-        own = own + (mean,)
+        own = own + (of_row,)
     direction, own = RULE(p, g, own, h.own, VARIANT)
     if FLAGS.ema:
         own = state[:1] + own
-    state = own
     if FLAGS.centralize == "update":
         direction = direction - mean
     if FLAGS.decay == "decoupled":
@@ -158,7 +183,7 @@ def stepped(values, h, z, mean, SPEC: tl.constexpr):
         p = h.decay * p
     if FLAGS.noise == "weights":
         p = p + z
-    return p, state
+    return p, own
 
 
 @jit

@@ -12,9 +12,10 @@ from .rows import (
     mean_of_pieces,
     mean_of_ranks,
     project_row,
-    row_state,
     row_total,
     square_total,
+    states_of_loop,
+    states_of_tile,
     sum_of_loop,
 )
 from .stages import averaged, measured, projected, rounded, stepped
@@ -48,18 +49,18 @@ def step_rows(row, SPEC: tl.constexpr):
     FLAGS: tl.constexpr = SPEC.FLAGS
     DONE: tl.constexpr = hinted("evict_first", SPEC, HINTS)
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
-    mean = 0.0
+    mean, state_of_row = 0.0, 0.0
     if FLAGS.centralize != "none" or FLAGS.row_state:
         if SPEC.REDUCTION == "ranks":
             mean = mean_of_ranks(row, SPEC)
         else:
-            mean = divide(sum_of_loop(row, SPEC), row.columns.to(SPEC.COMPUTE))
+            mean = divide(sum_of_loop(row, 0.0, SPEC, False), row.columns.to(SPEC.COMPUTE))
     if FLAGS.row_state:
-        mean = row_state(row, mean, SPEC)
+        mean, state_of_row = states_of_loop(row, mean, SPEC)
     squares = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, DONE)
-        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, SPEC)
+        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, state_of_row, SPEC)
         if FLAGS.project:
             squares += tl.where(cells.mask, p * p, 0)
         bits = rounding_tile(row, start, SPEC)
@@ -82,7 +83,7 @@ def step_tile(row, sums, SPEC: tl.constexpr):
     start = row.piece * SPEC.C
     cells, values = load_tile(row, start, SPEC, "")
     z = noise_tile(row, start, SPEC)
-    mean = 0.0
+    mean, state_of_row = 0.0, 0.0
     if FLAGS.centralize != "none" or FLAGS.row_state:
         if SPEC.REDUCTION == "tile":
             x = measured(values, row.h, z, SPEC)
@@ -90,8 +91,8 @@ def step_tile(row, sums, SPEC: tl.constexpr):
         else:
             mean = mean_of_pieces(sums, row, SPEC)
     if FLAGS.row_state:
-        mean = row_state(row, mean, SPEC)
-    p, state = stepped(values, row.h, z, mean, SPEC)
+        mean, state_of_row = states_of_tile(row, (values, cells.mask), z, mean, SPEC)
+    p, state = stepped(values, row.h, z, mean, state_of_row, SPEC)
     if FLAGS.project:
         if SPEC.REDUCTION == "tile":
             p = projected(p, row_total(p * p, cells.mask), row.h)

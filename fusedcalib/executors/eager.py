@@ -66,11 +66,12 @@ NAMES = {
 
 @cache
 def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> tuple[Function, ...]:
-    """`measured`, `stepped`, `projected`, `rounded` and `averaged` of kernels/stages.py for a recipe."""
+    """`measured`, `measured_next`, `stepped`, and what follows, of kernels/stages.py for a recipe."""
     spec = Spec((dtype,), compute).of_rule(rebound(recipe.rule.update, NAMES), recipe.flags)
     names = {**NAMES, "prepared": rebound(stages.prepared, NAMES)}
     return (
         partial(rebound(stages.measured, names), SPEC=spec),
+        partial(rebound(stages.measured_next, names), SPEC=spec),
         partial(rebound(stages.stepped, names), SPEC=spec),
         rebound(stages.projected, names),
         partial(rebound(stages.rounded, names), SPEC=spec),
@@ -183,7 +184,7 @@ def _step(
     rows: _Rows,
 ) -> None:
     recipe, split = bucket.key.recipe, bucket.key.split
-    measured, stepped, projected, rounded, averaged = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
+    measured, _, stepped, projected, rounded, averaged = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
     flags = recipe.flags
     places = _places(recipe, *kept)
     p, g, *state = (torch_storage.decode(tensors, kind, bucket.compute) for tensors, kind in places)
@@ -202,11 +203,10 @@ def _step(
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
         elif flags.means:
             mean = measured(values, h, z).mean(dim=inner, keepdim=True)
+        of_row: Any = 0.0
         if flags.row_state:
-            mean = stages.row_averaged.fn(_along_rows(rows.state, p), mean, h)
-            rows.state.copy_(mean.view(-1))
-            mean = mean.expand(p.shape)
-        p, new = stepped(values, h, z, mean)
+            mean, of_row = _row_states(bucket, values, h, z, mean, rows.state)
+        p, new = stepped(values, h, z, mean, of_row)
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)
         if split and rows.part == "step":
@@ -218,6 +218,22 @@ def _step(
         new = averaged(p, new, h)
     for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
         torch_storage.encode(tensors, value, kind, bits)
+
+
+def _row_states(
+    bucket: Bucket, values: tuple[Tensor, ...], h: stages.Numbers, z: Tensor, first: Tensor, kept: Tensor
+) -> tuple[Any, Tensor]:
+    """Means and new states of rows, along them, of which the first mean is known."""
+    recipe, p = bucket.key.recipe, values[0]
+    measured_next = _pipeline(recipe, bucket.key.dtypes[0], bucket.compute)[1]
+    inner, mean = tuple(range(1, p.ndim)), first
+    if recipe.flags.centralize == "gradient":
+        first = measured_next(values, h, z, mean).mean(dim=inner, keepdim=True)
+    state: Tensor = rebound(stages.row_averaged, NAMES)(_along_rows(kept, p), first, h)
+    kept.copy_(state.view(-1))
+    if recipe.flags.centralize == "update":
+        mean = measured_next(values, h, z, state.expand(p.shape)).mean(dim=inner, keepdim=True)
+    return mean, state.expand(p.shape)
 
 
 def _places(

@@ -28,14 +28,6 @@ def _scalars(group: Group, step: float) -> tuple[float, ...]:
     return step_size, 1 - beta2, 1 - beta1, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
 
 
-def _check(group: Group) -> None:
-    if group["centralize"] is not False:
-        raise ValueError(
-            f"Invalid centralize value: {group['centralize']!r}, AdamMini takes the mean square of a row "
-            "where centring takes its mean; set centralize=False, or use AdamW"
-        )
-
-
 class AdamMini(FusedOptimizer, Options):
     r"""Adam-mini: AdamW with one second moment for each row, so that half of the states are not there.
 
@@ -56,9 +48,6 @@ class AdamMini(FusedOptimizer, Options):
         eps: :math:`\epsilon`, in units of the gradient. Default 1e-8.
         weight_decay: :math:`\lambda`, per unit of learning rate. Default 0.
         decoupled_weight_decay: decay the parameter, not the gradient. Default True.
-
-    Raises:
-        ValueError: `centralize` is set: the mean of a row is that of its squares here.
 
     State: `step` (0-dim), `exp_avg` like the parameter; `exp_avg_sq` in fp32 (fp64 where parameters are),
     a number for each row: of the shape of the dimensions that a row is an index of, (1,) for vectors.
@@ -84,7 +73,6 @@ class AdamMini(FusedOptimizer, Options):
         states={"plain": ("exp_avg",)},
         row_state="exp_avg_sq",
         decay=decay_of,
-        check=_check,
     )
 
     def __init__(

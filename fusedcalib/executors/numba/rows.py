@@ -22,10 +22,11 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     "step" does all of it; "partial" takes its mean from the row's total and leaves its squares there.
     """
-    total, squares, step, project = passes_of(recipe, memory, scaled)
+    total, next_total, squares, step, project = passes_of(recipe, memory, scaled)
     real, flags, split = memory.real, recipe.flags, part == "partial"
     means, keeps, projects, ema = flags.means, flags.row_state, flags.project, flags.ema
     factor_at, row_averaged = memory.factor_at, row_average()
+    centres_gradient, centres_update = flags.centralize == "gradient", flags.centralize == "update"
     room, filled, _ = noise_maker(flags.noise, real)
     twice = means and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
     start_of_run = _run_starter(memory)
@@ -35,8 +36,20 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         found, places = 0.0, about[2]
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            found += total(start, strides, length, h, factor, at + run * length, words, kept, places)
+            found += total(
+                start, strides, length, h, factor, at + run * length, words, (kept, places), real(0.0)
+            )
         return found
+
+    @njit(**INNER)
+    def next_mean(row, addresses, strides, runs, length, h, factor, at, words, about, known):
+        found, beside, first = 0.0, (known[0], about[2]), known[1]
+        for run in range(runs):
+            start = start_of_run(row, addresses, run)
+            found += next_total(
+                start, strides, length, h, factor, at + run * length, words, (kept, places), first
+            )
+        return real(found / (runs * length))
 
     @njit(**INNER)
     def finish_row(row, addresses, strides, runs, length, h, at, words, found, places):
@@ -55,12 +68,23 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         elif means:
             found = sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
             mean = real(found / (runs * length))
+        state = real(0.0)
         if keeps:
-            mean = row_averaged(factor_at(about[3], about[4])[0], mean, h)
-            set_number(about[3], about[4], mean)
+            first, mean = mean, real(0.0)
+            if centres_gradient:
+                mean = first
+                first = next_mean(
+                    row, addresses, strides, runs, length, h, factor, at, words, about, kept, first
+                )
+            state = row_averaged(factor_at(about[3], about[4])[0], first, h)
+            set_number(about[3], about[4], state)
+            if centres_update:
+                mean = next_mean(
+                    row, addresses, strides, runs, length, h, factor, at, words, about, kept, state
+                )
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            step(start, strides, length, h, factor, mean, at + run * length, words, kept, places)
+            step(start, strides, length, h, factor, (mean, state), at + run * length, words, kept, places)
         found = 0.0
         if projects:
             for run in range(runs):

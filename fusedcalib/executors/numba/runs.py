@@ -85,7 +85,7 @@ NAMES = {
 
 
 def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
-    """`measured`, `stepped`, `projected`, `rounded`, `averaged` of kernels/stages.py for single elements."""
+    """`measured`, `measured_next`, `stepped` and what follows of kernels/stages.py for single elements."""
     constants = {"FLAGS": recipe.flags, "VARIANT": recipe.flags.variant}
 
     def compiled(function: Any, **names: Any) -> Function:
@@ -97,6 +97,7 @@ def stages_of(recipe: Recipe, memory: Memory) -> tuple[Function, ...]:
     prepared = compiled(stages.prepared)
     return (
         compiled(stages.measured, RULE=rule, prepared=prepared),
+        compiled(stages.measured_next, RULE=rule, prepared=prepared),
         compiled(stages.stepped, RULE=rule, prepared=prepared),
         compiled(stages.projected),
         compiled(stages.rounded),
@@ -110,9 +111,10 @@ def row_average() -> Function:
 
 
 class Passes(NamedTuple):
-    """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection."""
+    """Loops over one run of a row: its sums, that of the squares of parameters, the step, projection."""
 
     total: Function
+    next_total: Function
     squares: Function
     step: Function
     project: Function
@@ -124,12 +126,20 @@ def passes_of(recipe: Recipe, memory: Memory, scaled: Function) -> Passes:
     A run is walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
     accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
     """
-    measured, *others = stages_of(recipe, memory)
-    return Passes(*_sums(recipe, memory, scaled, measured), *_steps(recipe, memory, scaled, *others))
+    measured, measured_next, *others = stages_of(recipe, memory)
+
+    @njit(**INNER)
+    def measured_first(values, h, z, first):
+        return measured(values, h, z)
+
+    total = _sum_of(recipe, memory, scaled, measured_first)
+    next_total = _sum_of(recipe, memory, scaled, measured_next)
+    squares, steps = _squares(memory), _steps(recipe, memory, scaled, *others)
+    return Passes(total, next_total, squares, *steps)
 
 
-def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> tuple[Function, Function]:
-    """What the mean of a row is taken of, and the squares of its parameters, added up."""
+def _sum_of(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> Function:
+    """What the mean of a row is taken of, added up; `first` is what is known of the row before."""
     load, real, noise = memory.storage.load, memory.real, recipe.flags.noise
     units_at = memory.storage.units
     size = CODED_BLOCK if memory.coded else BLOCK
@@ -138,7 +148,8 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
     sum_filled, sum_noise = noise_maker(noise if noise == "gradient" else "none", real)[1:]
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_sum(addresses, strides, length, h, factor, at, words, kept, places):
+    def run_sum(addresses, strides, length, h, factor, at, words, about, first_known):
+        kept, places = about
         total, space = 0.0, room()
         for first in range(0, length, size):
             part, last = real(0.0), min(first + size, length)
@@ -147,9 +158,17 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
                 place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
+                part += measured(scaled(values, factor), h, sum_noise(place, i - first), first_known)
             total += part
         return total
+
+    return cast(Function, run_sum)
+
+
+def _squares(memory: Memory) -> Function:
+    """The squares of the parameters of a row, added up."""
+    load, real, units_at = memory.storage.load, memory.real, memory.storage.units
+    size = CODED_BLOCK if memory.coded else BLOCK
 
     @njit(**INNER, fastmath=ADD_FREELY)
     def run_squares(addresses, strides, length, places):
@@ -162,7 +181,7 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
             total += part
         return total
 
-    return cast(Function, run_sum), cast(Function, run_squares)
+    return cast(Function, run_squares)
 
 
 def _steps(
@@ -185,7 +204,8 @@ def _steps(
     size, project_size = (CODED_BLOCK, CODED_BLOCK) if memory.coded else (size, BLOCK)
 
     @njit(**INNER)
-    def run_step(addresses, strides, length, h, factor, mean, at, words, kept, places):
+    def run_step(addresses, strides, length, h, factor, of_row, at, words, kept, places):
+        mean, state_of_row = of_row
         space, bit_space, byte_space = room(), bit_room(), byte_room()
         for first in range(0, length, size):
             last, block = min(first + size, length), first // CODED_BLOCK
@@ -195,7 +215,7 @@ def _steps(
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean)
+                p, state = stepped(scaled(values, factor), h, noise(place, i - first), mean, state_of_row)
                 word = bits(bit_place, i - first)
                 p = rounded(p, word)
                 if not project:
