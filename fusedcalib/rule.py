@@ -32,7 +32,8 @@ class Rule:
         wide: states that bytes are too coarse for. A variant that has one keeps none of its states in bytes.
         row_state: a state that has a number for each row (one for vectors): the average of the mean of the
             squares of the gradient over it. `update` is handed its new value as the last of its states, and
-            does not return it; the first of `h` is the weight of the new mean. It is in fp32 (fp64).
+            does not return it; the first of `h` are the weights of the old and the new one. It is in fp32
+            (fp64).
         starts: group keys that hold the initial value of a state; others start at zero.
         product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
             it; `scalars` gets its new value as a third argument.

@@ -150,7 +150,7 @@ def measured_next(values, h, z, first, SPEC: tl.constexpr):
 @jit
 def row_averaged(average, mean, h):
     """The state of a row: the average of means that the rule keeps, brought up to date."""
-    return average + h.own[0] * (mean - average)
+    return h.own[0] * average + h.own[1] * mean
 
 
 @jit

@@ -102,7 +102,7 @@ def trial(
             other = runs[1].state[q][name]
             if name not in ("step", "mu_product"):
                 assert isinstance(other, DTensor)
-                assert other.placements == q.placements
+                assert other.placements == q.placements or name in RULES[rule].of_rows
                 other = other.full_tensor()
             errors.append((value - other).abs().max().item())
     if "max_grad_norm" in options:
@@ -118,7 +118,8 @@ def trials(ranks: int) -> dict[str, dict[str, float]]:
     """The whole chain with every rule in some layouts; combinations of stages with one rule."""
     found = {}
     for name, (mesh, placements) in layouts(ranks).items():
-        for rule in RULES if name in EVERY_RULE[ranks] else ("SGD", "AdamW"):
+        every = [rule for rule in RULES if not RULES[rule].of_rows]
+        for rule in every if name in EVERY_RULE[ranks] else ("SGD", "AdamW"):
             options = {**RULES[rule].options, **CHAIN, "backend": "eager"}
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
         for words in ON_COPIES if name == "ddp" else OTHERS if ranks == 2 else ON_FOUR:
@@ -146,6 +147,21 @@ def stacks(ranks: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def of_rows(ranks: int) -> dict[str, dict[str, float]]:
+    """A number for each row: here, or the same on all ranks that share the row, which one sum finds."""
+    line = init_device_mesh("cpu", (ranks,))
+    options = {**RULES["AdamMini"].options, "backend": "eager", "max_grad_norm": 2.0}
+    found = {}
+    for dim in range(2):
+        shapes = [s for s in (*SPLIT, (9,)) if dim < len(s)]
+        case = trial("AdamMini", options, line, (Shard(dim),), shapes)
+        case["expected"] = 2  # for the norm, and for rows that ranks share: a vector is one
+        found[f"AdamMini by {dim}"] = case
+    case = trial("AdamMini", {**options, "centralize": True}, line, (Shard(0),), SPLIT)
+    found["AdamMini centred"] = case
+    return found
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
@@ -154,7 +170,7 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     models = distributed_models.runs(ranks, Path(out).parent)
     found = {"trials": trials(ranks), "models": models}
     if ranks == 2:
-        found["trials"] |= stacks(ranks)
+        found["trials"] |= stacks(ranks) | of_rows(ranks)
         found["virtual layers"] = distributed_models.virtual(rank, ranks)
         found["embedded"] = distributed_models.embedded(ranks)
         found["long"] = distributed_models.long(ranks)

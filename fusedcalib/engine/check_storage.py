@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..option import LAST
 def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
     """Raises where a parameter (the whole of it) cannot be kept as its group asks."""
     asked = recipe.storage
+    check_row_state(owner, param, recipe)
     if asked.master in ("split16", "split8") and param.dtype == torch.float16:
         raise ValueError(
             f"{owner} is fp16, which master_weights={asked.master!r} does not split: that is for bf16; use "
@@ -43,6 +44,28 @@ def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
     leading = recipe.leading(param)
     if {*asked.states} & {*CODED} and in_bytes(param, asked.least, leading):
         _check_cut(owner, param, leading)
+
+
+def check_row_state(owner: str, param: Tensor, recipe: Recipe) -> None:
+    """Raises where ranks share rows of which each keeps a number, and one of them could not."""
+    leading, spread = recipe.laid_by(param), cast(Any, param)
+    split: dict[int, list[int]] = {}
+    for i, placement in enumerate(getattr(spread, "placements", ())):
+        if getattr(placement, "dim", -1) >= leading and spread.device_mesh.size(i) > 1:
+            split.setdefault(placement.dim, []).append(spread.device_mesh.size(i))
+    if not recipe.rule.row_state or not split:
+        return
+    if recipe.for_tensor(param).flags.centralize != "none":
+        raise ValueError(
+            f"{owner}: its rows lie on several ranks, and have to be centred and to keep a number each; set "
+            "centralize=False for it, or divide it by rows (dimension 0)"
+        )
+    if any(not part for dim, counts in split.items() for part in _parts(param.shape[dim], counts)):
+        raise ValueError(
+            f"{owner} is {tuple(param.shape)}, of which some of the ranks that share its rows have nothing: "
+            f"{recipe.rule.row_state!r}, a number for each row, would not be the same on all; step it by another "
+            "rule (AdamW), or replicate it"
+        )
 
 
 def _check_cut(owner: str, param: Tensor, leading: int) -> None:

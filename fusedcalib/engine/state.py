@@ -47,8 +47,6 @@ def make_state(
     if rule.product and rule.product[0] not in entry:
         entry[rule.product[0]] = torch.ones((), dtype=torch.float32)
     kinds = storage.states or ("cast",) * len(recipe.own_states)
-    if rule.row_state and rule.row_state not in entry:
-        entry[rule.row_state] = make_row_state(versions, param, recipe.laid_by(param))
     for name, kind in zip(recipe.own_states, kinds, strict=True):
         dtype = state_dtype(group, name, param)
         if name not in missing:
@@ -59,6 +57,8 @@ def make_state(
         else:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
             entry[name] = like(param, versions.new_state(param, value, dtype or param.dtype))
+    if rule.row_state and rule.row_state not in entry:
+        entry[rule.row_state] = make_row_state(versions, param, recipe.laid_by(param))
     keep_weights(entry, versions, param, storage.master)
     if recipe.flags.ema and entry.get("ema") is None:
         dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)

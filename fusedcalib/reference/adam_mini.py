@@ -19,7 +19,7 @@ def adam_mini(
         u = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     A row is one index of dimension 0, the paper's partition of weights by output neuron and of
-    embeddings by token; a vector or a scalar is one block.
+    embeddings by token; a vector or a scalar is one block. A row without elements keeps its v.
 
     Args:
         g: gradient of the mean loss; for the step around the rule see `pipeline.oracle`.
@@ -42,6 +42,8 @@ def adam_mini(
     t, (beta1, beta2) = steps_taken(state), betas
     blocks = g.flatten(1) if g.ndim > 1 else g.reshape(1, g.numel())
     m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * g
+    if not g.numel():
+        beta2 = 1.0  # rows of nothing keep their number
     square = torch.linalg.vector_norm(blocks, dim=1) ** 2 / max(1, blocks.shape[1])
     v = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * square
     wide = v.reshape(-1, *[1] * (g.ndim - 1)) if g.ndim else v.reshape(())

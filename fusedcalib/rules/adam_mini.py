@@ -17,15 +17,16 @@ from ..rule import Rule, decay_of
 
 @jit
 def adam_mini(p, g, state, h, VARIANT: tl.constexpr):
-    _, beta1_rest, correction, eps = h
-    m = state[0] + beta1_rest * (g - state[0])
+    _, _, beta1, beta1_rest, correction, eps = h
+    m = beta1 * state[0] + beta1_rest * g
     return divide(m, sqrt(state[1]) * correction + eps), (m,)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     step_size = group["lr"] / (1 - beta1**step)
-    return step_size, 1 - beta2, 1 - beta1, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
+    correction = 1 / hostmath.sqrt(1 - beta2**step)
+    return step_size, beta2, 1 - beta2, beta1, 1 - beta1, correction, group["eps"]
 
 
 class AdamMini(FusedOptimizer, Options):

@@ -46,9 +46,8 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         found, beside, first = 0.0, (known[0], about[2]), known[1]
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            found += next_total(
-                start, strides, length, h, factor, at + run * length, words, (kept, places), first
-            )
+            begin = at + run * length
+            found += next_total(start, strides, length, h, factor, begin, words, beside, first)
         return real(found / (runs * length))
 
     @njit(**INNER)
@@ -73,15 +72,13 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
             first, mean = mean, real(0.0)
             if centres_gradient:
                 mean = first
-                first = next_mean(
-                    row, addresses, strides, runs, length, h, factor, at, words, about, kept, first
-                )
+                known = (kept, first)
+                first = next_mean(row, addresses, strides, runs, length, h, factor, at, words, about, known)
             state = row_averaged(factor_at(about[3], about[4])[0], first, h)
             set_number(about[3], about[4], state)
             if centres_update:
-                mean = next_mean(
-                    row, addresses, strides, runs, length, h, factor, at, words, about, kept, state
-                )
+                known = (kept, state)
+                mean = next_mean(row, addresses, strides, runs, length, h, factor, at, words, about, known)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
             step(start, strides, length, h, factor, (mean, state), at + run * length, words, kept, places)
