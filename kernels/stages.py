@@ -132,18 +132,17 @@ def measured_next(values, h, z, first, SPEC: tl.constexpr):
     `first`: the mean of the gradient, of which the squares of what is left are taken; else the state of the
     row, with which the update is found.
     """
-    RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
-    VARIANT: tl.constexpr = FLAGS.variant
-    p, state = values[0], values[2:]
-    g = prepared(p, values[1], h, z, SPEC)
+    g = prepared(values[0], values[1], h, z, SPEC)
     if FLAGS.centralize == "gradient":
         g = (g - first) * (g - first)
     else:
-        own = state
+        RULE: tl.constexpr = SPEC.RULE
+        VARIANT: tl.constexpr = FLAGS.variant
+        own = values[2:]
         if FLAGS.ema:
-            own = state[1:]
-        g, _ = RULE(p, g, own + (first,), h.own, VARIANT)
+            own = values[3:]
+        g, _ = RULE(values[0], g, own + (first,), h.own, VARIANT)
     return g
 
 

@@ -63,8 +63,8 @@ def check_row_state(owner: str, param: Tensor, recipe: Recipe) -> None:
     if any(not part for dim, counts in split.items() for part in _parts(param.shape[dim], counts)):
         raise ValueError(
             f"{owner} is {tuple(param.shape)}, of which some of the ranks that share its rows have nothing: "
-            f"{recipe.rule.row_state!r}, a number for each row, would not be the same on all; step it by another "
-            "rule (AdamW), or replicate it"
+            f"{recipe.rule.row_state!r}, a number for each row, would not be the same on all; step it by "
+            "another rule (AdamW), or replicate it"
         )
 
 

@@ -126,5 +126,5 @@ def check_rows(name: str, groups: Groups, live: Iterable[Live], recipes: Sequenc
             raise RuntimeError(
                 f"{owner}: its rows lie on several ranks, and gradient release "
                 "cannot add them up within a backward pass; set centralize=False and max_row_norm=None, or "
-                "divide it by rows (dimension 0), and step what is one row by a rule that keeps no state of rows"
+                "divide it by rows (dimension 0); step what is one row by a rule that keeps no state of rows"
             )

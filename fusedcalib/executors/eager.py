@@ -89,9 +89,9 @@ class EagerExecutor:
     """Runs buckets as plain torch operations, a block of rows at a time."""
 
     name = "eager"
-    decider = None
-    launches = False
     branches = branches
+    launches = False
+    decider = None
 
     def shape(
         self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False

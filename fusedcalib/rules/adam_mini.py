@@ -12,7 +12,7 @@ from ..kernels.language import jit, tl
 from ..kernels.ops import divide, sqrt
 from ..optimizer import FusedOptimizer, ParamsT
 from ..options import Options
-from ..rule import Rule, decay_of
+from ..rule import Rule
 
 
 @jit
@@ -48,7 +48,6 @@ class AdamMini(FusedOptimizer, Options):
         betas: decay rates :math:`(\beta_1, \beta_2)`. Default (0.9, 0.999).
         eps: :math:`\epsilon`, in units of the gradient. Default 1e-8.
         weight_decay: :math:`\lambda`, per unit of learning rate. Default 0.
-        decoupled_weight_decay: decay the parameter, not the gradient. Default True.
 
     State: `step` (0-dim), `exp_avg` like the parameter; `exp_avg_sq` in fp32 (fp64 where parameters are),
     a number for each row: of the shape of the dimensions that a row is an index of, (1,) for vectors.
@@ -73,7 +72,7 @@ class AdamMini(FusedOptimizer, Options):
         scalars=_scalars,
         states={"plain": ("exp_avg",)},
         row_state="exp_avg_sq",
-        decay=decay_of,
+        decay=lambda group: "decoupled",
     )
 
     def __init__(
@@ -83,9 +82,7 @@ class AdamMini(FusedOptimizer, Options):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
         **options: Any,
     ) -> None:
-        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own["decoupled_weight_decay"] = decoupled_weight_decay
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, own, **options)

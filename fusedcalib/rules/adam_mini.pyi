@@ -17,7 +17,6 @@ class AdamMini(FusedOptimizer, Options):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float | Tensor = 1e-08,
         weight_decay: float | Tensor = 0.0,
-        decoupled_weight_decay: bool = True,
         *,
         foreach: bool | None = None,
         maximize: bool = False,
@@ -49,7 +48,6 @@ class AdamMini(FusedOptimizer, Options):
             betas: decay rates `(\beta_1, \beta_2)`. Default (0.9, 0.999).
             eps: `\epsilon`, in units of the gradient. Default 1e-8.
             weight_decay: `\lambda`, per unit of learning rate. Default 0.
-            decoupled_weight_decay: decay the parameter, not the gradient. Default True.
             foreach: accepted for compatibility. Default None.
             maximize: ascend, not descend: the gradient changes sign, penalties do not. Default False.
             capturable: count steps and compute the numbers of a step on the GPU, so that it can be captured
