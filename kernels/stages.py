@@ -132,13 +132,13 @@ def measured_next(values, h, z, first, SPEC: tl.constexpr):
     `first`: the mean of the gradient, of which the squares of what is left are taken; else the state of the
     row, with which the update is found.
     """
+    VARIANT: tl.constexpr = SPEC.FLAGS.variant
     FLAGS: tl.constexpr = SPEC.FLAGS
+    RULE: tl.constexpr = SPEC.RULE
     g = prepared(values[0], values[1], h, z, SPEC)
     if FLAGS.centralize == "gradient":
         g = (g - first) * (g - first)
     else:
-        RULE: tl.constexpr = SPEC.RULE
-        VARIANT: tl.constexpr = FLAGS.variant
         own = values[2:]
         if FLAGS.ema:
             own = values[3:]
