@@ -67,14 +67,6 @@ class AdamMini(FusedOptimizer, Options):
     [[-0.424, -0.566], [0.0, -0.707]]
     """
 
-    rule = Rule(
-        update=adam_mini,
-        scalars=_scalars,
-        states={"plain": ("exp_avg",)},
-        row_state="exp_avg_sq",
-        decay=lambda group: "decoupled",
-    )
-
     def __init__(
         self,
         params: ParamsT,
@@ -86,3 +78,11 @@ class AdamMini(FusedOptimizer, Options):
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, own, **options)
+
+    rule = Rule(
+        update=adam_mini,
+        scalars=_scalars,
+        states={"plain": ("exp_avg",)},
+        row_state="exp_avg_sq",
+        decay=lambda group: "decoupled",
+    )
