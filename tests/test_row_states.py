@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from storage_runs import BYTES
 
 import fusedcalib
 from fusedcalib import AdamMini
+from fusedcalib.engine.check_storage import check_row_state
+from fusedcalib.layout.recipe import recipe_of
 from fusedcalib.reference import ORACLES
 
 OPTIONS = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
@@ -128,6 +131,27 @@ def test_states_that_are_not_those_of_rows():
     with pytest.raises(RuntimeError, match=said):
         optimizer.step()
     assert_identical(snapshot(optimizer), before)
+
+
+# Shape, dimension that is divided, over how many ranks, options; what is said.
+OVER_RANKS = {
+    "centred": ((8, 8), 1, 2, {"centralize": True}, "set centralize=False for it, or divide it by rows"),
+    "a rank without a part": ((9,), 0, 8, {}, "some of the ranks .* have nothing: 'exp_avg_sq'.*AdamW"),
+}
+
+
+@pytest.mark.parametrize("case", OVER_RANKS)
+def test_rows_over_ranks_that_cannot_be(case):
+    """Nine elements over eight ranks are two on each of four, one on the fifth."""
+    shape, dim, ranks, options, said = OVER_RANKS[case]
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.placements, p.device_mesh = (SimpleNamespace(dim=dim),), SimpleNamespace(size=lambda i: ranks)
+    (group,) = AdamMini([p], **options).param_groups
+    with pytest.raises(ValueError, match=f"AdamMini: parameter 0 of group 0.*{said}"):
+        check_row_state("AdamMini: parameter 0 of group 0", p, recipe_of(AdamMini.rule, group))
+    p.device_mesh = SimpleNamespace(size=lambda i: 3)
+    group["centralize"] = False
+    check_row_state("AdamMini: parameter 0 of group 0", p, recipe_of(AdamMini.rule, group))
 
 
 def test_launches_do_not_grow_with_parameters():
