@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .rules.adagrad import Adagrad as Adagrad
     from .rules.adam import Adam as Adam
     from .rules.adam import AdamW as AdamW
+    from .rules.adam_mini import AdamMini as AdamMini
     from .rules.adamax import Adamax as Adamax
     from .rules.adan import Adan as Adan
     from .rules.ademamix import AdEMAMix as AdEMAMix

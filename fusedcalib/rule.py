@@ -58,6 +58,10 @@ class Rule:
             parameter whose state is new and 2 afterwards.
         nonnegative: the states that cannot be negative: in bytes they have a code of their own.
         wide: states that bytes are too coarse for. A variant that has one keeps none of its states in bytes.
+        row_state: a state that has a number for each row (one for vectors): the average of the mean of the
+            squares of the gradient over it. `update` is handed its new value as the last of its states, and
+            does not return it; the first of `h` are the weights of the old and the new one. It is in fp32
+            (fp64).
         starts: group keys that hold the initial value of a state; others start at zero.
         product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
             it; `scalars` gets its new value as a third argument.
@@ -76,6 +80,7 @@ class Rule:
     counts: bool = True
     nonnegative: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    row_state: str | None = None
     starts: Mapping[str, str] = field(default_factory=dict)
     product: tuple[str, Callable[[Group, float], float]] | None = None
     decay: Callable[[Group], str] = lambda group: "coupled"

@@ -7,13 +7,12 @@ from .language import jit, tl
 from .rows import (
     HINTS,
     hinted,
+    known_of_row,
+    known_of_tile,
     leave_total,
-    mean_of_row,
-    mean_of_tile,
     project_row,
     row_total,
     square_total,
-    trust_of,
 )
 from .stages import averaged, projected, rounded, stepped
 from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile
@@ -46,11 +45,11 @@ def step_rows(row, SPEC: tl.constexpr):
     FLAGS: tl.constexpr = SPEC.FLAGS
     DONE: tl.constexpr = hinted("evict_first", SPEC, HINTS)
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
-    mean, trust = mean_of_row(row, SPEC), trust_of(row, SPEC)
+    known = known_of_row(row, SPEC)
     squares = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, DONE)
-        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, trust, SPEC)
+        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), known, SPEC)
         if FLAGS.project:
             squares += tl.where(cells.mask, p * p, 0)
         bits = rounding_tile(row, start, SPEC)
@@ -73,8 +72,8 @@ def step_tile(row, sums, SPEC: tl.constexpr):
     start = row.piece * SPEC.C
     cells, values = load_tile(row, start, SPEC, "")
     z = noise_tile(row, start, SPEC)
-    mean = mean_of_tile(row, cells, values, z, sums, SPEC)
-    p, state = stepped(values, row.h, z, mean, trust_of(row, SPEC), SPEC)
+    known = known_of_tile(row, (values, cells.mask), z, sums, SPEC)
+    p, state = stepped(values, row.h, z, known, SPEC)
     if FLAGS.project:
         if SPEC.REDUCTION == "tile":
             p = projected(p, row_total(p * p, cells.mask), row.h)

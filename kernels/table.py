@@ -10,7 +10,7 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K + 5 ... K + 7    its words of randomness: stream, key (two)
     K + 8, K + 9       the index of its first element there, and from one row to the next
     K + 10             where its rows lie on several ranks: the address of fp64 [rows], sums over those
-    K + 11             where its rows have factors: the address of COMPUTE [rows]
+    K + 11             where its rows have factors, or states: the address of COMPUTE [rows]
     K + 12             where a rule wants norms of the whole tensor: the address of fp64 sums, see totals.py
     K + 13 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
     ...                addresses of fp32 scales [rows, blocks] of the states that have such, see storage.py

@@ -80,4 +80,5 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**_LR, "always_adapt": True, "trust_coeff": 0.2},
     ],
     "StableAdamW": [{**_AVERAGES, "eps": 0.1}, {**_AVERAGES, "eps": 0.1, "weight_decay": 0.3}],
+    "AdamMini": [{**_AVERAGES, "eps": 0.1}],
 }

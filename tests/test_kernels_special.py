@@ -44,9 +44,9 @@ def exactly(case: Case, numbers: Numbers) -> list[Tensors]:
     """Plain torch, with NumPy's square root: on CPUs torch's own may be off by an ulp."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(eager.NAMES, "sqrt", _root)
-        eager._pipeline.cache_clear()
+        eager.pipeline.cache_clear()
         found = run("eager", case, *numbers)
-    eager._pipeline.cache_clear()
+    eager.pipeline.cache_clear()
     return found
 
 

@@ -80,6 +80,7 @@ SUBJECTS: dict[str, Subject] = {
     "LAMB": Subject("LAMB", _DECAY),
     "LARS": Subject("LARS", {"lr": 1.0, "weight_decay": 1e-2, "momentum": 0.9}),
     "StableAdamW": Subject("StableAdamW", _DECAY),
+    "AdamMini": Subject("AdamMini", _DECAY),
     "Adagrad": Subject("Adagrad", {**_DECAY, "initial_accumulator_value": 0.1}),
     "Adadelta": Subject("Adadelta", {**_DECAY, "lr": 1.0}),
     "RMSprop": Subject("RMSprop", _DECAY),

@@ -20,10 +20,10 @@ from ..layout.shards import local_of, redistribute_gradient
 from ..layout.tables import Laid
 from ..noise import words_for
 from ..rule import Rule
+from .check_stacks import RowWarnings, check_stack
 from .check_storage import check_storage
 from .checks import check_parameter, check_slots, describe
 from .decide import decider_of
-from .flat import warn_of_flat
 from .guards import OptionGuards
 from .offload import reaching_host
 from .part import Part, Places, check_options, check_rows
@@ -70,7 +70,7 @@ class Engine:
         self._counters, self._places = Counters(), Places(name, rule)
         self._undo: StateBefore | None = None  # where the last plan is a new one
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
-        self._warned = False
+        self._warnings = RowWarnings()
         self.report = StepReport()
         self.versions = VersionCounters()
         self.captured: list[Any] = []
@@ -260,15 +260,15 @@ class Engine:
     def _check(
         self, live: list[Live], unknown: list[Live], asked: Asked, state: State, undo: StateBefore
     ) -> None:
-        """Raises where a parameter that is not laid out yet cannot be stepped; warns of flat ones once."""
+        """Raises where a parameter that is not laid out yet cannot be stepped; warns of rows."""
         undo.remember(each.param for each in unknown)
         self._misplaced += [each.param for each in unknown if redistribute_gradient(each.param)]
         for group, index, param in unknown:
             owner = describe(self._name, asked.groups, group, index)
-            check_parameter(owner, param, asked.recipes[group], state.get(param, {}), self.versions.offload)
-        if not self._warned:
-            by_rows = [each.param for each in live if asked.recipes[each.group].flags.by_rows]
-            self._warned = warn_of_flat(self._name, by_rows)
+            recipe, entry = asked.recipes[group], state.get(param, {})
+            check_parameter(owner, param, recipe, entry, self.versions.offload)
+            check_stack(owner, param, recipe, entry)
+        self._warnings.look(self._name, live, unknown, asked)
 
     def _slots(
         self,
@@ -290,7 +290,7 @@ class Engine:
                 fresh.append(not recipe.own_states)
             else:
                 if self._undo is not None:
-                    self._undo.remember_values(param, recipe.storage.of(param).master)
+                    self._undo.remember_values(param, recipe.storage_of(param).master)
                 fresh.append(make_state(state, self.versions, param, recipe, groups[group]))
                 stream = words.get(param, (0, 0, 0))
                 slot = slot_of(param, group, recipe, executor, state, stream, factor)

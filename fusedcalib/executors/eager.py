@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import stages
-from ..kernels.spec import Spec
 from ..kernels.storage import BLOCK, CODED, COMPANIONS
 from ..layout.buckets import Bucket, Slot, TileShape
 from ..layout.geometry import Geometry
@@ -21,80 +17,9 @@ from ..layout.recipe import Recipe
 from ..layout.shards import Place
 from ..noise import normals, rounding_words
 from . import branches, torch_storage
-from .source import Function, rebound
-from .torch_storage import stochastic, trimmed, where
+from .source import rebound
+from .torch_stages import NAMES, pipeline
 from .triton.resident import sent
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """The root, correctly rounded: torch's on a CPU is off by one in the last place for a fifth of fp32."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        return x.to(torch.float64).sqrt().to(torch.float32)
-    return x.sqrt()
-
-
-def _over(function: Any) -> Any:
-    """A function of tensors as one of tensors and numbers."""
-
-    def of_both(x: Any, y: Any) -> Any:
-        like = x if isinstance(x, Tensor) else y
-        # Filled on the device: as_tensor would copy the number there, for which the host waits.
-        return function(*(v if isinstance(v, Tensor) else like.new_full((), v) for v in (x, y)))
-
-    return of_both
-
-
-def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a tensor of a dtype would keep it."""
-    return x.to(dtype).to(x.dtype)
-
-
-# The names of kernels/ops.py, in plain torch.
-NAMES = {
-    "divide": operator.truediv,
-    "sqrt": _sqrt,
-    "negative": torch.neg,
-    "absolute": torch.abs,
-    "sign": torch.sign,
-    "maximum": _over(torch.maximum),
-    "minimum": _over(torch.minimum),
-    "stored": _stored,
-    "stochastic": stochastic,
-    "trimmed": trimmed,
-    "where": where,
-}
-
-
-class _Stages(NamedTuple):
-    """Functions of kernels/stages.py for a recipe, and what its rule makes of norms."""
-
-    measured: Function
-    normed: Function
-    stepped: Function
-    projected: Function
-    rounded: Function
-    averaged: Function
-    factor: Function
-
-
-@cache
-def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> _Stages:
-    """The stages of a recipe."""
-    rule = recipe.rule
-    trust = rule.trust and replace(rule.trust, squares=rebound(rule.trust.squares, NAMES))
-    spec = Spec((dtype,), compute).of_rule(rebound(rule.update, NAMES), recipe.flags, trust)
-    names = dict(NAMES)
-    for name in ("prepared", "trusted", "centred", "directed"):  # of which others are made
-        names[name] = rebound(getattr(stages, name), names)
-    made = {name: rebound(getattr(stages, name), names) for name in _Stages._fields[:-1]}
-    of_spec = {name: made[name] if name == "projected" else partial(made[name], SPEC=spec) for name in made}
-    factor = partial(rebound(trust.factor, NAMES), VARIANT=recipe.flags.variant) if trust else _one
-    return _Stages(**of_spec, factor=factor)
-
-
-def _one(*_: Any) -> float:
-    return 1.0
-
 
 # Elements stepped at once: on a CPU few enough for the temporaries to stay in the cache, on a GPU few
 # enough for them not to matter. Rows are never divided.
@@ -106,11 +31,13 @@ class EagerExecutor:
     """Runs buckets as plain torch operations, a block of rows at a time."""
 
     name = "eager"
-    decider = None
-    launches = False
     branches = branches
+    launches = False
+    decider = None
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
         """One tile a slot: the table is not read."""
         return TileShape(layout.rows, layout.columns, None)
 
@@ -139,14 +66,15 @@ class EagerExecutor:
             if flags.rounds:
                 drawn = [rounding_words(*run, int(h.step), slot.words) for run in runs]
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.uint32).view(np.int32))
-            of_rows = (param if t is None else t for t in (totals, slot.factors))
+            of_rows = (param if t is None else t for t in (totals, slot.factors, slot.row_state))
             pitch = slot.place.pitch if slot.place else 0
             if sums is not None and part == "squares":
                 sums.zero_()
                 sums[-1] = param.numel()
             for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
-                *kept, z, b, total, factors = block
-                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors, sums))
+                *kept, z, b, total, factors, row_state = block
+                rows = _Rows(part, total, pitch, factors, row_state, sums)
+                _step(bucket, (tuple(kept), scales), h, z, b, rows)
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -187,7 +115,7 @@ def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors.
+    """Of the rows of a block: part of a step, fp64 sums over ranks, length of the whole, factors, states.
 
     `norms`: sums of squares over the whole tensor.
     """
@@ -196,6 +124,7 @@ class _Rows(NamedTuple):
     totals: Tensor
     pitch: int
     factors: Tensor
+    state: Tensor
     norms: Tensor | None
 
 
@@ -208,7 +137,7 @@ def _step(
     rows: _Rows,
 ) -> None:
     recipe, split = bucket.key.recipe, bucket.key.split
-    of = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
+    of = pipeline(recipe, kept[0][0].dtype, bucket.compute)
     flags = recipe.flags
     places = _places(recipe, *kept)
     p, g, *state = (torch_storage.decode(tensors, kind, bucket.compute) for tensors, kind in places)
@@ -227,17 +156,20 @@ def _step(
         *sums, count = rows.norms.unbind()
         trust = of.factor(tuple(sums), count, h.own).to(p.dtype)
     if rows.part != "finish":
-        if split and flags.centralize != "none":
+        if split and flags.means:
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
-        elif flags.centralize != "none":
+        elif flags.means:
             mean = of.measured(values, h, z, trust).mean(dim=inner, keepdim=True)
     if rows.part == "squares":
         assert rows.norms is not None
-        found = of.normed(values, h, z, mean)
+        found = of.normed(values, h, z, (mean, trust, 0.0))
         rows.norms[:-1] += torch.stack([x.to(torch.float64).square().sum() for x in found])
         return
     if rows.part == "step":
-        p, new = of.stepped(values, h, z, mean, trust)
+        of_row: Any = 0.0
+        if flags.row_state:
+            mean, of_row = _row_states(bucket, values, h, z, mean, rows.state)
+        p, new = of.stepped(values, h, z, (mean, trust, of_row))
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)
         if split and rows.part == "step":
@@ -249,6 +181,22 @@ def _step(
         new = of.averaged(p, new, h)
     for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
         torch_storage.encode(tensors, value, kind, bits)
+
+
+def _row_states(
+    bucket: Bucket, values: tuple[Tensor, ...], h: stages.Numbers, z: Tensor, first: Tensor, kept: Tensor
+) -> tuple[Any, Tensor]:
+    """Means and new states of rows, along them, of which the first mean is known."""
+    recipe, p = bucket.key.recipe, values[0]
+    measured_next = pipeline(recipe, bucket.key.dtypes[0], bucket.compute).measured_next
+    inner, mean = tuple(range(1, p.ndim)), first
+    if recipe.flags.centralize == "gradient":
+        first = measured_next(values, h, z, mean).mean(dim=inner, keepdim=True)
+    state: Tensor = rebound(stages.row_averaged, NAMES)(_along_rows(kept, p), first, h)
+    kept.copy_(state.view(-1))
+    if recipe.flags.centralize == "update":
+        mean = measured_next(values, h, z, state.expand(p.shape)).mean(dim=inner, keepdim=True)
+    return mean, state.expand(p.shape)
 
 
 def _places(

@@ -22,9 +22,13 @@ class TritonExecutor:
     decider = DeviceDecider
     branches = branches
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
         """The tile of the slot's row class."""
         tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors, split)
+        if whole and tile.reduction == "pieces":
+            tile = tile._replace(reduction="loop")
         # A looping program walks its whole row: one tile a row in the list.
         columns = layout.columns if tile.reduction in launch.LOOPS else tile.columns
         return TileShape(tile.rows, columns, tile)
