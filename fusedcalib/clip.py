@@ -196,7 +196,9 @@ def _order(norm_type: float) -> float:
 
 
 def _named_once(parameters: Any) -> list[tuple[str, Tensor]]:
-    found = {id(p): (name or f"parameter {i}", p) for i, (name, p) in reversed([*enumerate(named(parameters))])}
+    found = {
+        id(p): (name or f"parameter {i}", p) for i, (name, p) in reversed([*enumerate(named(parameters))])
+    }
     return [*reversed(found.values())]
 
 
@@ -228,7 +230,9 @@ def _limits(max_norm: Any, names: Sequence[str], grouped: bool) -> list[Any]:
     """The limit of each group."""
     if isinstance(max_norm, Mapping):
         if not grouped or {*max_norm} != {*names}:
-            raise ValueError(f"max_norm has limits for {sorted(max_norm)}, but the groups are {sorted(names)}")
+            raise ValueError(
+                f"max_norm has limits for {sorted(max_norm)}, but the groups are {sorted(names)}"
+            )
         limits = [max_norm[name] for name in names]
     else:
         limits = [max_norm] * len(names)

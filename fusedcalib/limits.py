@@ -121,7 +121,9 @@ class EMAClip(Limit):
     def limit(self, norm: Tensor) -> Tensor:
         """The limit for a norm, and learns from it."""
         steps, mean = self._on(norm)
-        limit = torch.where(steps < self.warmup_steps, math.inf, self.multiple * mean).clamp(max=self.max_norm)
+        limit = torch.where(steps < self.warmup_steps, math.inf, self.multiple * mean).clamp(
+            max=self.max_norm
+        )
         finite = norm.isfinite()
         rate = (1 / (steps + 1)).clamp(min=1 - self.beta)
         mean.copy_(torch.where(finite, mean + rate * (torch.minimum(norm, limit) - mean), mean))
