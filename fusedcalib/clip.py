@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .layout.shards import is_spread, local_of, redistribute_gradient
 from .limits import AdaGC, Limit
-from .norms import Joins, Part, joins_of, named, norms_of, part_of
+from .members import REST, grouped, named, named_once
+from .norms import Joins, Part, joins_of, norms_of, part_of
 
 Limits = float | Tensor | Limit
 EPS = 1e-6  # as torch.nn.utils has it
-REST = "other"
 
 
 @overload
@@ -99,7 +99,7 @@ def clip_grad_norm_(
     """
     p = _order(norm_type)
     joins = joins_of(process_groups)
-    names, owned = _grouped(parameters, groups)
+    names, owned = grouped(parameters, groups)
     limits = _limits(max_norm, names, groups is not None)
     if any(isinstance(limit, AdaGC) for limit in limits) and p != 2:
         raise ValueError("AdaGC is of 2-norms; leave norm_type at 2")
@@ -135,7 +135,7 @@ def get_total_norm(
     r"""The norm of tensors, as `torch.nn.utils.get_total_norm`, over any sharding: :math:`\lVert g \rVert_p`.
 
     Args:
-        tensors: one tensor or several, of any shapes, dtypes and devices: gradients, or parameters themselves.
+        tensors: one tensor or several, of any shapes, dtypes and devices: gradients, or parameters.
         norm_type: p > 0, or `math.inf`. Default 2.
         error_if_nonfinite: raises where the norm is not finite; the host waits for that. Default False.
         foreach: has no effect, and is there as in torch.
@@ -163,10 +163,10 @@ def get_total_norm(
 
 @torch.no_grad()
 def nonfinite_gradients(parameters: Any, *, process_groups: Any = None) -> list[str]:
-    """The names of parameters whose gradient has an element that is infinite or NaN, on any rank of its mesh.
+    """The names of parameters whose gradient has an element that is infinite or NaN, on any rank.
 
-    The host waits for the answer, so ask when a step was left out or a norm is not finite. Of spread parameters
-    all ranks must ask together, and get the same answer.
+    The host waits for the answer, so ask when a step was left out or a norm is not finite. Of spread
+    parameters all ranks must ask together, and get the same answer.
 
     Args:
         parameters: as of `clip_grad_norm_`. One without a name is called "parameter" and its index.
@@ -179,7 +179,7 @@ def nonfinite_gradients(parameters: Any, *, process_groups: Any = None) -> list[
     ['weight']
     """
     joins = joins_of(process_groups)
-    owners = _named_once(parameters)
+    owners = named_once(parameters)
     parts = [part_of(name, owner, _gradient(owner, name), joins) for name, owner in owners]
     if not parts:
         return []
@@ -193,37 +193,6 @@ def _order(norm_type: float) -> float:
     if not p > 0:
         raise ValueError(f"norm_type is {norm_type}; it has to be positive, or math.inf")
     return p
-
-
-def _named_once(parameters: Any) -> list[tuple[str, Tensor]]:
-    found = {
-        id(p): (name or f"parameter {i}", p) for i, (name, p) in reversed([*enumerate(named(parameters))])
-    }
-    return [*reversed(found.values())]
-
-
-def _grouped(
-    parameters: Any, groups: Mapping[str, Any] | None
-) -> tuple[list[str], list[list[tuple[str, Tensor]]]]:
-    """Names of the norm groups, and the named parameters of each."""
-    every = _named_once(parameters)
-    if groups is None:
-        return [REST], [every]
-    if REST in groups:
-        raise ValueError(f'groups has "{REST}", which is what parameters of no group are called; rename it')
-    called = {id(p): name for name, p in every}
-    taken: dict[int, str] = {}
-    names, owned = [], []
-    for group, members in groups.items():
-        mine = [(called.get(id(p), name), p) for name, p in _named_once(members)]
-        for name, p in mine:
-            if id(p) in taken:
-                raise ValueError(f'{name} is in groups "{taken[id(p)]}" and "{group}"; leave it in one')
-            taken[id(p)] = group
-        names.append(group)
-        owned.append(mine)
-    rest = [(name, p) for name, p in every if id(p) not in taken]
-    return ([*names, REST], [*owned, rest]) if rest else (names, owned)
 
 
 def _limits(max_norm: Any, names: Sequence[str], grouped: bool) -> list[Any]:

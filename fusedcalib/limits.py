@@ -1,8 +1,8 @@
 """Limits of the gradient norm that follow the training: for `max_norm` of `fusedcalib.clip_grad_norm_`.
 
-What they know lies on the device, in fp64 and always in the same tensors: nothing is waited for, and a captured
-graph goes on with it. A norm that is not finite teaches them nothing. `state_dict()` and `load_state_dict()` are
-as those of optimizers.
+What they know lies on the device, in fp64 and always in the same tensors: nothing is waited for, and a
+captured graph goes on with it. A norm that is not finite teaches them nothing. `state_dict()` and
+`load_state_dict()` are as those of optimizers.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Limit:
         for name, value in new.items():
             if name in self._state and self._state[name].shape != value.shape:
                 raise ValueError(
-                    f"{name} has {value.numel()} entries, but {self._state[name].numel()} tensors are clipped: "
-                    "load the state of the same parameters"
+                    f"{name} has {value.numel()} entries, but {self._state[name].numel()} tensors are "
+                    "clipped: load the state of the same parameters"
                 )
         if not self._state or not new:
             self._state = {name: value.clone() for name, value in new.items()}
@@ -81,8 +81,8 @@ class EMAClip(Limit):
         c_t = k\, m_{t-1}, \qquad m_t = m_{t-1} + \max\Bigl(1 - \beta, \frac1t\Bigr)
         \bigl(\min(\lVert g_t \rVert, c_t) - m_{t-1}\bigr)
 
-    The mean is that of clipped norms, so one spike does not raise the limit for the next. It is a plain average
-    while there are fewer steps than :math:`1/(1-\beta)`.
+    The mean is that of clipped norms, so one spike does not raise the limit for the next. It is a plain
+    average while there are fewer steps than :math:`1/(1-\beta)`.
 
     Args:
         multiple: k. Default 2.
@@ -142,8 +142,8 @@ class ZClip(Limit):
         \mu_t = \alpha \mu_{t-1} + (1-\alpha) \hat g_t, \qquad
         \sigma_t^2 = \alpha \sigma_{t-1}^2 + (1-\alpha) (\hat g_t - \mu_t)^2
 
-    with the norm :math:`\hat g_t = \min(\lVert g_t \rVert, c_t)`. Both begin as mean and variance of the first
-    `warmup_steps` norms.
+    with the norm :math:`\hat g_t = \min(\lVert g_t \rVert, c_t)`. Both begin as mean and variance of
+    the first `warmup_steps` norms.
 
     Args:
         z_threshold: z. Default 2.5.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout.shards import copies_of, is_spread, local_of, summed
+from .members import named
 
 AT_ONCE = 1 << 15  # elements of a CPU's tensor that are widened at a time, within the L2 cache
 
@@ -50,34 +51,6 @@ class Joins(NamedTuple):
     groups: tuple[Any, ...] = ()
 
 
-def named(source: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and their names, of whatever holds some: tensors, pairs, modules, optimizers, lists of these."""
-    if isinstance(source, Tensor):
-        yield "", source
-    elif isinstance(source, torch.nn.Module):
-        yield from source.named_parameters()
-    elif hasattr(source, "param_groups"):
-        for group in source.param_groups:
-            names = group.get("param_names") or [""] * len(group["params"])
-            yield from zip(names, group["params"], strict=True)
-    elif isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], str):
-        yield source[0], _tensor(source[1])
-    else:
-        if isinstance(source, str | bytes | dict) or not isinstance(source, Iterable):
-            _tensor(source)
-        for item in source:
-            yield from named(item)
-
-
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    raise TypeError(
-        f"expected parameters, (name, parameter) pairs, a module or optimizers, not {type(value).__name__}; "
-        "pass model.parameters() or the optimizer"
-    )
-
-
 def joins_of(process_groups: Any) -> Joins:
     """Takes `process_groups` of `clip_grad_norm_` apart."""
     if process_groups is None:
@@ -95,8 +68,8 @@ def joins_of(process_groups: Any) -> Joins:
             groups.append(item[1])
         else:
             raise TypeError(
-                f"process_groups has {item!r}; give process groups or meshes (over whose ranks all parameters "
-                "differ, as pipeline stages) or pairs (parameters, group), as experts"
+                f"process_groups has {item!r}; give process groups or meshes (over whose ranks all "
+                "parameters differ, as pipeline stages) or pairs (parameters, group), as experts"
             )
     return Joins(tuple(everywhere), tuple(owners), tuple(groups))
 
@@ -129,8 +102,8 @@ def norms_of(
 ) -> Tensor:
     """The norms of groups of tensors, over all ranks: fp64 [count].
 
-    The number of collectives is that of different meshes (of each dimension) and groups, never of tensors. All
-    ranks take part also where they have no gradient, since it is the parameters that say over what.
+    The number of collectives is that of different meshes (of each dimension) and groups, never of tensors.
+    All ranks take part also where they have no gradient, since it is the parameters that say over what.
 
     Args:
         parts: the tensors.
@@ -207,7 +180,7 @@ def _power(t: Tensor, p: float, room: Tensor) -> Tensor:
     """Of one tensor on a CPU, widened piece by piece into `room`."""
     flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
     powers = []
-    for piece in flat.split(AT_ONCE):
+    for piece in torch.split(flat, AT_ONCE):
         values = room[: len(piece)].copy_(piece)
         if p == 2:
             powers.append(torch.dot(values, values))
