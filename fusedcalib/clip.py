@@ -34,7 +34,7 @@ def clip_grad_norm_(
 @overload
 def clip_grad_norm_(
     parameters: Any,
-    max_norm: Limits | Mapping[str, Limits],
+    max_norm: Mapping[str, Limits] | Limits,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,

@@ -1,6 +1,8 @@
 """Clipping by the norm in one process: torch's semantics, hostile values, named groups."""
 
+import doctest
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +169,11 @@ def test_a_limit_on_the_device():
     (p,) = parameters(torch.tensor([3.0]))
     clip_grad_norm_([p], torch.tensor(1.5))
     assert p.grad.item() == pytest.approx(1.5)
+
+
+def test_the_examples_of_its_page():
+    page = Path(__file__).resolve().parents[1] / "docs" / "clipping.md"
+    torch.manual_seed(0)
+    done = doctest.testfile(str(page), module_relative=False)
+    assert done.attempted > 10
+    assert done.failed == 0
