@@ -132,11 +132,11 @@ ORDER = """
 __main__
 bench
 __init__
-nn registry release
+nn registry release clip
 rules
-optimizer groups
-masters
-engine
+optimizer groups limits
+masters norms
+engine members
 executors
 layout
 signature
