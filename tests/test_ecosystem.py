@@ -133,11 +133,11 @@ ORDER = """
 __main__
 bench
 __init__
-nn registry release
+nn registry release clip
 rules
-optimizer groups
-masters
-engine
+optimizer groups limits
+masters norms
+engine members
 executors
 layout
 signature
@@ -243,7 +243,8 @@ def test_every_rule_has_an_oracle():
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
     others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm"}
-    others |= {"enable_gradient_release"}
+    others |= {"enable_gradient_release", "clip_grad_norm_", "get_total_norm", "nonfinite_gradients"}
+    others |= {"AdaGC", "EMAClip", "ZClip"}
     others |= {"GradientNoise", "LangevinNoise", "WeightNoise", "checkpoints", "nn", "reference"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))

@@ -152,21 +152,35 @@ def place_of(param: Tensor, leading: int = 1) -> Place:
     # Not by what lies here: every rank has to come to the same.
     split = {i: getattr(p, "dim", 0) for i, p in enumerate(placements) if mesh.size(i) > 1}
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    copies = prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
     return Place(
         first=sum(o * s for o, s in zip(offset, strides, strict=True)),
         pitch=pitch,
         in_order=all(own[d] == shape[d] or prod(own[leading:d]) == 1 for d in range(leading, len(shape)))
         and not any(0 < dim < leading for dim in split.values()),
         mesh=mesh,
-        copies=copies,
+        copies=copies_of(param),
         across=tuple(i for i, dim in split.items() if dim >= leading),
         parted=tuple(i for i in split if not placements[i].is_replicate()),
     )
 
 
-def summed(total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None) -> Tensor:
-    """Added up over dimensions of a mesh (default all), in place: one collective for each of them."""
+def copies_of(t: Tensor) -> int:
+    """How many ranks of its mesh have the part of a tensor that lies here; 1 where it is not spread."""
+    if not is_spread(t):
+        return 1
+    spread: Any = t
+    mesh, placements = spread.device_mesh, spread.placements
+    return prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
+
+
+def summed(
+    total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None, *, largest: bool = False
+) -> Tensor:
+    """Added up over dimensions of a mesh (default all), in place: one collective for each of them.
+
+    With `largest` it is the largest value instead.
+    """
+    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
     for dimension in range(mesh.ndim) if dimensions is None else dimensions:
-        torch.distributed.all_reduce(total, group=mesh.get_group(dimension))
+        torch.distributed.all_reduce(total, op=operation, group=mesh.get_group(dimension))
     return total
