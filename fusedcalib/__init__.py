@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from . import checkpoints as checkpoints
     from . import nn as nn
     from . import reference as reference
+    from .groups import muon_groups as muon_groups
     from .groups import param_groups as param_groups
+    from .matrices.muon import Muon as Muon
     from .noise import GradientNoise as GradientNoise
     from .noise import LangevinNoise as LangevinNoise
     from .noise import WeightNoise as WeightNoise
@@ -45,9 +47,11 @@ _HOMES = {
     "FusedOptimizer": ".optimizer",
     "GradientNoise": ".noise",
     "LangevinNoise": ".noise",
+    "Muon": ".matrices.muon",
     "WeightNoise": ".noise",
     "create": ".registry",
     "enable_gradient_release": ".release",
+    "muon_groups": ".groups",
     "optimizers": ".registry",
     "param_groups": ".groups",
     "register_timm": ".registry",

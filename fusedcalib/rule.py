@@ -37,6 +37,8 @@ class Rule:
         extras: options of a param group, with defaults, that torch.optim's class of the name has not.
         check: raises ValueError where one of those is out of range.
         steps: whether it steps the parameters of a group; others are left to the optimizer.
+        still: variants that only bring their states up to date: they keep no count, and leave the parameter
+            to a second step by another rule.
     """
 
     update: Any
@@ -52,3 +54,4 @@ class Rule:
     extras: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Group], None] = lambda group: None
     steps: Callable[[Group], bool] = lambda group: True
+    still: frozenset[str] = frozenset()

@@ -32,6 +32,7 @@ class Flags(NamedTuple):
     rounding: str = "nearest"  # "nearest" | "stochastic", of the parameter
     master: str = "none"  # "none" | "split16" | "split8" | "float32", what a parameter has beside it
     dithered: bool = False  # states are rounded at random
+    still: bool = False  # the parameter is read at most: a second step of another rule moves it
 
     @property
     def random(self) -> bool:

@@ -133,7 +133,7 @@ __main__
 bench
 __init__
 nn registry release
-rules
+rules matrices
 optimizer groups
 masters
 engine
@@ -242,7 +242,7 @@ def test_every_rule_has_an_oracle():
 def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
     others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm"}
-    others |= {"enable_gradient_release"}
+    others |= {"enable_gradient_release", "Muon", "muon_groups"}
     others |= {"GradientNoise", "LangevinNoise", "WeightNoise", "checkpoints", "nn", "reference"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))

@@ -62,7 +62,7 @@ class Recipe:
     @property
     def counts(self) -> bool:
         """Whether a parameter's state has its steps: the rule wants them, or chance."""
-        return self.rule.counts or self.flags.random
+        return (self.rule.counts and not self.flags.still) or self.flags.random
 
     def for_tensor(self, param: Tensor) -> Recipe:
         """What is compiled for one tensor, the same on every rank.
@@ -147,6 +147,8 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         ema=on["ema_decay"],
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
     )
+    if flags.variant in rule.still:
+        flags = flags._replace(still=True)
     forms = tuple(state_format(group["state_dtype"], name) for name in rule.states[flags.variant])
     storage = storage_of(rule, flags.variant, forms, group)
     flags = flags._replace(master=storage.master, dithered=storage.dithered)
