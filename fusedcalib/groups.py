@@ -80,7 +80,8 @@ def _trainable(model: nn.Module, patterns: list[str], asked: str = "no_decay") -
     """The trainable parameters, once the model and the patterns are found to fit."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{'muon_groups' if asked == 'adamw' else 'param_groups'} needs the model itself, a torch.nn.Module, and got {type(model).__name__}: "
+            f"{'muon_groups' if asked == 'adamw' else 'param_groups'} needs the model itself, a "
+            f"torch.nn.Module, and got {type(model).__name__}: "
             "pass model, not model.parameters()"
         )
     names: dict[nn.Parameter, list[str]] = {}
@@ -212,7 +213,7 @@ def _outer(model: nn.Module) -> set[nn.Parameter]:
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in HEADS
     ]
     endings = [ending for ending, _ in layers]
-    outer = {layer.weight for ending, layer in layers if endings.count(ending) == 1}
+    outer: set[nn.Parameter] = {layer.weight for ending, layer in layers if endings.count(ending) == 1}
     method = getattr(model, "get_output_embeddings", None)
     last = method() if callable(method) else None
     return outer | ({*last.parameters()} if isinstance(last, nn.Module) else set())

@@ -85,11 +85,11 @@ class Batches:
             counts = [matrices_in(p.shape)[0] for p in params]
             size = (sum(counts), kind.rows, kind.columns)
             batch = torch.zeros(size, dtype=torch.bfloat16, device=kind.device)
-            for param, part in zip(params, batch.split(counts), strict=True):
+            for param, part in zip(params, torch.split(batch, counts), strict=True):
                 updates[param] = part.view(param.shape)
             batches.append((batch, kind.how))
             if batch.numel():
-                self._spaces.reserve(batch, min(len(batch), at_once(kind.rows, kind.columns)))
+                self._spaces.reserve(batch, min(len(batch), at_once(batch)))
         self._batches, self._live = batches, live
         self._updates = [updates[each.param] for each in live]
 
@@ -98,6 +98,6 @@ class Batches:
         products = 0
         for batch, how in self._batches:
             if batch.numel():
-                for some in batch.split(at_once(*batch.shape[1:])):
+                for some in torch.split(batch, at_once(batch)):
                     products += orthogonalize(some, how, self._spaces)
         return products

@@ -75,6 +75,6 @@ def _check_whole(owner: str, param: Tensor) -> None:
         )
     if is_spread(param):
         raise ValueError(
-            f"{owner} is spread over ranks (a DTensor), and a matrix is orthogonalized whole; use DDP, or give "
-            "it to a group with use_muon=False"
+            f"{owner} is spread over ranks (a DTensor), and a matrix is orthogonalized whole; use DDP, or "
+            "give it to a group with use_muon=False"
         )

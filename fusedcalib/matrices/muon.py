@@ -14,37 +14,16 @@ from .. import hostmath
 from ..engine.engine import Engine, Scaling
 from ..engine.plan import Plan
 from ..hostmath import Group
-from ..kernels.language import jit, tl
-from ..kernels.ops import divide, sqrt
 from ..layout.buckets import prepare
 from ..optimizer import FusedOptimizer, ParamsT
 from ..options import Options, check_group
 from ..rule import Rule
 from .batches import UPDATE, Batches
 from .check import check_matrices, check_options
+from .maths import along_update, momentum_or_adamw
 from .views import Views
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-
-
-@jit
-def momentum_or_adamw(p, g, state, h, VARIANT: tl.constexpr):
-    momentum_rest, beta1_rest, beta2, beta2_rest, correction, eps = h
-    if VARIANT == "adamw":
-        v = beta2 * state[1] + beta2_rest * g * g
-        m = state[0] + beta1_rest * (g - state[0])
-        return divide(m, sqrt(v) * correction + eps), (m, v)
-    else:
-        buffer = state[0] + momentum_rest * (g - state[0])
-        if VARIANT == "nesterov":
-            return g, (buffer, buffer + momentum_rest * (g - buffer))
-        else:
-            return g, (buffer, buffer)
-
-
-@jit
-def along_update(p, g, state, h, VARIANT: tl.constexpr):
-    return state[0], state
 
 
 def _variant(group: Group) -> str:
@@ -164,7 +143,12 @@ class Muon(FusedOptimizer, Options):
     ) -> None:
         if self._offload:
             raise ValueError("Muon does not support offload; set offload=None")
-        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        own: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+        }
         own |= {"ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps}
         own |= {"adjust_lr_fn": adjust_lr_fn, "betas": betas, "use_muon": use_muon}
         super().__init__(params, {**own, "coefficients": coefficients}, **options)
@@ -240,7 +224,7 @@ class Muon(FusedOptimizer, Options):
         self._second.run(after, scaling)
 
     def _scaling_after(self, plan: Plan) -> Scaling:
-        """By what the second half is left out where a GPU leaves out the first, of which the host knows not."""
+        """By what the second half is left out where a GPU leaves out the first, unknown to the host."""
         if not (plan.needs.tentative and plan.decider.on_device):
             self._left_out = None
             return None, None

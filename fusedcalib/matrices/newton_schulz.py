@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +23,11 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 SAFETY = 1.01  # bf16 may round a singular value up, beyond where the polynomials are made for
 
-# A gram matrix is symmetric: on a CPU, where products take all the time, what is above its diagonal blocks
-# is copied. On a GPU a product more is a launch more.
-STRIPS = 4
-NARROWEST = 64  # columns of a strip
-
-COPIES = 1 << 24  # elements of matrices that are iterated at once: bounds the workspaces
+PRODUCTS = 3  # of a step
+# Elements of matrices that are iterated at once: few enough for all of an iteration to stay in the caches of
+# a CPU, where the work of a product is far more than that of calling it; elsewhere as many as bound the workspaces.
+CACHED = {"cpu": 1 << 17}
+AT_ONCE = 1 << 24
 
 
 class Iteration(NamedTuple):
@@ -70,13 +68,13 @@ class Workspaces:
         side, whole = min(X.shape[1:]), X.numel()
         square = len(X) * side * side
         kept = self._kept[X.device, X.dtype]
-        parts = kept[: whole + 2 * square].split((whole, square, square))
+        parts = torch.split(kept[: whole + 2 * square], (whole, square, square))
         return parts[0].view(X.shape), parts[1].view(len(X), side, side), parts[2].view(len(X), side, side)
 
 
-def at_once(rows: int, columns: int) -> int:
-    """How many matrices of a shape are iterated at once."""
-    return max(1, COPIES // (rows * columns))
+def at_once(batch: Tensor) -> int:
+    """How many matrices of a batch [n, rows, columns] are iterated at once."""
+    return max(1, CACHED.get(batch.device.type, AT_ONCE) // (batch.shape[1] * batch.shape[2]))
 
 
 def orthogonalize(X: Tensor, how: Iteration, spaces: Workspaces) -> int:
@@ -94,43 +92,13 @@ def orthogonalize(X: Tensor, how: Iteration, spaces: Workspaces) -> int:
     now, then = (other, X) if len(how.coefficients) % 2 else (X, other)
     torch.div(X, norms, out=now)
     tall = X.shape[1] > X.shape[2]
-    strips = _strips(gram)
-    products = 0
     for a, b, c in how.coefficients:
-        left, right = (now.mT, now) if tall else (now, now.mT)
-        products += _symmetric(gram, None, left, right, strips, 0.0, 1.0)
-        products += _symmetric(power, gram, gram, gram, strips, b, c)
+        if tall:
+            torch.bmm(now.mT, now, out=gram)
+        else:
+            torch.bmm(now, now.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=power)
         factors = (now, power) if tall else (power, now)
         torch.baddbmm(now, *factors, beta=a, out=then)
-        products += 1
         now, then = then, now
-    return products
-
-
-def _strips(gram: Tensor) -> Sequence[tuple[int, int]]:
-    """The columns that are computed at once, from their diagonal on."""
-    side = gram.shape[1]
-    count = max(1, min(STRIPS, side // NARROWEST)) if gram.device.type == "cpu" else 1
-    cuts = [side * i // count for i in range(count + 1)]
-    return [*pairwise(cuts)]
-
-
-def _symmetric(
-    out: Tensor,
-    added: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    strips: Sequence[tuple[int, int]],
-    beta: float,
-    alpha: float,
-) -> int:
-    """out = beta * added + alpha * left @ right, which is symmetric; returns the number of products."""
-    for first, last in strips:
-        rows, columns, place = left[:, first:], right[:, :, first:last], out[:, first:, first:last]
-        if added is None:
-            torch.bmm(rows, columns, out=place)
-        else:
-            torch.baddbmm(added[:, first:, first:last], rows, columns, beta=beta, alpha=alpha, out=place)
-        if last < out.shape[1]:
-            out[:, first:last, last:].copy_(out[:, last:, first:last].mT)
-    return len(strips)
+    return PRODUCTS * len(how.coefficients)
