@@ -213,7 +213,7 @@ def _outer(model: nn.Module) -> set[nn.Parameter]:
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in HEADS
     ]
     endings = [ending for ending, _ in layers]
-    outer: set[nn.Parameter] = {layer.weight for ending, layer in layers if endings.count(ending) == 1}
+    outer = {p for ending, layer in layers if endings.count(ending) == 1 for p in layer.parameters()}
     method = getattr(model, "get_output_embeddings", None)
     last = method() if callable(method) else None
     return outer | ({*last.parameters()} if isinstance(last, nn.Module) else set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import hostmath
-from ..engine.engine import Engine, Scaling
+from ..engine.engine import Engine, Groups, Scaling
 from ..engine.plan import Plan
 from ..hostmath import Group
 from ..layout.buckets import prepare
@@ -47,6 +47,17 @@ _SECOND = Rule(
     decay=lambda group: "decoupled",
     steps=lambda group: bool(group["use_muon"]),
 )
+
+
+class _First(Engine):
+    """The engine of the first half, which a part of the parameters alone cannot take."""
+
+    def check_parts(self, groups: Groups, params: Collection[Tensor]) -> None:
+        """Raises: a step of some parameters has no second half."""
+        raise RuntimeError(
+            "Muon: gradients cannot be released, for matrices of one shape are orthogonalized together; use "
+            "another optimizer, or no gradient release"
+        )
 
 
 class Muon(FusedOptimizer, Options):
@@ -156,6 +167,7 @@ class Muon(FusedOptimizer, Options):
     def _forget(self) -> None:
         super()._forget()
         check = partial(check_group, type(self))
+        self._engine = _First(type(self).__name__, self.rule, self._backend, check, ref(self))
         self._second = Engine(type(self).__name__, _SECOND, self._backend, check, ref(self))
         self._batches = Batches()
         self._views = Views()

@@ -25,7 +25,7 @@ SAFETY = 1.01  # bf16 may round a singular value up, beyond where the polynomial
 
 PRODUCTS = 3  # of a step
 # Elements of matrices that are iterated at once: few enough for all of an iteration to stay in the caches of
-# a CPU, where the work of a product is far more than that of calling it; elsewhere as many as bound the workspaces.
+# a CPU, where the work of a product is far more than that of calling it; elsewhere what bounds the workspaces.
 CACHED = {"cpu": 1 << 17}
 AT_ONCE = 1 << 24
 
@@ -68,7 +68,7 @@ class Workspaces:
         side, whole = min(X.shape[1:]), X.numel()
         square = len(X) * side * side
         kept = self._kept[X.device, X.dtype]
-        parts = torch.split(kept[: whole + 2 * square], (whole, square, square))
+        parts = torch.split(kept[: whole + 2 * square], [whole, square, square])
         return parts[0].view(X.shape), parts[1].view(len(X), side, side), parts[2].view(len(X), side, side)
 
 

@@ -1,4 +1,4 @@
-"""Muon as it is published (Jordan et al. 2024; Liu et al. 2025), one matrix at a time, in the type it is given."""
+"""Muon as it is published (Jordan et al. 2024; Liu et al. 2025), one matrix at a time, in its own type."""
 
 from __future__ import annotations
 
