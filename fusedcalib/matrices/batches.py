@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,20 +28,7 @@ def matrices_in(shape: Sequence[int]) -> tuple[int, int, int]:
     return 1, shape[0], columns
 
 
-class _Kind(NamedTuple):
-    """What the matrices of a batch have in common."""
-
-    rows: int
-    columns: int
-    device: torch.device
-    how: Iteration
-
-
-class _Live(NamedTuple):
-    """A parameter with a gradient, and what its group asks for."""
-
-    param: Tensor
-    kind: _Kind
+_Kind = tuple[Iteration, torch.Size, torch.device]  # what the parameters of a batch have in common
 
 
 class Batches:
@@ -52,52 +39,46 @@ class Batches:
 
     def __init__(self) -> None:
         self._spaces = Workspaces()
-        self._live: list[_Live] = []
+        self._params: list[Tensor] = []
+        self._kinds: list[_Kind] = []
         self._batches: list[tuple[Tensor, Iteration]] = []
         self._updates: list[Tensor] = []
 
     def attach(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
         """Gives every parameter of these groups that has a gradient its update, as the state of that name."""
-        live = [
-            _Live(param, _Kind(*matrices_in(param.shape)[1:], param.device, how))
-            for group in groups
-            for how in (iteration_of(group),)
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        same = len(live) == len(self._live) and all(
-            now.param is then.param and now.kind == then.kind
-            for now, then in zip(live, self._live, strict=True)
-        )
-        if not same:
-            self._lay_out(live)
-        if not all(map(is_, (state[each.param].get(UPDATE) for each in live), self._updates)):
-            for each, update in zip(live, self._updates, strict=True):
-                state[each.param][UPDATE] = update
+        params, kinds = [], []
+        for group in groups:
+            how = iteration_of(group)
+            own = [param for param in group["params"] if param.grad is not None]
+            params += own
+            kinds += [(how, param.shape, param.device) for param in own]
+        if kinds != self._kinds or not all(map(is_, params, self._params)):
+            self._lay_out(params, kinds)
+        if not all(map(is_, (state[param].get(UPDATE) for param in params), self._updates)):
+            for param, update in zip(params, self._updates, strict=True):
+                state[param][UPDATE] = update
 
-    def _lay_out(self, live: list[_Live]) -> None:
-        kinds: dict[_Kind, list[Tensor]] = {}
-        for each in live:
-            kinds.setdefault(each.kind, []).append(each.param)
+    def _lay_out(self, params: list[Tensor], kinds: list[_Kind]) -> None:
+        alike: dict[Any, list[Tensor]] = {}
+        for param, (how, shape, device) in zip(params, kinds, strict=True):
+            alike.setdefault((how, matrices_in(shape)[1:], device), []).append(param)
         updates: dict[Tensor, Tensor] = {}
         batches = []
-        for kind, params in kinds.items():
-            counts = [matrices_in(p.shape)[0] for p in params]
-            size = (sum(counts), kind.rows, kind.columns)
-            batch = torch.zeros(size, dtype=torch.bfloat16, device=kind.device)
-            for param, part in zip(params, torch.split(batch, counts), strict=True):
+        for (how, sides, device), members in alike.items():
+            counts = [matrices_in(p.shape)[0] for p in members]
+            batch = torch.zeros((sum(counts), *sides), dtype=torch.bfloat16, device=device)
+            for param, part in zip(members, torch.split(batch, counts), strict=True):
                 updates[param] = part.view(param.shape)
-            batches.append((batch, kind.how))
             if batch.numel():
                 self._spaces.reserve(batch, min(len(batch), at_once(batch)))
-        self._batches, self._live = batches, live
-        self._updates = [updates[each.param] for each in live]
+                batches.append((batch, how))
+        self._batches, self._params, self._kinds = batches, params, kinds
+        self._updates = [updates[param] for param in params]
 
     def orthogonalize(self) -> int:
         """Orthogonalizes all of them; returns the number of matrix products."""
         products = 0
         for batch, how in self._batches:
-            if batch.numel():
-                for some in torch.split(batch, at_once(batch)):
-                    products += orthogonalize(some, how, self._spaces)
+            for some in torch.split(batch, at_once(batch)):
+                products += orthogonalize(some, how, self._spaces)
         return products

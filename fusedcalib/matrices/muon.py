@@ -152,15 +152,10 @@ class Muon(FusedOptimizer, Options):
         coefficients: str = "quintic",
         **options: Any,
     ) -> None:
-        if self._offload:
-            raise ValueError("Muon does not support offload; set offload=None")
-        own: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-        }
-        own |= {"ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps}
+        if options.get("offload"):
+            raise ValueError("Muon does not support offload: set offload=None")
+        own: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        own |= {"nesterov": nesterov, "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps}
         own |= {"adjust_lr_fn": adjust_lr_fn, "betas": betas, "use_muon": use_muon}
         super().__init__(params, {**own, "coefficients": coefficients}, **options)
 
@@ -213,8 +208,9 @@ class Muon(FusedOptimizer, Options):
 
         Whatever can fail comes before the first launch.
         """
-        for number in range(len(self.param_groups)):
-            check_matrices(type(self).__name__, self.param_groups, number)
+        if not self._views.hold(self.param_groups):
+            for number in range(len(self.param_groups)):
+                check_matrices(type(self).__name__, self.param_groups, number)
         first, second = self._views.of(self.param_groups)
         known = {param for param, entry in self.state.items() if UPDATE in entry}
         undo = None
@@ -255,8 +251,8 @@ class Muon(FusedOptimizer, Options):
         self._engine.drop_plans()
         if undo is not None:
             undo.restore()
-        for param in [param for param, entry in self.state.items() if UPDATE in entry and param not in known]:
-            del self.state[param][UPDATE]
+        for param in [param for param in self.state if param not in known]:
+            self.state[param].pop(UPDATE, None)
             if not self.state[param]:
                 del self.state[param]
 

@@ -25,7 +25,7 @@ SAFETY = 1.01  # bf16 may round a singular value up, beyond where the polynomial
 
 PRODUCTS = 3  # of a step
 # Elements of matrices that are iterated at once: few enough for all of an iteration to stay in the caches of
-# a CPU, where the work of a product is far more than that of calling it; elsewhere what bounds the workspaces.
+# a CPU, where the work of a product is far more than that of calling it. Elsewhere they bound the workspaces.
 CACHED = {"cpu": 1 << 17}
 AT_ONCE = 1 << 24
 

@@ -41,14 +41,16 @@ class Views:
         self._first: Groups = []
         self._second: Groups = []
         self._parts: list[_Parts] = []
-        self._count = -1
+
+    def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the groups have the same parameters as before."""
+        return len(self._parts) == len(groups) and all(
+            parts.hold(group) for parts, group in zip(self._parts, groups, strict=True)
+        )
 
     def of(self, groups: Sequence[dict[str, Any]]) -> tuple[Groups, Groups]:
         """Both, as the groups are now."""
-        same = len(self._parts) == len(groups) and all(
-            parts.hold(group) for parts, group in zip(self._parts, groups, strict=True)
-        )
-        if not same:
+        if not self.hold(groups):
             self._parts = [_Parts(group) for group in groups]
             self._first = [{} for _ in groups]
             self._second = [{} for parts in self._parts for _ in parts.ratios]
