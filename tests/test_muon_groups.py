@@ -93,6 +93,8 @@ def test_clips_by_the_norm_of_all():
     opt.step()
     other.step()
     torch.testing.assert_close(opt.grad_norm, norm)
+    assert opt._engine.plan.needs.measure
+    assert not opt._second.plan.needs.measure  # what the first half has done
     for p, q in zip(params, mine, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=0.02 * 2**-5)
     buffers = [opt.state[params[0]]["momentum_buffer"], other.state[mine[0]]["momentum_buffer"]]

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs without an installation
 
@@ -46,14 +46,16 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.Fu
 
     Muon's updates are made as large as AdamW's, so that both take one learning rate.
     """
-    make: partial[fusedcalib.FusedOptimizer]
     if options.optimizer == "muon":
         groups = fusedcalib.muon_groups(model, weight_decay=options.weight_decay)
-        make = partial(fusedcalib.Muon, groups, adjust_lr_fn="match_rms_adamw", centralize=options.centralize)
+        own = {"adjust_lr_fn": "match_rms_adamw", "centralize": options.centralize}
     else:
         groups = fusedcalib.param_groups(model, options.weight_decay, centralize=options.centralize)
-        make = partial(fusedcalib.AdamW, groups)
-    return make(
+        own = {}
+    make: Any = fusedcalib.Muon if options.optimizer == "muon" else fusedcalib.AdamW
+    found: fusedcalib.FusedOptimizer = make(
+        groups,
+        **own,
         lr=options.lr,
         betas=(0.9, 0.95),
         max_grad_norm=options.max_grad_norm or None,
@@ -66,6 +68,7 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.Fu
         backend=options.backend,
         offload="states" if options.offload else None,
     )
+    return found
 
 
 def bits(net: nn.Module, sequences: Tensor) -> Tensor:
