@@ -87,6 +87,8 @@ def main() -> None:
     file = RESULTS / "muon.json"
     if parser.parse_args().run:
         file.write_text(json.dumps(run(), indent=1) + "\n")
+    if not file.exists():
+        parser.error(f"{file} is not there: --run trains first")
     results = json.loads(file.read_text())
     for optimizer, (name, _) in NAMES.items():
         chosen = best_of(results, optimizer)
