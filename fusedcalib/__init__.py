@@ -17,10 +17,12 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .clip import clip_grad_norm_ as clip_grad_norm_
     from .clip import get_total_norm as get_total_norm
     from .clip import nonfinite_gradients as nonfinite_gradients
+    from .groups import muon_groups as muon_groups
     from .groups import param_groups as param_groups
     from .limits import AdaGC as AdaGC
     from .limits import EMAClip as EMAClip
     from .limits import ZClip as ZClip
+    from .matrices.muon import Muon as Muon
     from .noise import GradientNoise as GradientNoise
     from .noise import LangevinNoise as LangevinNoise
     from .noise import WeightNoise as WeightNoise
@@ -57,12 +59,14 @@ _HOMES = {
     "FusedOptimizer": ".optimizer",
     "GradientNoise": ".noise",
     "LangevinNoise": ".noise",
+    "Muon": ".matrices.muon",
     "WeightNoise": ".noise",
     "ZClip": ".limits",
     "clip_grad_norm_": ".clip",
     "create": ".registry",
     "enable_gradient_release": ".release",
     "get_total_norm": ".clip",
+    "muon_groups": ".groups",
     "nonfinite_gradients": ".clip",
     "optimizers": ".registry",
     "param_groups": ".groups",

@@ -71,6 +71,8 @@ class Rule:
         check: raises ValueError where one of those is out of range.
         trust: a factor by norms of the whole tensor.
         steps: whether it steps the parameters of a group; others are left to the optimizer.
+        still: variants that only bring their states up to date: they keep no count, and leave the parameter
+            to a second step by another rule.
     """
 
     update: Any
@@ -88,3 +90,4 @@ class Rule:
     check: Callable[[Group], None] = lambda group: None
     trust: Trust | None = None
     steps: Callable[[Group], bool] = lambda group: True
+    still: frozenset[str] = frozenset()

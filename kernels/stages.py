@@ -34,6 +34,7 @@ class Flags(NamedTuple):
     dithered: bool = False  # states are rounded at random
     trust: str = "none"  # "none" | "gradient" | "step", what a factor by norms of the whole tensor multiplies
     row_state: bool = False  # the rule keeps a number for each row, an average of the mean of its squares
+    still: bool = False  # the parameter is read at most: a second step of another rule moves it
 
     @property
     def random(self) -> bool:

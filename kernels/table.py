@@ -208,9 +208,9 @@ def scale_places(row, cells, i: tl.constexpr, SPEC: tl.constexpr):
 def store_tile(row, cells, values, bits, SPEC: tl.constexpr, EVICT: tl.constexpr):
     """Writes a parameter and states (p, *state) [R, C] back; the gradient (tensor 1) never.
 
-    bits: as of `rounding_tile`. With no state only the parameter is written.
+    bits: as of `rounding_tile`. With no state only the parameter is written; where it is still, only states.
     """
-    for i in tl.static_range(len(values)):
+    for i in tl.static_range(1 if SPEC.FLAGS.still else 0, len(values)):
         keep(row, cells, 0 if i == 0 else i + 1, (values[i], bits), SPEC, EVICT)
 
 

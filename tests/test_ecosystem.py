@@ -134,7 +134,7 @@ __main__
 bench
 __init__
 nn registry release clip
-rules
+rules matrices
 optimizer groups limits
 masters norms
 engine members
@@ -244,7 +244,7 @@ def test_public_names():
     """All that is public can be imported by name and with a star, and is found by completion."""
     others = {"FusedOptimizer", "create", "optimizers", "param_groups", "register_timm"}
     others |= {"enable_gradient_release", "clip_grad_norm_", "get_total_norm", "nonfinite_gradients"}
-    others |= {"AdaGC", "EMAClip", "ZClip"}
+    others |= {"AdaGC", "EMAClip", "ZClip", "Muon", "muon_groups"}
     others |= {"GradientNoise", "LangevinNoise", "WeightNoise", "checkpoints", "nn", "reference"}
     assert set(fusedcalib.__all__) == {*CLASSES, *others, "__version__"}
     assert set(fusedcalib.__all__) <= set(dir(fusedcalib))

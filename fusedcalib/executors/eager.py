@@ -179,7 +179,8 @@ def _step(
     p = of.rounded(p, bits)
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
         new = of.averaged(p, new, h)
-    for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
+    written = [*zip((places[0], *places[2:]), (p, *new), strict=True)]
+    for (tensors, kind), value in written[flags.still :]:
         torch_storage.encode(tensors, value, kind, bits)
 
 

@@ -65,7 +65,7 @@ class Recipe:
     @property
     def counts(self) -> bool:
         """Whether a parameter's state has its steps: the rule wants them, or chance."""
-        return self.rule.counts or self.flags.random
+        return (self.rule.counts and not self.flags.still) or self.flags.random
 
     def leading(self, param: Tensor) -> int:
         """How many dimensions a row of a parameter is an index of."""
@@ -172,6 +172,8 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         trust=rule.trust.scales if rule.trust and rule.trust.adapts(group) else "none",
         row_state=rule.row_state is not None,
     )
+    if flags.variant in rule.still:
+        flags = flags._replace(still=True)
     forms = tuple(state_format(group["state_dtype"], name) for name in rule.states[flags.variant])
     storage = storage_of(rule, flags.variant, forms, group)
     flags = flags._replace(master=storage.master, dithered=storage.dithered)

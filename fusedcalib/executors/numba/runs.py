@@ -213,6 +213,7 @@ def _steps(
 ) -> tuple[Function, Function]:
     """The step, and the projection of rows that are too long."""
     load, store, flags = memory.storage.load, memory.storage.store, recipe.flags
+    store_step = memory.storage.store_states if flags.still else store
     units_at, byte_room = memory.storage.units, memory.storage.room
     keep, encode = memory.storage.keep, memory.storage.encode
     project = flags.project
@@ -237,7 +238,7 @@ def _steps(
                 p = rounded(p, word)
                 if not project:
                     state = averaged(p, state, h)
-                store(addresses, strides, i, p, state, word)
+                store_step(addresses, strides, i, p, state, word)
                 keep(byte_space, i - first, state)
             encode(byte_space, addresses, first, last - first, places, block)
 
