@@ -14,7 +14,15 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from . import checkpoints as checkpoints
     from . import nn as nn
     from . import reference as reference
+    from .clip import clip_grad_norm_ as clip_grad_norm_
+    from .clip import get_total_norm as get_total_norm
+    from .clip import nonfinite_gradients as nonfinite_gradients
+    from .groups import muon_groups as muon_groups
     from .groups import param_groups as param_groups
+    from .limits import AdaGC as AdaGC
+    from .limits import EMAClip as EMAClip
+    from .limits import ZClip as ZClip
+    from .matrices.muon import Muon as Muon
     from .noise import GradientNoise as GradientNoise
     from .noise import LangevinNoise as LangevinNoise
     from .noise import WeightNoise as WeightNoise
@@ -28,6 +36,7 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .rules.adagrad import Adagrad as Adagrad
     from .rules.adam import Adam as Adam
     from .rules.adam import AdamW as AdamW
+    from .rules.adam_mini import AdamMini as AdamMini
     from .rules.adamax import Adamax as Adamax
     from .rules.adan import Adan as Adan
     from .rules.ademamix import AdEMAMix as AdEMAMix
@@ -45,12 +54,20 @@ if TYPE_CHECKING:  # at run time a file in rules/ is all that an optimizer takes
     from .rules.stableadamw import StableAdamW as StableAdamW
 
 _HOMES = {
+    "AdaGC": ".limits",
+    "EMAClip": ".limits",
     "FusedOptimizer": ".optimizer",
     "GradientNoise": ".noise",
     "LangevinNoise": ".noise",
+    "Muon": ".matrices.muon",
     "WeightNoise": ".noise",
+    "ZClip": ".limits",
+    "clip_grad_norm_": ".clip",
     "create": ".registry",
     "enable_gradient_release": ".release",
+    "get_total_norm": ".clip",
+    "muon_groups": ".groups",
+    "nonfinite_gradients": ".clip",
     "optimizers": ".registry",
     "param_groups": ".groups",
     "register_timm": ".registry",

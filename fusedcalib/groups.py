@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["param_groups"]
+__all__ = ["muon_groups", "param_groups"]
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)  # their weights can be matrices, those of other norms are vectors
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -76,11 +76,12 @@ def param_groups(
     ]
 
 
-def _trainable(model: nn.Module, patterns: list[str]) -> Names:
+def _trainable(model: nn.Module, patterns: list[str], asked: str = "no_decay") -> Names:
     """The trainable parameters, once the model and the patterns are found to fit."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"param_groups needs the model itself, a torch.nn.Module, and got {type(model).__name__}: "
+            f"{'muon_groups' if asked == 'adamw' else 'param_groups'} needs the model itself, a "
+            f"torch.nn.Module, and got {type(model).__name__}: "
             "pass model, not model.parameters()"
         )
     names: dict[nn.Parameter, list[str]] = {}
@@ -96,7 +97,7 @@ def _trainable(model: nn.Module, patterns: list[str]) -> Names:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every):
             raise ValueError(
-                f"no_decay: {pattern!r} matches no parameter of {type(model).__name__}; names are those of "
+                f"{asked}: {pattern!r} matches no parameter of {type(model).__name__}; names are those of "
                 f"model.named_parameters(), such as {', '.join(get_close_matches(pattern, every, cutoff=0))}"
             )
     return trainable
@@ -131,3 +132,88 @@ def _named_by_parts(model: nn.Module) -> Iterator[str]:
         method = getattr(module, "no_weight_decay", None)
         for name in method() if callable(method) else ():
             yield f"{prefix}.{name}" if prefix else name
+
+
+# Layers whose weights are no stack of matrices though they have three dimensions, or no hidden matrix.
+_NO_MATRICES = (nn.Conv1d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+HEADS = ("lm_head", "head", "heads", "classifier", "output", "embed_out", "score", "unembed", "to_logits")
+
+
+def muon_groups(
+    model: nn.Module,
+    lr: float | None = None,
+    adamw_lr: float | None = None,
+    weight_decay: float | None = None,
+    adamw: Iterable[str] = (),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Param groups of a model for `Muon`: hidden matrices to it, all others to AdamW, in one optimizer.
+
+    ===========  ======================================================  =========  ============
+    group        parameters                                              use_muon   weight decay
+    ===========  ======================================================  =========  ============
+    "matrices"   hidden weights of two dimensions or more                True       as given
+    "adamw"      embeddings, output layers, kernels of nn.Conv1d,        False      as given
+                 those named by `adamw`
+    "no_decay"   biases, norms, vectors and scalars                      False      0
+    ===========  ======================================================  =========  ============
+
+    Output layers are those that `model.get_output_embeddings()` returns, and linear layers whose name ends
+    with one of `lm_head`, `head`, `heads`, `classifier`, `output`, `embed_out`, `score`, `unembed`,
+    `to_logits`, unless there are several of such a name (as the `output` of every layer of BERT).
+
+    Args:
+        model: the model.
+        lr: learning rate of the matrices. Default None leaves it to the optimizer's.
+        adamw_lr: of the others. Default None: the same.
+        weight_decay: of matrices and "adamw". Default None leaves it to the optimizer's own.
+        adamw: names of further parameters that AdamW is to step, or shell patterns. Default none.
+        **options: further options of the groups that AdamW steps, as `betas`. Their `eps` is 1e-8 by default.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: nothing in the model can be trained, or an entry of `adamw` matches nothing.
+
+    >>> import torch, fusedcalib
+    >>> layers = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9, bias=False)
+    >>> model = torch.nn.ModuleDict(dict(zip(("embed", "hidden", "head"), layers)))
+    >>> opt = fusedcalib.Muon(fusedcalib.muon_groups(model, lr=0.02, adamw_lr=1e-3))
+    >>> for group in opt.param_groups:
+    ...     print(group["name"], group["param_names"], group["use_muon"], group["lr"])
+    matrices ['hidden.weight'] True 0.02
+    adamw ['embed.weight', 'head.weight'] False 0.001
+    no_decay ['hidden.bias'] False 0.001
+    """
+    patterns = [adamw] if isinstance(adamw, str) else list(adamw)
+    names = _trainable(model, patterns, "adamw")
+    kinds = _kinds(model, names, [*_named_by_parts(model)])
+    outside = _outer(model) | _inside(model, _NO_MATRICES)
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "adamw": [], "no_decay": []}
+    for param, several in names.items():
+        named = any(fnmatchcase(name, pattern) for name in several for pattern in patterns)
+        other = kinds[param] == "embeddings" or param in outside or named
+        kind = "no_decay" if kinds[param] == "no_decay" else "adamw" if other else "matrices"
+        found[kind].append((several[0], param))
+    rate = lr if adamw_lr is None else adamw_lr
+    shared = {"use_muon": False, "eps": 1e-8, **({} if rate is None else {"lr": rate}), **options}
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    own: dict[str, dict[str, Any]] = {
+        "matrices": {"use_muon": True, **({} if lr is None else {"lr": lr}), **decay},
+        "adamw": {**shared, **decay},
+        "no_decay": {**shared, "weight_decay": 0.0},
+    }
+    return [{"name": kind, "params": params, **own[kind]} for kind, params in found.items() if params]
+
+
+def _outer(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of output layers."""
+    layers = [
+        (name.rpartition(".")[2], layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in HEADS
+    ]
+    endings = [ending for ending, _ in layers]
+    outer = {p for ending, layer in layers if endings.count(ending) == 1 for p in layer.parameters()}
+    method = getattr(model, "get_output_embeddings", None)
+    last = method() if callable(method) else None
+    return outer | ({*last.parameters()} if isinstance(last, nn.Module) else set())

@@ -41,7 +41,7 @@ class FusedOptimizer(TrackedSteps, MasterWeights, Optimizer):
     :math:`\Pi_c` shortens rows where `max_row_norm` is; both are the identity elsewhere. Gradient noise joins
     :math:`\hat g` before :math:`P`, noise on weights the step before :math:`\Pi_c`. Where decay is
     decoupled :math:`\lambda` is not in the gradient: :math:`\theta` is first scaled by
-    :math:`1 - \gamma \lambda`. A row is one index of dimension 0.
+    :math:`1 - \gamma \lambda`. A row is one index of dimension 0, or what `matrix_dims` says.
 
     A subclass takes the arguments of the torch.optim class of its name, in their order. Also:
 

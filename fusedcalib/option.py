@@ -6,6 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# Of a stack of any number of dimensions, of three; () where there is none: what `matrix_dims` may be.
+LAST, OF_THREE = (-2, -1), (1, 2)
+MATRIX_DIMS: tuple[Any, ...] = (  # from `fits` on
+    lambda value: isinstance(value, (tuple, list)) and tuple(value) in ((), LAST, OF_THREE),
+    "(-2, -1), or (1, 2) in a stack of three dimensions, or None; transpose parameters that lie otherwise",
+    "",
+    (),
+    "a row is one index of dimension 0",
+    tuple,
+)
+
 
 @dataclass(frozen=True)
 class Option:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .hostmath import is_remote
 from .noise import GradientNoise, LangevinNoise, WeightNoise, as_dict, parsed
-from .option import Option
+from .option import MATRIX_DIMS, Option
 from .storage import FORMATS, MASTERS, check_storage, format_name, is_format, is_master
 
 CENTRALIZE = (False, True, "gradient", "update")
@@ -71,6 +71,14 @@ OURS = (
         "centre tensors of at least this many dimensions; 4 means convolutions only.",
         lambda value: type(value) is int and value >= 1,
         "an int >= 1",
+    ),
+    Option(
+        "matrix_dims",
+        None,
+        tuple[int, int] | None,
+        "with (-2, -1) parameters of three dimensions or more are stacks of matrices, as weights of experts "
+        "[experts, out, in]: a row, to be centred, shortened or kept in bytes, is one of each matrix.",
+        *MATRIX_DIMS,
     ),
     Option(
         "l1",

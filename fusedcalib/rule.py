@@ -58,6 +58,10 @@ class Rule:
             parameter whose state is new and 2 afterwards.
         nonnegative: the states that cannot be negative: in bytes they have a code of their own.
         wide: states that bytes are too coarse for. A variant that has one keeps none of its states in bytes.
+        row_state: a state that has a number for each row (one for vectors): the average of the mean of the
+            squares of the gradient over it. `update` is handed its new value as the last of its states, and
+            does not return it; the first of `h` are the weights of the old and the new one. It is in fp32
+            (fp64).
         starts: group keys that hold the initial value of a state; others start at zero.
         product: a 0-dim state that starts at 1, and the factor `(group, step)` by which a step multiplies
             it; `scalars` gets its new value as a third argument.
@@ -67,6 +71,8 @@ class Rule:
         check: raises ValueError where one of those is out of range.
         trust: a factor by norms of the whole tensor.
         steps: whether it steps the parameters of a group; others are left to the optimizer.
+        still: variants that only bring their states up to date: they keep no count, and leave the parameter
+            to a second step by another rule.
     """
 
     update: Any
@@ -76,6 +82,7 @@ class Rule:
     counts: bool = True
     nonnegative: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    row_state: str | None = None
     starts: Mapping[str, str] = field(default_factory=dict)
     product: tuple[str, Callable[[Group, float], float]] | None = None
     decay: Callable[[Group], str] = lambda group: "coupled"
@@ -83,3 +90,4 @@ class Rule:
     check: Callable[[Group], None] = lambda group: None
     trust: Trust | None = None
     steps: Callable[[Group], bool] = lambda group: True
+    still: frozenset[str] = frozenset()

@@ -47,7 +47,8 @@ def dtype_of(name: str):
 def parts_of(tile: Tile, flags: Flags) -> tuple[str, ...]:
     """The launches of a step, in their order: what comes before it, itself, what comes after it."""
     whole = tile.reduction not in ("pieces", "ranks")
-    return tuple(part for part in KERNELS if flags.needs(part) and not (whole and part in ("sums", "finish")))
+    found = [part for part in KERNELS if flags.needs(part) and not (whole and part in ("sums", "finish"))]
+    return tuple(sorted(found, key=lambda part: part not in NORMS) if flags.centres_trusted else found)
 
 
 def warps_of(part: str, spec: Spec) -> int:

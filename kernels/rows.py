@@ -14,8 +14,8 @@ SPEC is a `Spec` of spec.py throughout.
 
 from .language import constexpr_function, jit, tl
 from .ops import divide, sqrt
-from .stages import averaged, measured, projected, rounded
-from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile, totals_of
+from .stages import averaged, measured, measured_next, projected, rounded, row_averaged
+from .table import load_tile, noise_tile, rounding_tile, row_of, rows_of, store_tile, totals_of
 
 # Of a row that one program walks twice, the caches keep what the second walk reads again, and let go first
 # of what it reads and writes for the last time: else parameters and states would push the gradients out.
@@ -25,8 +25,31 @@ HINTS = tl.constexpr(True)
 @constexpr_function
 def hinted(evict, spec, hints):
     """A hint for the caches, where a row is walked twice; not where strides take the registers it needs."""
-    walked_twice = spec.REDUCTION == "loop" and spec.FLAGS.centralize != "none"
+    walked_twice = spec.REDUCTION == "loop" and spec.FLAGS.means
     return evict if hints and walked_twice and spec.D == 0 else ""
+
+
+@jit
+def sums_at(base, SPEC: tl.constexpr):
+    """Where the sums of a slot lie, fp64 [SUMS + 1]: the last is the number of its elements."""
+    return tl.load(base + len(SPEC.DTYPES) + 12).to(tl.pointer_type(tl.float64))
+
+
+@jit
+def trust_of(row, SPEC: tl.constexpr):
+    """The factor of a slot: 1 where its rule wants no norms."""
+    FACTOR: tl.constexpr = SPEC.FACTOR
+    SUMS: tl.constexpr = SPEC.SUMS
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    VARIANT: tl.constexpr = FLAGS.variant
+    if FLAGS.trust == "none":
+        return 1.0
+    else:
+        place = sums_at(row.base, SPEC)
+        sums = ()
+        for i in tl.static_range(SUMS):
+            sums = sums + (tl.load(place + i),)
+        return FACTOR(sums, tl.load(place + SUMS), row.h.own, VARIANT).to(SPEC.COMPUTE)
 
 
 @jit
@@ -36,14 +59,21 @@ def row_total(x, mask):
 
 
 @jit
-def sum_of_loop(row, SPEC: tl.constexpr):
-    """Sum of the measured quantity over a row [1], C columns at a time: a scalar."""
+def sum_of_loop(row, first, SPEC: tl.constexpr, NEXT: tl.constexpr):
+    """Sum of the measured quantity over a row [1], C columns at a time: a scalar.
+
+    `NEXT`: of what is measured once `first` is known.
+    """
     C: tl.constexpr = SPEC.C
     KEEP: tl.constexpr = hinted("evict_last", SPEC, HINTS)
     totals = tl.zeros([1, C], SPEC.COMPUTE)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, KEEP)
-        x = measured(values, row.h, noise_tile(row, start, SPEC), SPEC)
+        z = noise_tile(row, start, SPEC)
+        if NEXT:
+            x = measured_next(values, row.h, z, first, SPEC)
+        else:
+            x = measured(values, row.h, z, trust_of(row, SPEC), SPEC)
         totals += tl.where(cells.mask, x, 0)
     return tl.sum(tl.sum(totals, axis=1), axis=0)
 
@@ -56,26 +86,79 @@ def mean_of_ranks(row, SPEC: tl.constexpr):
 
 
 @jit
-def mean_of_row(row, SPEC: tl.constexpr):
-    """Mean of a row [1] that a program walks, or walks a part of: 0 where nothing is centred."""
-    if SPEC.FLAGS.centralize == "none":
-        return 0.0
-    elif SPEC.REDUCTION == "ranks":
-        return mean_of_ranks(row, SPEC)
-    else:
-        return divide(sum_of_loop(row, SPEC), row.columns.to(SPEC.COMPUTE))
+def known_of_row(row, SPEC: tl.constexpr):
+    """What is known of a row [1] that a program walks, or walks a part of: as `stepped` takes it."""
+    mean, state = 0.0, 0.0
+    if SPEC.FLAGS.centralize != "none" or SPEC.FLAGS.row_state:
+        if SPEC.REDUCTION == "ranks":
+            mean = mean_of_ranks(row, SPEC)
+        else:
+            mean = divide(sum_of_loop(row, 0.0, SPEC, False), row.columns.to(SPEC.COMPUTE))
+    if SPEC.FLAGS.row_state:
+        mean, state = states_of_loop(row, mean, SPEC)
+    return mean, trust_of(row, SPEC), state
 
 
 @jit
-def mean_of_tile(row, cells, values, z, sums, SPEC: tl.constexpr):
-    """Means of the rows of a tile [R, C], or of the row that it is a piece of: 0 where nothing is centred."""
-    if SPEC.FLAGS.centralize == "none":
-        return 0.0
-    elif SPEC.REDUCTION == "tile":
-        x = measured(values, row.h, z, SPEC)
-        return divide(row_total(x, cells.mask), row.columns.to(SPEC.COMPUTE))
+def known_of_tile(row, tile, z, sums, SPEC: tl.constexpr):
+    """The same of the rows of a tile [R, C], or of the row that it is a piece of.
+
+    tile: loaded values and their mask.
+    """
+    mean, state, trust = 0.0, 0.0, trust_of(row, SPEC)
+    if SPEC.FLAGS.centralize != "none" or SPEC.FLAGS.row_state:
+        if SPEC.REDUCTION == "tile":
+            x = measured(tile[0], row.h, z, trust, SPEC)
+            mean = divide(row_total(x, tile[1]), row.columns.to(SPEC.COMPUTE))
+        else:
+            mean = mean_of_pieces(sums, row, SPEC)
+    if SPEC.FLAGS.row_state:
+        mean, state = states_of_tile(row, tile, z, mean, SPEC)
+    return mean, trust, state
+
+
+@jit
+def row_state(row, mean, SPEC: tl.constexpr):
+    """The states [R, 1] of rows, brought up to date by the means of this step, and kept."""
+    r = rows_of(row, SPEC)[:, None]
+    inside = r < tl.load(row.base + len(SPEC.DTYPES))
+    places = tl.load(row.base + len(SPEC.DTYPES) + 11).to(tl.pointer_type(SPEC.COMPUTE)) + r
+    new = row_averaged(tl.load(places, inside, other=0), mean, row.h)
+    tl.store(places, new, inside)
+    return new
+
+
+@jit
+def next_of_tile(row, tile, z, first, SPEC: tl.constexpr):
+    """Mean [R, 1] over rows of what is measured next. tile: loaded values and their mask."""
+    x = measured_next(tile[0], row.h, z, first, SPEC)
+    return divide(row_total(x, tile[1]), row.columns.to(SPEC.COMPUTE))
+
+
+@jit
+def states_of_tile(row, tile, z, first, SPEC: tl.constexpr):
+    """Means and new states [R, 1] of rows, of which the first mean is known."""
+    if SPEC.FLAGS.centralize == "gradient":
+        mean, state = first, row_state(row, next_of_tile(row, tile, z, first, SPEC), SPEC)
     else:
-        return mean_of_pieces(sums, row, SPEC)
+        mean, state = 0.0, row_state(row, first, SPEC)
+        if SPEC.FLAGS.centralize == "update":
+            mean = next_of_tile(row, tile, z, state, SPEC)
+    return mean, state
+
+
+@jit
+def states_of_loop(row, first, SPEC: tl.constexpr):
+    """The mean and new state of a row [1] that is walked, of which the first mean is known."""
+    columns = row.columns.to(SPEC.COMPUTE)
+    if SPEC.FLAGS.centralize == "gradient":
+        second = divide(sum_of_loop(row, first, SPEC, True), columns)
+        mean, state = first, row_state(row, second, SPEC)
+    else:
+        mean, state = 0.0, row_state(row, first, SPEC)
+        if SPEC.FLAGS.centralize == "update":
+            mean = divide(sum_of_loop(row, state, SPEC, True), columns)
+    return mean, state
 
 
 @jit
@@ -124,11 +207,11 @@ def row_sums_kernel(table, grads, tiles, scalars, sums, SPEC: tl.constexpr):
     """
     row = row_of(table, grads, tiles, scalars, SPEC)
     if SPEC.REDUCTION == "ranks":
-        leave_total(row, sum_of_loop(row, SPEC), SPEC)
+        leave_total(row, sum_of_loop(row, 0.0, SPEC, False), SPEC)
     else:
         start = row.piece * SPEC.C
         cells, values = load_tile(row, start, SPEC, "")
-        x = measured(values, row.h, noise_tile(row, start, SPEC), SPEC)
+        x = measured(values, row.h, noise_tile(row, start, SPEC), trust_of(row, SPEC), SPEC)
         tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(cells.mask, x, 0), axis=1), axis=0))
 
 

@@ -34,6 +34,8 @@ class Flags(NamedTuple):
     dithered: bool = False  # states are rounded at random
     trust: str = "none"  # "none" | "gradient" | "step", what a factor by norms of the whole tensor multiplies
     statistics: bool = False  # the step is measured, see observed.py
+    row_state: bool = False  # the rule keeps a number for each row, an average of the mean of its squares
+    still: bool = False  # the parameter is read at most: a second step of another rule moves it
 
     @property
     def random(self) -> bool:
@@ -48,13 +50,23 @@ class Flags(NamedTuple):
     @property
     def by_rows(self) -> bool:
         """Whether a row is more than its elements."""
-        return self.centralize != "none" or self.project
+        return self.means or self.project
+
+    @property
+    def means(self) -> bool:
+        """Whether something of a row has a mean."""
+        return self.centralize != "none" or self.row_state
+
+    @property
+    def centres_trusted(self) -> bool:
+        """Whether row means are of what norms of the whole tensor have been multiplied into."""
+        return self.trust == "gradient" and self.centralize == "update"
 
     def needs(self, part: str) -> bool:
         """Whether a step has this part, of those of launch.py."""
         norms = self.trust != "none"
         needed = {
-            "sums": self.centralize != "none",
+            "sums": self.means,
             "finish": self.project,
             "squares": norms,
             "totals": norms,
@@ -108,14 +120,33 @@ def prepared(p, g, h, z, SPEC: tl.constexpr):
 
 
 @jit
-def measured(values, h, z, SPEC: tl.constexpr):
-    """What the row mean is taken of [R, C]: the prepared gradient, or the update direction."""
+def trusted(p, g, h, trust, SPEC: tl.constexpr):
+    """The gradient [R, C] times its factor by norms of the whole tensor, decay with it."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    if FLAGS.trust == "gradient":
+        if FLAGS.decay == "trusted":
+            g = where(h.decay != 0, g + h.decay * p, g)
+        g = trust * g
+    return g
+
+
+@jit
+def measured(values, h, z, trust, SPEC: tl.constexpr):
+    """What the row mean is taken of [R, C]: the prepared gradient, or the update direction.
+
+    Its square, where the rule keeps a state of rows that does not wait for their means. `trust` is the factor
+    by norms of the whole tensor.
+    """
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant  # a field of a tuple cannot be passed on as it is
     p, state = values[0], values[2:]
     g = prepared(p, values[1], h, z, SPEC)
-    if FLAGS.centralize == "update":
+    if FLAGS.row_state:
+        if FLAGS.centralize != "gradient":
+            g = g * g
+    elif FLAGS.centralize == "update":
+        g = trusted(p, g, h, trust, SPEC)
         if FLAGS.ema:
             g, _ = RULE(p, g, state[1:], h.own, VARIANT)
         else:
@@ -124,63 +155,91 @@ def measured(values, h, z, SPEC: tl.constexpr):
 
 
 @jit
-def centred(values, h, z, mean, SPEC: tl.constexpr):
-    """The gradient [R, C] that a rule is given. `mean` is that of its rows."""
+def measured_next(values, h, z, first, SPEC: tl.constexpr):
+    """What a second row mean is taken of [R, C], where rows are centred and have states.
+
+    `first`: the mean of the gradient, of which the squares of what is left are taken; else the state of the
+    row, with which the update is found.
+    """
+    VARIANT: tl.constexpr = SPEC.FLAGS.variant
     FLAGS: tl.constexpr = SPEC.FLAGS
+    RULE: tl.constexpr = SPEC.RULE
     g = prepared(values[0], values[1], h, z, SPEC)
     if FLAGS.centralize == "gradient":
-        g = g - mean
+        g = (g - first) * (g - first)
+    else:
+        own = values[2:]
+        if FLAGS.ema:
+            own = values[3:]
+        g, _ = RULE(values[0], g, own + (first,), h.own, VARIANT)
     return g
 
 
 @jit
-def directed(values, g, h, mean, SPEC: tl.constexpr):
+def row_averaged(average, mean, h):
+    """The state of a row: the average of means that the rule keeps, brought up to date."""
+    return h.own[0] * average + h.own[1] * mean
+
+
+@jit
+def centred(values, h, z, known, SPEC: tl.constexpr):
+    """The gradient [R, C] that a rule is given."""
+    FLAGS: tl.constexpr = SPEC.FLAGS
+    g = prepared(values[0], values[1], h, z, SPEC)
+    if FLAGS.centralize == "gradient":
+        g = g - known[0]
+    return g
+
+
+@jit
+def directed(values, g, h, known, SPEC: tl.constexpr):
     """The direction [R, C] of a step, and the new state."""
     RULE: tl.constexpr = SPEC.RULE
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant
     p, state = values[0], values[2:]
+    own = state
     if FLAGS.ema:
-        direction, own = RULE(p, g, state[1:], h.own, VARIANT)
-        state = state[:1] + own
-    else:
-        direction, state = RULE(p, g, state, h.own, VARIANT)
+        own = state[1:]
+    if FLAGS.row_state:
+        own = own + (known[2],)
+    direction, own = RULE(p, g, own, h.own, VARIANT)
+    if FLAGS.ema:
+        own = state[:1] + own
     if FLAGS.centralize == "update":
-        direction = direction - mean
+        direction = direction - known[0]
     if FLAGS.decay == "trusted" and FLAGS.trust != "gradient":
         direction = where(h.decay != 0, direction + h.decay * p, direction)
-    return direction, state
+    return direction, own
 
 
 @jit
-def normed(values, h, z, mean, SPEC: tl.constexpr):
+def normed(values, h, z, known, SPEC: tl.constexpr):
     """A tuple of blocks [R, C], of which the rule wants the norms over the whole tensor."""
     SQUARES: tl.constexpr = SPEC.SQUARES
     FLAGS: tl.constexpr = SPEC.FLAGS
     VARIANT: tl.constexpr = FLAGS.variant
-    g = centred(values, h, z, mean, SPEC)
-    direction, state = directed(values, g, h, mean, SPEC)
+    g = centred(values, h, z, known, SPEC)
+    direction, state = directed(values, g, h, known, SPEC)
     if FLAGS.ema:
         state = state[1:]
     return SQUARES(values[0], g, direction, state, h.own, VARIANT)
 
 
 @jit
-def stepped(values, h, z, mean, trust, SPEC: tl.constexpr):
-    """The new parameter [R, C], yet to be projected, and the new state. `mean` is that of its rows.
+def stepped(values, h, z, known, SPEC: tl.constexpr):
+    """The new parameter [R, C], yet to be projected, and the new state.
 
-    trust: the factor by norms of the whole tensor.
+    known: the mean of its rows, the factor by norms of the whole tensor, the state of its rows (the last of
+    the rule's states, where it keeps one).
     """
     FLAGS: tl.constexpr = SPEC.FLAGS
-    g = centred(values, h, z, mean, SPEC)
-    if FLAGS.trust == "gradient":
-        if FLAGS.decay == "trusted":
-            g = where(h.decay != 0, g + h.decay * values[0], g)
-        g = trust * g
-    direction, state = directed(values, g, h, mean, SPEC)
+    g = centred(values, h, z, known, SPEC)
+    g = trusted(values[0], g, h, known[1], SPEC)
+    direction, state = directed(values, g, h, known, SPEC)
     step_size = h.step_size
     if FLAGS.trust == "step":
-        step_size = trust * step_size
+        step_size = known[1] * step_size
     p = values[0]
     if FLAGS.decay == "decoupled":
         p = h.decay * p

@@ -8,16 +8,15 @@ from .observed import leave_observed, nothing_observed, with_observed
 from .rows import (
     HINTS,
     hinted,
+    known_of_row,
+    known_of_tile,
     leave_total,
-    mean_of_row,
-    mean_of_tile,
     project_row,
     row_total,
     square_total,
 )
 from .stages import averaged, projected, rounded, stepped
 from .table import load_tile, noise_tile, rounding_tile, row_of, store_tile
-from .totals import trust_of
 
 
 @jit
@@ -48,13 +47,13 @@ def step_rows(row, sums, SPEC: tl.constexpr):
     FLAGS: tl.constexpr = SPEC.FLAGS
     DONE: tl.constexpr = hinted("evict_first", SPEC, HINTS)
     WRITTEN: tl.constexpr = "" if FLAGS.project else DONE  # projection may walk the row once more
-    mean, trust = mean_of_row(row, SPEC), trust_of(row, SPEC)
+    known = known_of_row(row, SPEC)
     squares = tl.zeros([1, C], SPEC.COMPUTE)
     if FLAGS.statistics:
         seen = nothing_observed(C, SPEC)
     for start in range(0, row.columns, C):
         cells, values = load_tile(row, start, SPEC, DONE)
-        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), mean, trust, SPEC)
+        p, state = stepped(values, row.h, noise_tile(row, start, SPEC), known, SPEC)
         if FLAGS.project:
             squares += tl.where(cells.mask, p * p, 0)
         bits = rounding_tile(row, start, SPEC)
@@ -84,8 +83,8 @@ def step_tile(row, sums, SPEC: tl.constexpr):
         pieces = sums.pieces
     cells, values = load_tile(row, start, SPEC, "")
     z = noise_tile(row, start, SPEC)
-    mean = mean_of_tile(row, cells, values, z, pieces, SPEC)
-    p, state = stepped(values, row.h, z, mean, trust_of(row, SPEC), SPEC)
+    known = known_of_tile(row, (values, cells.mask), z, pieces, SPEC)
+    p, state = stepped(values, row.h, z, known, SPEC)
     if FLAGS.project:
         if SPEC.REDUCTION == "tile":
             p = projected(p, row_total(p * p, cells.mask), row.h)

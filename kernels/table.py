@@ -10,7 +10,7 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K + 5 ... K + 7    its words of randomness: stream, key (two)
     K + 8, K + 9       the index of its first element there, and from one row to the next
     K + 10             where its rows lie on several ranks: the address of fp64 [rows], sums over those
-    K + 11             where its rows have factors: the address of COMPUTE [rows]
+    K + 11             where its rows have factors, or states: the address of COMPUTE [rows]
     K + 12             where a rule wants norms of the whole tensor: the address of fp64 sums, see totals.py
     K + 13 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
     ...                addresses of fp32 scales [rows, blocks] of the states that have such, see storage.py
@@ -208,9 +208,9 @@ def scale_places(row, cells, i: tl.constexpr, SPEC: tl.constexpr):
 def store_tile(row, cells, values, bits, SPEC: tl.constexpr, EVICT: tl.constexpr):
     """Writes a parameter and states (p, *state) [R, C] back; the gradient (tensor 1) never.
 
-    bits: as of `rounding_tile`. With no state only the parameter is written.
+    bits: as of `rounding_tile`. With no state only the parameter is written; where it is still, only states.
     """
-    for i in tl.static_range(len(values)):
+    for i in tl.static_range(1 if SPEC.FLAGS.still else 0, len(values)):
         keep(row, cells, 0 if i == 0 else i + 1, (values[i], bits), SPEC, EVICT)
 
 

@@ -13,7 +13,7 @@ SPEC is a `Spec` of spec.py throughout; it has SUMS sums a slot.
 from typing import Any, NamedTuple
 
 from .language import jit, tl
-from .rows import mean_of_row, mean_of_tile
+from .rows import known_of_row, known_of_tile, sums_at
 from .stages import normed
 from .table import load_tile, noise_tile, row_of
 
@@ -35,18 +35,19 @@ def squares_kernel(table, grads, tiles, scalars, sums, SPEC: tl.constexpr):
     place = sums.squares + tl.program_id(0).to(tl.int64) * SUMS
     if SPEC.REDUCTION == "loop" or SPEC.REDUCTION == "ranks":
         C: tl.constexpr = SPEC.C
-        mean = mean_of_row(row, SPEC)
+        known = known_of_row(row, SPEC)
         totals = nothing(SUMS, C)
         for start in range(0, row.columns, C):
             cells, values = load_tile(row, start, SPEC, "")
-            found = normed(values, row.h, noise_tile(row, start, SPEC), mean, SPEC)
+            found = normed(values, row.h, noise_tile(row, start, SPEC), known, SPEC)
             totals = with_squares(totals, found, cells.mask)
         leave(place, totals)
     else:
         start = row.piece * SPEC.C
         cells, values = load_tile(row, start, SPEC, "")
         z = noise_tile(row, start, SPEC)
-        found = normed(values, row.h, z, mean_of_tile(row, cells, values, z, sums.pieces, SPEC), SPEC)
+        known = known_of_tile(row, (values, cells.mask), z, sums.pieces, SPEC)
+        found = normed(values, row.h, z, known, SPEC)
         leave(place, with_squares(nothing(SUMS, 1), found, cells.mask))
 
 
@@ -96,26 +97,3 @@ def totals_kernel(table, grads, firsts, scalars, sums, SPEC: tl.constexpr):
         tl.store(place + i, tl.sum(total, axis=0))
     count = tl.load(base + len(SPEC.DTYPES)) * tl.load(base + len(SPEC.DTYPES) + 1)
     tl.store(place + SUMS, count.to(tl.float64))
-
-
-@jit
-def sums_at(base, SPEC: tl.constexpr):
-    """Where the sums of a slot lie, fp64 [SUMS + 1]: the last is the number of its elements."""
-    return tl.load(base + len(SPEC.DTYPES) + 12).to(tl.pointer_type(tl.float64))
-
-
-@jit
-def trust_of(row, SPEC: tl.constexpr):
-    """The factor of a slot: 1 where its rule wants no norms."""
-    FACTOR: tl.constexpr = SPEC.FACTOR
-    SUMS: tl.constexpr = SPEC.SUMS
-    FLAGS: tl.constexpr = SPEC.FLAGS
-    VARIANT: tl.constexpr = FLAGS.variant
-    if FLAGS.trust == "none":
-        return 1.0
-    else:
-        place = sums_at(row.base, SPEC)
-        sums = ()
-        for i in tl.static_range(SUMS):
-            sums = sums + (tl.load(place + i),)
-        return FACTOR(sums, tl.load(place + SUMS), row.h.own, VARIANT).to(SPEC.COMPUTE)

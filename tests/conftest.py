@@ -1,5 +1,6 @@
 """Fixtures of every test file; the tables behind them are in cases.py."""
 
+import gc
 import os
 import random
 import re
@@ -36,6 +37,13 @@ def environment():
     if os.environ != kept:
         os.environ.clear()
         os.environ.update(kept)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look again at what is there for the whole run: all modules and tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def may_be_interpreted(path: Path) -> bool:

@@ -30,6 +30,8 @@ SPLIT = (
     (1, 6),
     (4, 3, 2, 2),
 )  # ranks share rows of all
+STACKS = ((5, 6, 256), (4, 3, 8))
+STACKED = {"matrix_dims": (-2, -1), "backend": "eager", "lr": 0.1}
 STEPS = 5
 LOOPS = importlib.util.find_spec("numba") is not None  # each rank compiles them: two suffice
 CHAIN = {"max_grad_norm": 2.0, "noise": GradientNoise(0.1), "ema_decay": 0.9, "seed": 3, "weight_decay": 0.1}
@@ -77,6 +79,7 @@ def trial(
     """How far parameters, averages and norm lie from those of one process; collectives of a step."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float64
+    dtype = torch.float32 if "state_dtype" in options else dtype
     start = [torch.randn(shape, dtype=dtype) for shape in shapes]
     whole = [torch.nn.Parameter(t.clone()) for t in start]
     parts = [torch.nn.Parameter(spread(t, mesh, placements)) for t in start]
@@ -101,12 +104,13 @@ def trial(
             other = runs[1].state[q][name]
             if name not in ("step", "mu_product"):
                 assert isinstance(other, DTensor)
-                assert other.placements == q.placements
+                assert other.placements == q.placements or name in RULES[rule].of_rows
                 other = other.full_tensor()
             errors.append((value - other).abs().max().item())
     if "max_grad_norm" in options:
         errors.append(abs(runs[0].grad_norm.item() - runs[1].grad_norm.item()))
-    split = sum(p.is_shard() and p.dim > 0 for p in placements)
+    outer = 1 if "matrix_dims" in options else 0  # last dimension over which rows lie
+    split = sum(p.is_shard() and p.dim > outer for p in placements)
     stages = bool(options.get("centralize")) + ("max_row_norm" in options)
     expected = mesh.ndim * ("max_grad_norm" in options) + split * stages
     trust = RULES[rule].ours.rule.trust
@@ -120,7 +124,8 @@ def trials(ranks: int) -> dict[str, dict[str, float]]:
     """The whole chain with every rule in some layouts; combinations of stages with one rule."""
     found = {}
     for name, (mesh, placements) in layouts(ranks).items():
-        for rule in RULES if name in EVERY_RULE[ranks] else ("SGD", "AdamW"):
+        every = [rule for rule in RULES if not RULES[rule].of_rows]
+        for rule in every if name in EVERY_RULE[ranks] else ("SGD", "AdamW"):
             options = {**RULES[rule].options, **CHAIN, "backend": "eager"}
             found[f"{rule}, {name}"] = trial(rule, options, mesh, placements)
         for words in ON_COPIES if name == "ddp" else OTHERS if ranks == 2 else ON_FOUR:
@@ -157,6 +162,35 @@ def statistics(ranks: int) -> dict[str, float]:
     return found
 
 
+def stacks(ranks: int) -> dict[str, dict[str, float]]:
+    """Stacks of matrices divided by their first, second and last dimension."""
+    line = init_device_mesh("cpu", (ranks,))
+    found = {}
+    for dim in range(3):
+        options = {**STACKED, "centralize": True, "max_row_norm": 2.0}
+        if dim != 1:  # of rows that lie a pitch apart
+            options["noise"] = GradientNoise(0.1)
+        found[f"stacks by {dim}"] = trial("AdamW", options, line, (Shard(dim),), STACKS)
+        options = {**STACKED, "state_dtype": "8bit", "min_8bit_size": 0}
+        found[f"stacks by {dim}, bits"] = trial("AdamW", options, line, (Shard(dim),), STACKS)
+    return found
+
+
+def of_rows(ranks: int) -> dict[str, dict[str, float]]:
+    """A number for each row: here, or the same on all ranks that share the row, which one sum finds."""
+    line = init_device_mesh("cpu", (ranks,))
+    options = {**RULES["AdamMini"].options, "backend": "eager", "max_grad_norm": 2.0}
+    found = {}
+    for dim in range(2):
+        shapes = [s for s in (*SPLIT, (9,)) if dim < len(s)]
+        case = trial("AdamMini", options, line, (Shard(dim),), shapes)
+        case["expected"] = 2  # for the norm, and for rows that ranks share: a vector is one
+        found[f"AdamMini by {dim}"] = case
+    case = trial("AdamMini", {**options, "centralize": True}, line, (Shard(0),), SPLIT)
+    found["AdamMini centred"] = case
+    return found
+
+
 def main(rank: int, ranks: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
@@ -165,6 +199,7 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     models = distributed_models.runs(ranks, Path(out).parent)
     found = {"trials": trials(ranks), "models": models, "statistics": statistics(ranks)}
     if ranks == 2:
+        found["trials"] |= stacks(ranks) | of_rows(ranks)
         found["virtual layers"] = distributed_models.virtual(rank, ranks)
         found["embedded"] = distributed_models.embedded(ranks)
         found["long"] = distributed_models.long(ranks)

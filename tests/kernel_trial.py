@@ -130,7 +130,8 @@ class Trial:
             if case.dtypes.state or a.state or (case.rule == "RAdam" and i % 2):  # 5 steps are not rectified
                 self._prefill(p, a)
         eps = torch.finfo(torch.float64 if case.dtypes.param == torch.float64 else torch.float32).eps
-        self.rounding = (64 if case.options.get("centralize") else 16) * eps
+        of_rows = case.options.get("centralize") or case.ours.rule.row_state
+        self.rounding = (64 if of_rows else 16) * eps
 
     def _own(self, p: torch.Tensor) -> dict[str, Any]:
         """Options of a parameter's own group."""
@@ -145,8 +146,13 @@ class Trial:
         values = {name: 0.5 + torch.rand(a.shape, dtype=torch.float64) for name in names}
         if "grad_avg" in values:
             values["grad_avg"] /= 4
+        of_rows = {}
+        if rule.row_state:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            of_rows[rule.row_state] = 0.5 + torch.rand(a.shape[0] if p.ndim > 1 else 1, dtype=wide)
         entry = {k: placed(v, a.state or a.param, dtype, self.device) for k, v in values.items()}
         self.guarded += entry.values()
+        entry |= {k: v.to(self.device) for k, v in of_rows.items()}
         if entry and rule.counts:
             entry["step"] = torch.tensor(4.0)
         if entry and rule.product:

@@ -11,6 +11,7 @@ from typing import Any
 
 _LR = {"lr": 0.1}
 _AVERAGES = {**_LR, "betas": (0.8, 0.95)}
+_LARS = {**_LR, "momentum": 0.4, "trust_coeff": 0.2, "eps": 0.1}
 _INSIDE = {"eps": 0.3, "eps_inside_sqrt": True}
 _DECOUPLED = {"decoupled_weight_decay": True, "weight_decay": 0.3}
 _RMS = {**_LR, "alpha": 0.6, "eps": 0.2}
@@ -74,16 +75,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**_AVERAGES, "eps": 0.1, "always_adapt": True, "trust_clip": True, "maximize": True},
     ],
     "LARS": [
-        {**_LR, "momentum": 0.4, "weight_decay": 0.3, "trust_coeff": 0.2, "eps": 0.1},
-        {
-            **_LR,
-            "momentum": 0.4,
-            "nesterov": True,
-            "always_adapt": True,
-            "trust_coeff": 0.2,
-            "trust_clip": True,
-        },
+        {**_LARS, "weight_decay": 0.3},
+        {**_LARS, "nesterov": True, "always_adapt": True, "trust_clip": True},
         {**_LR, "always_adapt": True, "trust_coeff": 0.2},
     ],
     "StableAdamW": [{**_AVERAGES, "eps": 0.1}, {**_AVERAGES, "eps": 0.1, "weight_decay": 0.3}],
+    "AdamMini": [{**_AVERAGES, "eps": 0.1}],
 }

@@ -14,7 +14,7 @@ import fusedcalib
 from fusedcalib.reference import ORACLES
 
 # Options of every param group that torch.optim does not know, as a group stores their defaults.
-OWN = {"centralize": False, "centralize_min_ndim": 2, "l1": 0.0, "max_row_norm": math.inf}
+OWN = {"centralize": False, "centralize_min_ndim": 2, "matrix_dims": (), "l1": 0.0, "max_row_norm": math.inf}
 # What the oracles know nothing of, as param groups hold it.
 AROUND = {
     "noise": {},
@@ -38,6 +38,7 @@ class Rule:
     options: dict[str, Any]
     moments: tuple[str, ...]
     counted: bool = True
+    of_rows: tuple[str, ...] = ()  # states of a number for each row
     signs: bool = False  # it moves by signs: what is left of a gradient near zero is not its size
 
     @functools.cached_property
@@ -70,6 +71,9 @@ class Rule:
         """State as it is before the first step."""
         start = self.options.get("initial_accumulator_value", 0.0)
         state = {key: torch.full_like(p, start, dtype=dtype).detach() for key in self.moments}
+        wide = torch.promote_types(p.dtype, torch.float32)
+        rows = p.shape[0] if p.ndim > 1 else 1
+        state |= {key: torch.zeros(rows, dtype=wide, device=p.device) for key in self.of_rows}
         product = {"mu_product": torch.ones(())} if self.name == "NAdam" else {}
         return {"step": torch.zeros(()), **product, **state} if self.counted else state
 
@@ -111,6 +115,7 @@ RULES = {
         Rule("LAMB", ADAM, BOTH),
         Rule("LARS", {**MOMENTUM, "lr": 1.0, "trust_coeff": 0.1}, ("momentum_buffer",), False),
         Rule("StableAdamW", ADAM, BOTH),
+        Rule("AdamMini", ADAM, ("exp_avg",), of_rows=("exp_avg_sq",)),
     )
 }
 IN_TORCH = [name for name, rule in RULES.items() if rule.in_torch]

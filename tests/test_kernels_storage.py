@@ -107,7 +107,7 @@ def test_a_step_is_that_of_the_reference_on_decoded_values(name, centralize, arr
     for p in params:
         entry = optimizer.state[p]
         values = {s: decoded(entry, s, s in nonnegative).double() for s in states}
-        values |= {k: v.clone() for k, v in entry.items() if k in ("step", "mu_product")}
+        values |= {k: v.clone() for k, v in entry.items() if k in ("step", "mu_product", *rule.of_rows)}
         before.append((weights_of(p, entry), values))
         p.grad = torch.randn(p.shape).to(BF16)
     optimizer.step()

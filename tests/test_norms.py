@@ -190,6 +190,23 @@ def test_a_step_that_is_left_out_leaves_everything(rule: Any):
     assert bool(p.isfinite().all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["LAMB", "LARS"])
+def test_norms_of_large_numbers_do_not_overflow(name: str, backend: str):
+    """Their squares do in fp32. A NaN stays where it is: norms that are none take the factor 1."""
+    large, broken = drawn([(4, 100)] * 2, backend)
+    assert large.grad is not None
+    assert broken.grad is not None
+    large.data *= 1e25
+    large.grad *= 1e25 if name == "LARS" else 1.0
+    broken.grad[1, 2] = math.nan
+    before = large.detach().clone()
+    optimizer(name, [large, broken], backend).step()
+    assert bool(large.isfinite().all())
+    assert bool((large != before).all())
+    assert broken.isnan().sum() == 1
+
+
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(ValueError, match="LARS: nesterov=True needs momentum above 0 and dampening=0"):
         fusedcalib.LARS([torch.nn.Parameter(torch.zeros(2))], nesterov=True)

@@ -28,6 +28,11 @@ def adamw(**options):
 REFUSED = {
     "centralize": ("rows", "'rows', expected one of (False, True, 'gradient', 'update')"),
     "centralize_min_ndim": (0, "0, expected an int >= 1"),
+    "matrix_dims": (
+        (0, 1),
+        "(0, 1), expected (-2, -1), or (1, 2) in a stack of three dimensions, or None; transpose parameters "
+        "that lie otherwise",
+    ),
     "l1": (-1, "-1, expected a finite number >= 0"),
     "max_row_norm": (0, "0, expected a number > 0, or None for no limit"),
     "seed": (2**64, f"{2**64}, expected an int in [0, 2^64)"),

@@ -49,6 +49,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "LAMB": [{}, {"betas": (0.5, 0.6), "eps": 0.3, "trust_clip": True, "always_adapt": True}],
     "LARS": [{}, {"momentum": 0.9, "trust_coeff": 0.5, "always_adapt": True}],
     "StableAdamW": [{}, {"betas": (0.5, 0.6), "eps": 0.3}],
+    "AdamMini": [{}, {"betas": (0.5, 0.6), "eps": 0.3, "decoupled_weight_decay": False}],
 }
 CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
 

@@ -274,6 +274,13 @@ OWN_DEFAULTS = {
         "weight_decay": 0,
         "decoupled_weight_decay": True,
     },
+    "AdamMini": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0,
+        "decoupled_weight_decay": True,
+    },
 }
 
 
@@ -320,6 +327,7 @@ SCALE_FREE = [
     ("LAMB", SMALL_EPS),
     ("LARS", {**SMALL_EPS, "always_adapt": True}),
     ("StableAdamW", SMALL_EPS),
+    ("AdamMini", SMALL_EPS),
 ]
 
 

@@ -72,7 +72,7 @@ def test_a_graph_that_captures(monkeypatch):
 def test_rows_that_lie_on_several_ranks(monkeypatch):
     """Of the parameters that are centred, or shortened, alone."""
     monkeypatch.setattr(part, "is_spread", lambda p: p.ndim > 1)
-    monkeypatch.setattr(part, "place_of", lambda p: Place(0, p.shape[1], across=(0,)))
+    monkeypatch.setattr(part, "place_of", lambda p, leading: Place(0, p.shape[1], across=(0,)))
     said = r"AdamW: parameter 0 \(table.weight\) of group 0: its rows lie on .*; set centralize=False and"
     for options in ({"centralize": True}, {"max_row_norm": 1.0}):
         run = Run("AdamW", None, **options)

@@ -11,7 +11,7 @@ import fusedcalib
 HOME = Path(fusedcalib.__file__).parent
 WINDOW = 6  # lines in a row that may not stand again
 # A folder, with those below it; "" for the files that lie in the package itself.
-FOLDERS = ("", "bench", "engine", "executors", "kernels", "layout", "nn", "reference", "rules")
+FOLDERS = ("", "bench", "engine", "executors", "kernels", "layout", "matrices", "nn", "reference", "rules")
 SHARE: dict[
     str, float
 ] = {}  # per cent of a folder's lines that may stand within a repeated block; none where not named

@@ -64,7 +64,9 @@ class Prepared:
 
     def width(self, *methods: Method) -> float:
         """Bytes that a step of one of these moves for each parameter, the most."""
-        return max((m.extras.width(m.storage(self.storage), self.states) for m in methods), default=0)
+        looked = self.subject.looked()
+        widths = (m.extras.width(m.storage(self.storage), self.states, looked) for m in methods)
+        return max(widths, default=0)
 
     def build(self) -> dict[str, Built]:
         """Each method that can be had, on its own copy of the list."""

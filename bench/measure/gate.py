@@ -115,7 +115,10 @@ def check(spec: ParamList, methods: dict[str, Entry], subject: Subject, every: i
     able = {name: row for name, row in methods.items() if verdicts[name].reason is None}
     if able:
         with one_thread():
-            for batch in _batches(spec, BATCH[next(iter(able.values())).params[0].device.type]):
+            size = BATCH[next(iter(able.values())).params[0].device.type]
+            if subject.looked():  # by norms of whole tensors: one at a time, all its rows
+                size, every = 0, 1
+            for batch in _batches(spec, size):
                 _judge(spec, batch, able, subject, verdicts, factors, every)
     return verdicts
 
@@ -176,6 +179,7 @@ def _judge(
         of_method = [row.params, row.averages()] if row.averages else [row.params]
         results[name] = [torch.cat([values[i][::every] for i in batch]) for values in of_method]
     rows = max(1, BATCH[like.device.type] // max(1, start[0].numel()))
+    rows = len(start) if subject.looked() else rows
     for first in range(0, len(start), rows):
         piece = slice(first, first + rows)
         for kind in {row.kind for row in methods.values()}:

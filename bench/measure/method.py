@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,13 @@ class Subject:
 
         optimizer = getattr(fusedcalib, self.cls)([torch.zeros(1)], **self.options)
         return len(optimizer.rule.states[optimizer.rule.variant(optimizer.param_groups[0])])
+
+    def looked(self) -> tuple[str, ...]:
+        """What a step looks at before it, for norms of whole tensors."""
+        import fusedcalib
+
+        trust = getattr(fusedcalib, self.cls).rule.trust
+        return trust.reads if trust else ()
 
     def rule_options(self) -> dict[str, Any]:
         """All options of the rule with their values: another library's defaults may be others."""
@@ -71,8 +78,9 @@ SUBJECTS: dict[str, Subject] = {
     "AdaBelief": Subject("AdaBelief", _DECAY),
     "LaProp": Subject("LaProp", _DECAY),
     "LAMB": Subject("LAMB", _DECAY),
-    "LARS": Subject("LARS", {"momentum": 0.9, **_DECAY}),
+    "LARS": Subject("LARS", {"lr": 1.0, "weight_decay": 1e-2, "momentum": 0.9}),
     "StableAdamW": Subject("StableAdamW", _DECAY),
+    "AdamMini": Subject("AdamMini", _DECAY),
     "Adagrad": Subject("Adagrad", {**_DECAY, "initial_accumulator_value": 0.1}),
     "Adadelta": Subject("Adadelta", {**_DECAY, "lr": 1.0}),
     "RMSprop": Subject("RMSprop", _DECAY),
@@ -105,9 +113,9 @@ class Extras:
         named = {"clip": self.clip, "noise": self.noise, "centralize": self.gc or None, "ema": self.ema}
         return {name: value for name, value in named.items() if value is not None}
 
-    def width(self, storage: Storage, states: int) -> float:
+    def width(self, storage: Storage, states: int, looked: Sequence[str] = ()) -> float:
         """Bytes that a step with them must move for each parameter."""
-        return storage.moved(states, self.clip is not None, self.ema is not None)
+        return storage.moved(states, self.clip is not None, self.ema is not None, looked)
 
 
 NONE, GC = Extras(), Extras(gc=True)

@@ -13,6 +13,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs without an installation
 
@@ -40,11 +41,21 @@ def rate(step: int, options: argparse.Namespace) -> float:
     return float(options.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0))))
 
 
-def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.AdamW:
-    """AdamW with its clipping, noise, centring and average, all in the pass of the step."""
-    groups = fusedcalib.param_groups(model, options.weight_decay, centralize=options.centralize)
-    return fusedcalib.AdamW(
+def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.FusedOptimizer:
+    """AdamW, or Muon with AdamW beside it, with clipping, noise, centring and average, all in the step.
+
+    Muon's updates are made as large as AdamW's, so that both take one learning rate.
+    """
+    if options.optimizer == "muon":
+        groups = fusedcalib.muon_groups(model, weight_decay=options.weight_decay)
+        own = {"adjust_lr_fn": "match_rms_adamw", "centralize": options.centralize}
+    else:
+        groups = fusedcalib.param_groups(model, options.weight_decay, centralize=options.centralize)
+        own = {}
+    make: Any = fusedcalib.Muon if options.optimizer == "muon" else fusedcalib.AdamW
+    found: fusedcalib.FusedOptimizer = make(
         groups,
+        **own,
         lr=options.lr,
         betas=(0.9, 0.95),
         max_grad_norm=options.max_grad_norm or None,
@@ -57,6 +68,7 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> fusedcalib.Ad
         backend=options.backend,
         offload="states" if options.offload else None,
     )
+    return found
 
 
 def bits(net: nn.Module, sequences: Tensor) -> Tensor:
@@ -153,6 +165,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         ("noise", 0.0, "variance of annealed noise on the gradient; 0 is none"),
     ):
         add(f"--{name}", type=float, default=rate_or_limit, help=about)
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of hidden matrices")
     add("--centralize", action="store_true", help="remove the mean of each row of the gradient")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")
     add("--master-weights", choices=("split16", "split8", "float32"), help="beside bf16 weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,19 +12,23 @@ from torch import Tensor
 from ..kernels.storage import BLOCK, CODED
 from ..layout.geometry import overlaps_itself
 from ..layout.recipe import Recipe
+from ..layout.stacks import leading_dims
 from ..layout.storage import (
     MASTER,
     REMAINDER,
     in_bytes,
+    leading_of,
     names_of,
     remainder_shape,
     scales_shape,
 )
+from ..option import LAST
 
 
 def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
     """Raises where a parameter (the whole of it) cannot be kept as its group asks."""
     asked = recipe.storage
+    check_row_state(owner, param, recipe)
     if asked.master in ("split16", "split8") and param.dtype == torch.float16:
         raise ValueError(
             f"{owner} is fp16, which master_weights={asked.master!r} does not split: that is for bf16; use "
@@ -37,20 +41,44 @@ def check_storage(owner: str, param: Tensor, recipe: Recipe) -> None:
             f"{owner} has dtype {param.dtype}, whose states cannot be kept as {form!r}; use "
             "state_dtype=None for it, in a param group of its own"
         )
-    if {*asked.states} & {*CODED} and in_bytes(param, asked.least):
-        _check_cut(owner, param)
+    leading = recipe.leading(param)
+    if {*asked.states} & {*CODED} and in_bytes(param, asked.least, leading):
+        _check_cut(owner, param, leading)
 
 
-def _check_cut(owner: str, param: Tensor) -> None:
+def check_row_state(owner: str, param: Tensor, recipe: Recipe) -> None:
+    """Raises where ranks share rows of which each keeps a number, and one of them could not."""
+    leading, spread = recipe.laid_by(param), cast(Any, param)
+    split: dict[int, list[int]] = {}
+    for i, placement in enumerate(getattr(spread, "placements", ())):
+        if getattr(placement, "dim", -1) >= leading and spread.device_mesh.size(i) > 1:
+            split.setdefault(placement.dim, []).append(spread.device_mesh.size(i))
+    if not recipe.rule.row_state or not split:
+        return
+    if recipe.for_tensor(param).flags.centralize != "none":
+        raise ValueError(
+            f"{owner}: its rows lie on several ranks, and have to be centred and to keep a number each; set "
+            "centralize=False for it, or divide it by rows (dimension 0)"
+        )
+    if any(not part for dim, counts in split.items() for part in _parts(param.shape[dim], counts)):
+        raise ValueError(
+            f"{owner} is {tuple(param.shape)}, of which some of the ranks that share its rows have nothing: "
+            f"{recipe.rule.row_state!r}, a number for each row, would not be the same on all; step it by "
+            "another rule (AdamW), or replicate it"
+        )
+
+
+def _check_cut(owner: str, param: Tensor, leading: int) -> None:
     """Raises where ranks have parts of rows that begin within a block."""
     spread: Any = param
     cuts = [(spread.device_mesh.size(i), p) for i, p in enumerate(getattr(spread, "placements", ()))]
-    split = [(ranks, p.dim) for ranks, p in cuts if getattr(p, "dim", 0) > 0 and ranks > 1]
+    split = [(ranks, p.dim) for ranks, p in cuts if getattr(p, "dim", 0) >= leading and ranks > 1]
     counts, dims = [ranks for ranks, _ in split], {dim for _, dim in split}
-    if not dims or (dims == {1} and _in_blocks(param, counts)):
+    if not dims or (dims == {leading} and _in_blocks(param, counts, leading)):
         return
-    width, ranks = prod(param.shape[1:]), prod(counts)
-    fits = next((n for n in range(ranks - 1, 1, -1) if dims == {1} and _in_blocks(param, [n])), 1)
+    width, ranks = prod(param.shape[leading:]), prod(counts)
+    tried = range(ranks - 1, 1, -1) if dims == {leading} else ()
+    fits = next((n for n in tried if _in_blocks(param, [n], leading)), 1)
     raise RuntimeError(
         f"{owner}: its rows of {width} elements are cut by {ranks} ranks within blocks of {BLOCK} "
         'that share a scale; use state_dtype="float32" for it (in a param group of its own)'
@@ -58,13 +86,13 @@ def _check_cut(owner: str, param: Tensor) -> None:
     )
 
 
-def _in_blocks(param: Tensor, counts: list[int]) -> bool:
+def _in_blocks(param: Tensor, counts: list[int], leading: int) -> bool:
     """Whether ranks have whole blocks of rows, whose first dimension is split by so many in either order."""
-    inner, blocks = prod(param.shape[2:]), scales_shape(param.shape)[1]
+    inner, blocks = prod(param.shape[leading + 1 :]), scales_shape(param.shape, leading)[-1]
     return all(
         -(-len(part) * inner // BLOCK) == len(of_scales) and (part.start * inner % BLOCK == 0 or not part)
         for order in (counts, counts[::-1])
-        for part, of_scales in zip(_parts(param.shape[1], order), _parts(blocks, order), strict=True)
+        for part, of_scales in zip(_parts(param.shape[leading], order), _parts(blocks, order), strict=True)
     )
 
 
@@ -82,11 +110,17 @@ def check_kept(
 ) -> None:
     """Raises where what is here of a state in bytes, or beside the parameter, is not as it should be."""
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if (of_rows := recipe.rule.row_state) and of_rows in state:
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        wanted[of_rows] = tuple(param.shape[: recipe.laid_by(param)]) or (1,), wide
     for name in recipe.own_states:
         codes, scales = names_of(name, "signed")
         if codes in state or scales in state:
             wanted[codes] = tuple(param.shape), torch.uint8
-            wanted[scales] = scales_shape(param.shape), torch.float32
+            # A step converts those of rows that are no longer asked for.
+            stacked = scales in state and leading_of(state[scales]) > 1
+            leading = leading_dims(param.shape, LAST) if stacked else 1
+            wanted[scales] = scales_shape(param.shape, leading), torch.float32
     if MASTER in state:
         wanted[MASTER] = tuple(param.shape), torch.float32
     if REMAINDER in state:

@@ -40,6 +40,7 @@ def check_parameter(
     """
     grad = param.grad
     assert grad is not None
+    leading, spread = recipe.laid_by(param), param
     place = _check_spread(owner, param, recipe)
     check_storage(owner, param, recipe)
     param, grad = local_of(param), local_of(grad)
@@ -58,12 +59,18 @@ def check_parameter(
         raise RuntimeError(f"{owner} has dtype {param.dtype}, expected one of {PARAMETERS}")
     if recipe.flags.by_rows and param.is_complex():
         raise ValueError(
-            f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None"
+            f"{owner} is complex, which has no row means and norms; set centralize=False, max_row_norm=None, "
+            "or use a rule that keeps no state of rows"
+        )
+    if place and place.across and recipe.for_tensor(spread).flags.centres_trusted:
+        raise RuntimeError(
+            f'{owner}: its rows lie on several ranks, where centralize="update" would need the means of an '
+            'update whose length is not known yet; set centralize="gradient", or divide it by dimension 0'
         )
     if place and recipe.flags.random and not (place.in_order and param.is_contiguous()):
         raise RuntimeError(
             f"{owner}: noise and stochastic rounding number its elements, which its placements leave in "
-            "pieces; shard it by its first or second dimension"
+            f"pieces; shard it by its first {'or second ' if leading == 1 else ''}dimension"
         )
     if overlaps_itself(param):
         raise RuntimeError(
@@ -77,7 +84,8 @@ def check_parameter(
             "stochastic_rounding=False"
         )
     _check_like(f"{owner}: its gradient", grad, param)
-    for name in (*recipe.own_states, *(recipe.rule.product or ())[:1]):
+    of_rows = (recipe.rule.row_state,) if recipe.rule.row_state else ()
+    for name in (*recipe.own_states, *of_rows, *(recipe.rule.product or ())[:1]):
         if recipe.rule.counts and not is_there(state, name) and state.get("step", 0) > 0:
             raise KeyError(
                 f"{owner} has been stepped without the state {name!r}: an option was switched on late "
@@ -102,7 +110,7 @@ def _check_spread(owner: str, param: Tensor, recipe: Recipe) -> Place | None:
     if spread is None:
         return None
     try:
-        place = place_of(param)
+        place = place_of(param, recipe.laid_by(param))
     except RuntimeError as error:
         raise RuntimeError(f"{owner}: {error}; redistribute it") from None
     return place

@@ -20,10 +20,10 @@ from ..layout.shards import local_of, redistribute_gradient
 from ..layout.tables import Laid
 from ..noise import words_for
 from ..rule import Rule
+from .check_stacks import RowWarnings, check_stack
 from .check_storage import check_storage
 from .checks import check_parameter, check_slots, describe
 from .decide import decider_of
-from .flat import warn_of_flat
 from .guards import OptionGuards
 from .offload import reaching_host
 from .part import Part, Places, check_options, check_rows
@@ -69,9 +69,9 @@ class Engine:
         self._name, self._rule, self._backend, self._owner = name, rule, backend, owner
         self._check_options, self.options = check, OptionGuards(rule, check)
         self._counters, self._places = Counters(), Places(name, rule)
-        self._undo: StateBefore | None = None  # where the last plan is a new one
+        self.undo: StateBefore | None = None  # where the last plan is a new one
         self._misplaced: list[Tensor] = []  # whose gradients autograd lays out otherwise than them
-        self._warned = False
+        self._warnings = RowWarnings()
         self.report = StepReport()
         self.versions = VersionCounters()
         self.captured: list[Any] = []
@@ -107,12 +107,12 @@ class Engine:
         except BaseException:
             if plan.begun:
                 self.drop_plans()
-            elif self._undo is not None:
-                self._take_back()
+            elif self.undo is not None:
+                self.take_back()
             raise
-        if not plan.taken and self._undo is not None:  # the state it would have begun with
-            self._take_back()
-        self._undo = None
+        if not plan.taken and self.undo is not None:  # the state it would have begun with
+            self.take_back()
+        self.undo = None
         return plan.taken
 
     def prepare(self, groups: Groups, state: State, scaling: Scaling = UNSCALED) -> Plan:
@@ -120,7 +120,7 @@ class Engine:
         asked = self.options.look(groups, *scaling)
         for param in self._misplaced:
             redistribute_gradient(param)
-        self._undo, last = None, self.plan
+        self.undo, last = None, self.plan
         if last is not None and last.fits(asked, state):
             if last.on_device or _cuda.is_initialized():  # else nothing is captured
                 self._note_capture(last)
@@ -149,7 +149,7 @@ class Engine:
             self.drop_plans()
         for param in params:
             redistribute_gradient(param)
-        self._undo = None
+        self.undo = None
         plan = self._plans.of_part(part.key)
         if plan is None or not plan.fits(part.of(asked), part.watched(state)):
             return self._lay_out(asked, state, part)
@@ -192,11 +192,11 @@ class Engine:
         if plan not in self.captured:
             self.captured.append(plan)
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
         """Drops the plan and the state that was made for it."""
-        if self._undo is not None:
-            self._undo.restore()
-        self._undo = None
+        if self.undo is not None:
+            self.undo.restore()
+        self.undo = None
         self.drop_plans()
 
     # -- a step laid out ----------------------------------------------------------------------
@@ -210,12 +210,12 @@ class Engine:
             )
         if self._plans.stale:
             self.drop_plans()
-        self._undo = undo = StateBefore(state)
+        self.undo = undo = StateBefore(state)
         try:
             plan = self._plan_for(asked, state, undo, part)
             plan.refresh(asked)
         except BaseException:  # as out of memory
-            self._take_back()
+            self.take_back()
             raise
         self._plans.keep(plan, part.key if part else None)
         return plan
@@ -261,15 +261,15 @@ class Engine:
     def _check(
         self, live: list[Live], unknown: list[Live], asked: Asked, state: State, undo: StateBefore
     ) -> None:
-        """Raises where a parameter that is not laid out yet cannot be stepped; warns of flat ones once."""
+        """Raises where a parameter that is not laid out yet cannot be stepped; warns of rows."""
         undo.remember(each.param for each in unknown)
         self._misplaced += [each.param for each in unknown if redistribute_gradient(each.param)]
         for group, index, param in unknown:
             owner = describe(self._name, asked.groups, group, index)
-            check_parameter(owner, param, asked.recipes[group], state.get(param, {}), self.versions.offload)
-        if not self._warned:
-            by_rows = [each.param for each in live if asked.recipes[each.group].flags.by_rows]
-            self._warned = warn_of_flat(self._name, by_rows)
+            recipe, entry = asked.recipes[group], state.get(param, {})
+            check_parameter(owner, param, recipe, entry, self.versions.offload)
+            check_stack(owner, param, recipe, entry)
+        self._warnings.look(self._name, live, unknown, asked)
 
     def _slots(
         self,
@@ -290,8 +290,8 @@ class Engine:
             if slot is not None:
                 fresh.append(not recipe.own_states)
             else:
-                if self._undo is not None:
-                    self._undo.remember_values(param, recipe.storage.of(param).master)
+                if self.undo is not None:
+                    self.undo.remember_values(param, recipe.storage_of(param).master)
                 fresh.append(make_state(state, self.versions, param, recipe, groups[group]))
                 stream = words.get(param, (0, 0, 0))
                 slot = slot_of(param, group, recipe, executor, state, stream, factor)

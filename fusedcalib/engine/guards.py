@@ -223,6 +223,11 @@ def _check_measurable(recipes: list[Recipe]) -> None:
                 f"group {number}: track() measures a step in its own pass, but max_row_norm may shorten rows "
                 "after it; set max_row_norm=None, or call track() without names"
             )
+        if recipe.flags.statistics and recipe.flags.still:
+            raise RuntimeError(
+                f"group {number}: track() measures a step of one pass, but this rule moves its matrices in a "
+                "second one; call track() without names"
+            )
 
 
 NAMES = ("params", "param_names")  # keys of a group whose lists are not options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..layout.shards import beside, like, local_of
 from ..layout.storage import (
     MASTER,
     REMAINDER,
+    leading_of,
     names_of,
     remainder_bytes,
     remainder_shape,
@@ -39,18 +40,18 @@ def is_there(entry: Entry, name: str) -> bool:
 # -- states -----------------------------------------------------------------------------------
 
 
-def make_bytes(entry: Entry, versions: VersionCounters, param: Tensor, name: str) -> None:
-    """Makes a state that is zero, in bytes."""
+def make_bytes(entry: Entry, versions: VersionCounters, param: Tensor, name: str, leading: int) -> None:
+    """Makes a state that is zero, in bytes. `leading`: dimensions that a row is an index of."""
     local = local_of(param)
     codes = torch.zeros(local.shape, dtype=torch.uint8, device=local.device)
-    scales = torch.zeros(scales_shape(local.shape), dtype=torch.float32, device=local.device)
+    scales = torch.zeros(scales_shape(local.shape, leading), dtype=torch.float32, device=local.device)
     _set_bytes(entry, versions, param, name, (codes, scales))
 
 
 def _set_bytes(
     entry: Entry, versions: VersionCounters, param: Tensor, name: str, kept: tuple[Tensor, ...]
 ) -> None:
-    shapes = tuple(param.shape), scales_shape(param.shape)
+    shapes = tuple(param.shape), scales_shape(param.shape, leading_of(kept[1]))
     for key, part, shape in zip(names_of(name, "signed"), kept, shapes, strict=True):
         entry[key] = like(param, versions.counted(part.contiguous()), shape)
 
@@ -64,31 +65,37 @@ def state_values(param: Tensor, entry: Entry, name: str, nonnegative: bool) -> T
     return torch_storage.decoded(beside(param, entry[codes]), beside(param, entry[scales]), kind)
 
 
-def keep_state(
-    entry: Entry,
-    versions: VersionCounters,
-    param: Tensor,
-    name: str,
-    kind: str,
-    dtype: torch.dtype | None,
-    nonnegative: bool,
-) -> None:
-    """Has a state that is there kept as a kind.
+class Form(NamedTuple):
+    """How a state is to be kept.
 
-    Args:
-        dtype: that it is to have where that is not bytes; None: its own, the parameter's where it has bytes.
+    Attributes:
+        kind: of kernels/storage.py.
+        dtype: where that is not bytes; None: its own, the parameter's where it has bytes.
+        nonnegative: whether it cannot be negative.
+        leading: dimensions that a row is an index of.
     """
-    in_bytes = names_of(name, "signed")[0] in entry
-    if kind in CODED:
-        if not in_bytes:
-            values = beside(param, entry.pop(name)).to(torch.float32)
-            _set_bytes(entry, versions, param, name, torch_storage.coded(values, kind))
+
+    kind: str
+    dtype: torch.dtype | None
+    nonnegative: bool
+    leading: int = 1
+
+
+def keep_state(entry: Entry, versions: VersionCounters, param: Tensor, name: str, form: Form) -> None:
+    """Has a state that is there kept in a form."""
+    codes, scales = names_of(name, "signed")
+    in_bytes = codes in entry
+    if form.kind in CODED:
+        if not in_bytes or leading_of(entry[scales]) != form.leading:  # rows are others: other blocks
+            values = state_values(param, entry, name, form.nonnegative).to(torch.float32)
+            entry.pop(name, None)
+            _set_bytes(entry, versions, param, name, torch_storage.coded(values, form.kind, form.leading))
         return
-    dtype = dtype or (param if in_bytes else entry[name]).dtype
+    dtype = form.dtype or (param if in_bytes else entry[name]).dtype
     if in_bytes or entry[name].dtype != dtype:
         kept = versions.new_state(param, 0.0, dtype)
-        entry[name] = like(param, kept.copy_(state_values(param, entry, name, nonnegative)))
-    for key in names_of(name, "signed"):
+        entry[name] = like(param, kept.copy_(state_values(param, entry, name, form.nonnegative)))
+    for key in (codes, scales):
         entry.pop(key, None)
 
 

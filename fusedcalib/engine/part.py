@@ -126,10 +126,10 @@ def check_rows(name: str, groups: Groups, live: Iterable[Live], recipes: Sequenc
     """
     for group, index, param in live:
         by_rows = recipes[group].flags.by_rows and recipes[group].for_tensor(param).flags.by_rows
-        if by_rows and is_spread(param) and place_of(param).across:
+        if by_rows and is_spread(param) and place_of(param, recipes[group].laid_by(param)).across:
             owner = describe(name, groups, group, index)
             raise RuntimeError(
                 f"{owner}: its rows lie on several ranks, and gradient release "
                 "cannot add them up within a backward pass; set centralize=False and max_row_norm=None, or "
-                "divide it by rows (dimension 0)"
+                "divide it by rows (dimension 0); step what is one row by a rule that keeps no state of rows"
             )

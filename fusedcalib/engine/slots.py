@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout.buckets import Executor, Key, Slot
 from ..layout.recipe import Recipe
-from ..layout.shards import is_spread, place_of
+from ..layout.shards import is_spread, local_of, place_of
 from ..layout.tables import Laid, lay_slot
 from ..rule import Rule
 from .state import scales_of, states_of
@@ -49,8 +49,11 @@ def slot_of(
 ) -> Slot:
     """The slot of a parameter whose states are there."""
     states, scales = states_of(state, param, recipe), scales_of(state, param, recipe)
-    place = place_of(param) if is_spread(param) else None
-    return Slot(param, states, group, recipe, executor, words, place, factors, scales)
+    leading = recipe.laid_by(param)
+    place = place_of(param, leading) if is_spread(param) else None
+    name = recipe.rule.row_state
+    of_rows = local_of(state[param][name]).view(-1) if name else None
+    return Slot(param, states, group, recipe, executor, words, place, factors, scales, leading, of_rows)
 
 
 class Kept(NamedTuple):

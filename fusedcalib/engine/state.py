@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..kernels.storage import CODED
 from ..layout.recipe import Recipe
-from ..layout.shards import like, local_of
+from ..layout.shards import like, local_of, of_rows
 from ..layout.storage import MASTER, REMAINDER, names_of, remainder_view
 from ..storage import FORMS, STATE_DTYPES, state_format
-from .kept import is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
+from .kept import Form, is_storage, is_there, keep_state, keep_weights, make_bytes, master_of, weights_of
 from .offload import loaded_state, move_states
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def make_state(
 
     What is kept otherwise than the group asks is converted; what is offloaded moves, a state at a time.
     """
-    rule, storage = recipe.rule, recipe.storage.of(param)
+    rule, storage, leading = recipe.rule, recipe.storage_of(param), recipe.leading(param)
     nothing = not recipe.states and not recipe.counts and storage.master == "none"
     if nothing and param not in state:
         return True
@@ -50,12 +50,15 @@ def make_state(
     for name, kind in zip(recipe.own_states, kinds, strict=True):
         dtype = state_dtype(group, name, param)
         if name not in missing:
-            keep_state(entry, versions, param, name, kind, dtype, name in rule.nonnegative)
+            form = Form(kind, dtype, name in rule.nonnegative, leading)
+            keep_state(entry, versions, param, name, form)
         elif kind in CODED:
-            make_bytes(entry, versions, param, name)
+            make_bytes(entry, versions, param, name, leading)
         else:
             value = float(group[rule.starts[name]]) if name in rule.starts else 0.0
             entry[name] = like(param, versions.new_state(param, value, dtype or param.dtype))
+    if rule.row_state and rule.row_state not in entry:
+        entry[rule.row_state] = make_row_state(versions, param, recipe.laid_by(param))
     keep_weights(entry, versions, param, storage.master)
     if recipe.flags.ema and entry.get("ema") is None:
         dtype = AVERAGE_DTYPES.get(param.dtype, torch.float32)
@@ -64,6 +67,14 @@ def make_state(
     if versions.offload:
         move_states(entry, versions, ("step", *(rule.product or ())[:1]))
     return fresh
+
+
+def make_row_state(versions: VersionCounters, param: Tensor, leading: int) -> Tensor:
+    """Makes a number for each row here of a parameter, in the type of the arithmetic: zero."""
+    local = local_of(param)
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    shape = local.shape[:leading] or (1,)
+    return of_rows(param, versions.counted(torch.zeros(shape, dtype=dtype, device=local.device)), leading)
 
 
 def state_dtype(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype | None:
@@ -96,7 +107,7 @@ def load_state(
         if name == "step" or not isinstance(value, Tensor):
             continue
         loaded = entry[name].dtype
-        if is_storage(name):
+        if is_storage(name) or value.shape != param.shape:  # bytes, and numbers of rows
             dtype = value.dtype
         else:
             dtype = state_dtype(group, name, param) or torch.promote_types(loaded, value.dtype)
@@ -111,7 +122,7 @@ def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tup
 
     What the parameter has beside it comes last.
     """
-    entry, storage = state.get(param, {}), recipe.storage.of(param)
+    entry, storage = state.get(param, {}), recipe.storage_of(param)
     names = ["ema"] if recipe.flags.ema else []
     kinds = storage.states or ("cast",) * len(recipe.own_states)
     names += [names_of(name, kind)[0] for name, kind in zip(recipe.own_states, kinds, strict=True)]
@@ -124,10 +135,11 @@ def states_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tup
 
 
 def scales_of(state: Mapping[Tensor, Any], param: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-    """The scales here of a parameter's states that are kept in bytes."""
-    kinds = recipe.storage.of(param).states
+    """The scales here [rows, blocks] of a parameter's states that are kept in bytes."""
+    kinds = recipe.storage_of(param).states
     named = zip(recipe.own_states, kinds, strict=False)
-    return tuple(local_of(state[param][names_of(name, kind)[1]]) for name, kind in named if kind in CODED)
+    found = (local_of(state[param][names_of(name, kind)[1]]) for name, kind in named if kind in CODED)
+    return tuple(scales.flatten(0, -2) for scales in found)
 
 
 class StateBefore:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +10,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import stages
-from ..kernels.observed import observed
-from ..kernels.spec import Spec
 from ..kernels.storage import BLOCK, CODED, COMPANIONS
 from ..layout.buckets import Bucket, Slot, TileShape
 from ..layout.geometry import Geometry
@@ -22,82 +17,9 @@ from ..layout.recipe import Recipe
 from ..layout.shards import Place
 from ..noise import normals, rounding_words
 from . import branches, torch_storage
-from .source import Function, rebound
-from .torch_storage import stochastic, trimmed, where
+from .source import rebound
+from .torch_stages import NAMES, pipeline
 from .triton.resident import sent
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """The root, correctly rounded: torch's on a CPU is off by one in the last place for a fifth of fp32."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        return x.to(torch.float64).sqrt().to(torch.float32)
-    return x.sqrt()
-
-
-def _over(function: Any) -> Any:
-    """A function of tensors as one of tensors and numbers."""
-
-    def of_both(x: Any, y: Any) -> Any:
-        like = x if isinstance(x, Tensor) else y
-        # Filled on the device: as_tensor would copy the number there, for which the host waits.
-        return function(*(v if isinstance(v, Tensor) else like.new_full((), v) for v in (x, y)))
-
-    return of_both
-
-
-def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a tensor of a dtype would keep it."""
-    return x.to(dtype).to(x.dtype)
-
-
-# The names of kernels/ops.py, in plain torch.
-NAMES = {
-    "divide": operator.truediv,
-    "sqrt": _sqrt,
-    "negative": torch.neg,
-    "absolute": torch.abs,
-    "sign": torch.sign,
-    "maximum": _over(torch.maximum),
-    "minimum": _over(torch.minimum),
-    "stored": _stored,
-    "stochastic": stochastic,
-    "trimmed": trimmed,
-    "where": where,
-}
-
-
-class _Stages(NamedTuple):
-    """Functions of kernels/stages.py for a recipe, and what its rule makes of norms."""
-
-    measured: Function
-    normed: Function
-    stepped: Function
-    projected: Function
-    rounded: Function
-    averaged: Function
-    observed: Function
-    factor: Function
-
-
-@cache
-def _pipeline(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> _Stages:
-    """The stages of a recipe."""
-    rule = recipe.rule
-    trust = rule.trust and replace(rule.trust, squares=rebound(rule.trust.squares, NAMES))
-    spec = Spec((dtype,), compute).of_rule(rebound(rule.update, NAMES), recipe.flags, trust)
-    names = dict(NAMES)
-    for name in ("prepared", "centred", "directed"):  # of which others are made
-        names[name] = rebound(getattr(stages, name), names)
-    sources = {name: getattr(stages, name, observed) for name in _Stages._fields[:-1]}
-    made = {name: rebound(source, names) for name, source in sources.items()}
-    of_spec = {name: made[name] if name == "projected" else partial(made[name], SPEC=spec) for name in made}
-    factor = partial(rebound(trust.factor, NAMES), VARIANT=recipe.flags.variant) if trust else _one
-    return _Stages(**of_spec, factor=factor)
-
-
-def _one(*_: Any) -> float:
-    return 1.0
-
 
 # Elements stepped at once: on a CPU few enough for the temporaries to stay in the cache, on a GPU few
 # enough for them not to matter. Rows are never divided.
@@ -109,11 +31,13 @@ class EagerExecutor:
     """Runs buckets as plain torch operations, a block of rows at a time."""
 
     name = "eager"
-    decider = None
-    launches = False
     branches = branches
+    launches = False
+    decider = None
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
         """One tile a slot: the table is not read."""
         return TileShape(layout.rows, layout.columns, None)
 
@@ -145,7 +69,7 @@ class EagerExecutor:
             if flags.rounds:
                 drawn = [rounding_words(*run, int(h.step), slot.words) for run in runs]
                 bits = _laid_out(bucket, param, np.concatenate(drawn).astype(np.uint32).view(np.int32))
-            of_rows = (param if t is None else t for t in (totals, slot.factors))
+            of_rows = (param if t is None else t for t in (totals, slot.factors, slot.row_state))
             pitch = slot.place.pitch if slot.place else 0
             seen = measured.get(id(slot)) if part == "step" else None
             if seen is not None:
@@ -154,8 +78,9 @@ class EagerExecutor:
                 sums.zero_()
                 sums[-1] = param.numel()
             for block, scales in _blocks((*tensors, noise, bits, *of_rows), slot.scales, elements):
-                *kept, z, b, total, factors = block
-                _step(bucket, (tuple(kept), scales), h, z, b, _Rows(part, total, pitch, factors, sums, seen))
+                *kept, z, b, total, factors, row_state = block
+                rows = _Rows(part, total, pitch, factors, row_state, sums, seen)
+                _step(bucket, (tuple(kept), scales), h, z, b, rows)
         return 0
 
     def squares(self, bucket: Bucket) -> float:
@@ -196,7 +121,7 @@ def _laid_out(bucket: Bucket, param: Tensor, values: Any) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Of the rows of a block: which part of a step, fp64 sums over ranks, length of the whole, factors.
+    """Of the rows of a block: part of a step, fp64 sums over ranks, length of the whole, factors, states.
 
     `norms`: sums of squares over the whole tensor; `seen`: its statistics.
     """
@@ -205,6 +130,7 @@ class _Rows(NamedTuple):
     totals: Tensor
     pitch: int
     factors: Tensor
+    state: Tensor
     norms: Tensor | None
     seen: Tensor | None
 
@@ -218,7 +144,7 @@ def _step(
     rows: _Rows,
 ) -> None:
     recipe, split = bucket.key.recipe, bucket.key.split
-    of = _pipeline(recipe, kept[0][0].dtype, bucket.compute)
+    of = pipeline(recipe, kept[0][0].dtype, bucket.compute)
     flags = recipe.flags
     places = _places(recipe, *kept)
     p, g, *state = (torch_storage.decode(tensors, kind, bucket.compute) for tensors, kind in places)
@@ -230,24 +156,27 @@ def _step(
     mean: Any = 0.0
     new = tuple(state)
     if rows.part == "sums":
-        rows.totals.copy_(of.measured(values, h, z).sum(dim=inner))
+        rows.totals.copy_(of.measured(values, h, z, 1.0).sum(dim=inner))
         return
+    trust: Any = 1.0
+    if rows.part == "step" and rows.norms is not None:
+        *sums, count = rows.norms.unbind()
+        trust = of.factor(tuple(sums), count, h.own).to(p.dtype)
     if rows.part != "finish":
-        if split and flags.centralize != "none":
+        if split and flags.means:
             mean = _along_rows(rows.totals / rows.pitch, p).to(p.dtype)
-        elif flags.centralize != "none":
-            mean = of.measured(values, h, z).mean(dim=inner, keepdim=True)
+        elif flags.means:
+            mean = of.measured(values, h, z, trust).mean(dim=inner, keepdim=True)
     if rows.part == "squares":
         assert rows.norms is not None
-        found = of.normed(values, h, z, mean)
+        found = of.normed(values, h, z, (mean, trust, 0.0))
         rows.norms[:-1] += torch.stack([x.to(torch.float64).square().sum() for x in found])
         return
     if rows.part == "step":
-        trust: Any = 1.0
-        if rows.norms is not None:
-            *sums, count = rows.norms.unbind()
-            trust = of.factor(tuple(sums), count, h.own).to(p.dtype)
-        p, new = of.stepped(values, h, z, mean, trust)
+        of_row: Any = 0.0
+        if flags.row_state:
+            mean, of_row = _row_states(bucket, values, h, z, mean, rows.state)
+        p, new = of.stepped(values, h, z, (mean, trust, of_row))
     if flags.project:
         squares = p.square().sum(dim=inner, keepdim=True)
         if split and rows.part == "step":
@@ -259,7 +188,8 @@ def _step(
         _observe(rows.seen, *of.observed(values, p))
     if not (split and flags.project and rows.part == "step"):  # it is of finished parameters
         new = of.averaged(p, new, h)
-    for (tensors, kind), value in zip((places[0], *places[2:]), (p, *new), strict=True):
+    written = [*zip((places[0], *places[2:]), (p, *new), strict=True)]
+    for (tensors, kind), value in written[flags.still :]:
         torch_storage.encode(tensors, value, kind, bits)
 
 
@@ -269,6 +199,22 @@ def _observe(seen: Tensor, gradient: Tensor, change: Tensor, weight: Tensor, sam
     counts = [x.sum().to(torch.float64) for x in (same, ~gradient.isfinite())]
     seen[:-1] += torch.stack([(g * g).sum(), (u * u).sum(), (w * w).sum(), (g * u).sum(), *counts])
     torch.maximum(seen[-1], g.abs().max(), out=seen[-1])
+
+
+def _row_states(
+    bucket: Bucket, values: tuple[Tensor, ...], h: stages.Numbers, z: Tensor, first: Tensor, kept: Tensor
+) -> tuple[Any, Tensor]:
+    """Means and new states of rows, along them, of which the first mean is known."""
+    recipe, p = bucket.key.recipe, values[0]
+    measured_next = pipeline(recipe, bucket.key.dtypes[0], bucket.compute).measured_next
+    inner, mean = tuple(range(1, p.ndim)), first
+    if recipe.flags.centralize == "gradient":
+        first = measured_next(values, h, z, mean).mean(dim=inner, keepdim=True)
+    state: Tensor = rebound(stages.row_averaged, NAMES)(_along_rows(kept, p), first, h)
+    kept.copy_(state.view(-1))
+    if recipe.flags.centralize == "update":
+        mean = measured_next(values, h, z, state.expand(p.shape)).mean(dim=inner, keepdim=True)
+    return mean, state.expand(p.shape)
 
 
 def _places(

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..kernels import storage
 from ..kernels.storage import BLOCK, CODED
+from ..layout.storage import leading_of, scales_shape
 from .source import Function, rebound
 
 
@@ -39,39 +40,43 @@ def function(name: str) -> Function:
     return rebound(getattr(storage, name), ELEMENTARY)
 
 
-def as_rows(t: Tensor) -> Tensor:
-    """A tensor as [rows, columns], its elements in the order of their indices; a vector is one row."""
-    return t.flatten(1) if t.ndim > 1 else t.reshape(1, -1)
+def as_rows(t: Tensor, leading: int = 1) -> Tensor:
+    """A tensor as [rows, columns], its elements in the order of their indices; a vector is one row.
+
+    `leading`: dimensions that a row is an index of.
+    """
+    return t.flatten(0, leading - 1).flatten(1) if t.ndim > 1 else t.reshape(1, -1)
 
 
-def _blocks(t: Tensor) -> Tensor:
+def _blocks(t: Tensor, leading: int) -> Tensor:
     """[rows, blocks, 64], with zeros where a row ends before its last block."""
-    rows = as_rows(t)
+    rows = as_rows(t, leading)
     count = -(-rows.shape[1] // BLOCK)
     return pad(rows, (0, -rows.shape[1] % BLOCK)).reshape(rows.shape[0], count, BLOCK)
 
 
-def _elements(blocks: Tensor, like: Tensor) -> Tensor:
+def _elements(blocks: Tensor, like: Tensor, leading: int) -> Tensor:
     """[rows, blocks, 64] in the shape of another tensor."""
-    columns = as_rows(like).shape[1]
+    columns = as_rows(like, leading).shape[1]
     return blocks.flatten(1)[:, :columns].reshape(like.shape)
 
 
-def coded(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The bytes of fp32 values, like them, and their scales [rows, blocks]."""
-    blocks = _blocks(x)
+def coded(x: Tensor, kind: str, leading: int = 1) -> tuple[Tensor, Tensor]:
+    """The bytes of fp32 values, like them, and their scales [rows, blocks], or more dimensions of rows."""
+    blocks = _blocks(x, leading)
     largest = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=2)
     scales = function("scale_of")(largest)
     top = 256.0 if kind == "signed" else 1.0
     inverse = torch.where(scales > 0, torch.full_like(scales, top) / scales, 0.0)  # one rounding
     codes = function(f"{kind}_code")(blocks, inverse[:, :, None])
-    return _elements(codes.to(torch.uint8), x), scales
+    return _elements(codes.to(torch.uint8), x, leading), scales.view(scales_shape(x.shape, leading))
 
 
 def decoded(codes: Tensor, scales: Tensor, kind: str) -> Tensor:
     """What bytes and their scales stand for, in fp32."""
-    levels = function(f"{kind}_level")(_blocks(codes).to(torch.int32))
-    return _elements(levels * scales[:, :, None], codes)
+    leading = leading_of(scales)
+    levels = function(f"{kind}_level")(_blocks(codes, leading).to(torch.int32))
+    return _elements(levels * as_rows(scales, leading)[:, :, None], codes, leading)
 
 
 def split(x: Tensor, master: str) -> tuple[Tensor, Tensor]:

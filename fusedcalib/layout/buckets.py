@@ -14,6 +14,7 @@ from .geometry import Geometry
 from .recipe import Recipe
 from .scalars import Scalars
 from .shards import Place, local_of
+from .stacks import rows_first
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,6 +34,8 @@ class Slot(NamedTuple):
     place: Place | None = None  # where its local part lies, if it is spread over ranks
     factors: Tensor | None = None  # [rows], by which its gradient's rows are multiplied first
     scales: tuple[Tensor, ...] = ()  # of the states in bytes
+    leading: int = 1  # dimensions that a row is an index of, see layout/stacks.py
+    row_state: Tensor | None = None  # [rows], what the rule keeps of each row
 
     def compiled(self) -> Recipe:
         """What is compiled of its recipe; the same on every rank."""
@@ -41,13 +44,15 @@ class Slot(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state..., what the parameter has beside it: all of one shape.
 
-        Complex ones are pairs of reals, as torch.optim's rules see them.
+        Complex ones are pairs of reals, as torch.optim's rules see them. Rows are indices of dimension 0.
         """
         assert self.param.grad is not None
         param, grad = (local_of(t).detach() for t in (self.param, self.param.grad))
         tensors = (param, grad.resolve_conj().resolve_neg(), *self.states)  # copies only where it is lazy
         if self.param.is_complex():
             return tuple(torch.view_as_real(t) for t in tensors)
+        if self.leading != 1:
+            return tuple(rows_first(t, self.leading) for t in tensors)
         return tensors
 
 
@@ -78,8 +83,13 @@ class Executor(Protocol):
     @property
     def branches(self) -> Any: ...
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
-        """The tile for a slot of this layout and so many tensors; `split` if ranks share its rows."""
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
+        """The tile for a slot of this layout and so many tensors.
+
+        `split` if ranks share its rows, `whole` if a row is to be one program's.
+        """
 
     def prepare(self, buckets: list[Bucket]) -> None:
         """Makes those of a plan ready to run: whatever can fail, as memory and compiling, is done here."""

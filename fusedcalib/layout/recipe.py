@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..hostmath import Group, is_on, is_remote
 from ..kernels.stages import Flags
+from ..kernels.storage import CODED
 from ..noise import parsed
 from ..rule import Rule
 from ..storage import MASTERS, state_format
+from .stacks import leading_dims
 from .storage import BESIDE, CAST, Storage, names_of
 
 
@@ -28,6 +30,7 @@ class Recipe:
     seed: int = 0  # of the noise; not compiled, but a plan is made for one
     storage: Storage = CAST  # of parameters and states, as asked for
     forms: tuple[str, ...] = ()  # of the states; not compiled, but where they change states do
+    matrix_dims: tuple[int, ...] = ()  # of stacks of matrices; not compiled, but rows are others
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -62,21 +65,41 @@ class Recipe:
     @property
     def counts(self) -> bool:
         """Whether a parameter's state has its steps: the rule wants them, or chance."""
-        return self.rule.counts or self.flags.random
+        return (self.rule.counts and not self.flags.still) or self.flags.random
+
+    def leading(self, param: Tensor) -> int:
+        """How many dimensions a row of a parameter is an index of."""
+        return leading_dims(param.shape, self.matrix_dims)
+
+    def laid_by(self, param: Tensor) -> int:
+        """The same as a step lays it out: 1 where it does not matter which its rows are.
+
+        0 of a vector that is one row, for a rule that keeps a number for each.
+        """
+        if self.rule.row_state and param.ndim < 2:
+            return 0
+        compiled = self.for_tensor(param)
+        matters = compiled.flags.by_rows or bool({*CODED} & {*compiled.kinds})
+        return self.leading(param) if matters else 1
+
+    def storage_of(self, param: Tensor) -> Storage:
+        """How a parameter is kept."""
+        return self.storage.of(param, self.leading(param))
 
     def for_tensor(self, param: Tensor) -> Recipe:
         """What is compiled for one tensor, the same on every rank.
 
         Vectors and scalars have no rows, rows of one element no mean; small ones are not kept in bytes.
         """
-        ndim, columns, storage = param.ndim, prod(param.shape[1:]), self.storage
-        centred = ndim >= max(2, self.min_ndim) and columns >= 2
+        leading, storage = self.leading(param), self.storage
+        ndim = 1 + param.ndim - leading  # of a matrix of a stack
+        centred = ndim >= max(2, self.min_ndim) and prod(param.shape[leading:]) >= 2
         flags = self.flags._replace(
             centralize=self.flags.centralize if centred else "none",
             project=self.flags.project and ndim >= 2,
         )
         if storage is not CAST:
-            storage = storage.of(param)
+            storage = self.storage_of(param)
             flags = flags._replace(master=storage.master, dithered=storage.dithered)
         return Recipe(self.rule, flags, storage=storage)  # what is compiled does not depend on the rest
 
@@ -149,11 +172,15 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         rounding="stochastic" if group["stochastic_rounding"] else "nearest",
         trust=rule.trust.scales if rule.trust and rule.trust.adapts(group) else "none",
         statistics=needs.statistics,
+        row_state=rule.row_state is not None,
     )
+    if flags.variant in rule.still:
+        flags = flags._replace(still=True)
     forms = tuple(state_format(group["state_dtype"], name) for name in rule.states[flags.variant])
     storage = storage_of(rule, flags.variant, forms, group)
     flags = flags._replace(master=storage.master, dithered=storage.dithered)
-    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], storage, forms)
+    dims = tuple(group["matrix_dims"] or ())
+    return Recipe(rule, flags, group["centralize_min_ndim"], group["seed"], storage, forms, dims)
 
 
 def storage_of(rule: Rule, variant: str, forms: Sequence[str], group: Group) -> Storage:
@@ -182,7 +209,7 @@ def merged(recipes: list[Recipe]) -> list[Recipe]:
 
 def _bare(recipe: Recipe) -> Recipe:
     flags = recipe.flags._replace(decay="none", l1=False, project=False)
-    return replace(recipe, flags=flags, forms=())
+    return replace(recipe, flags=flags, forms=(), matrix_dims=())
 
 
 def _joined(own: Flags, others: list[Flags]) -> Flags:

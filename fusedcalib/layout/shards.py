@@ -42,6 +42,32 @@ def like(param: Tensor, local: Tensor, shape: Sequence[int] | None = None) -> Te
     )
 
 
+def of_rows(param: Tensor, local: Tensor, leading: int) -> Tensor:
+    """Numbers for the rows here of a parameter as what they are for the whole: copies where ranks share rows.
+
+    `leading`: dimensions that a row is an index of; of none, for a vector that is one row, there is one.
+    """
+    if not is_spread(param):
+        return local
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spread: Any = param
+    shape = tuple(param.shape[:leading]) or (1,)
+    kept = [p if getattr(p, "dim", leading) < leading else Replicate() for p in spread.placements]
+    stride = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
+    if local.device.type != spec_device(spread):
+        return _part(local, spread.device_mesh, kept, shape, stride)
+    return DTensor.from_local(
+        local, spread.device_mesh, kept, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def spec_device(spread: Any) -> str:
+    """The kind of device that a DTensor's mesh is of."""
+    kind: str = spread.device_mesh.device_type
+    return kind
+
+
 def _part(
     local: Tensor, mesh: Any, placements: Any, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
@@ -83,7 +109,7 @@ class Place(NamedTuple):
     Attributes:
         first: index of its first element in the whole parameter, row by row.
         pitch: elements of a row of the whole parameter.
-        in_order: whether a row of it is one stretch of a row of the parameter.
+        in_order: whether a row of it is one stretch of a row of the parameter, and the next a pitch on.
         mesh: the ranks that share the parameter; None where it is not spread.
         copies: how many of them have this same part.
         across: dimensions of the mesh over which its rows are split.
@@ -99,14 +125,18 @@ class Place(NamedTuple):
     parted: tuple[int, ...] = ()
 
 
-def place_of(param: Tensor) -> Place:
+def place_of(param: Tensor, leading: int = 1) -> Place:
     """The place of a parameter's local part.
+
+    Args:
+        param: the parameter.
+        leading: dimensions that a row is an index of.
 
     Raises:
         RuntimeError: its placements leave sums to be made, or put its elements where nobody knows.
     """
     shape = tuple(param.shape)
-    pitch = prod(shape[1:])
+    pitch = prod(shape[leading:])
     if not is_spread(param):
         return Place(0, pitch)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -120,28 +150,37 @@ def place_of(param: Tensor) -> Place:
     if tuple(own) != here:
         raise RuntimeError(f"a parameter with placements {placements} has {here} here instead of {own}")
     # Not by what lies here: every rank has to come to the same.
-    parted = [i for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
-    split = [i for i in parted if getattr(placements[i], "dim", 0) > 0]
+    split = {i: getattr(p, "dim", 0) for i, p in enumerate(placements) if mesh.size(i) > 1}
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    copies = prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
     return Place(
         first=sum(o * s for o, s in zip(offset, strides, strict=True)),
         pitch=pitch,
-        in_order=all(own[d] == shape[d] or prod(own[1:d]) == 1 for d in range(1, len(shape))),
+        in_order=all(own[d] == shape[d] or prod(own[leading:d]) == 1 for d in range(leading, len(shape)))
+        and not any(0 < dim < leading for dim in split.values()),
         mesh=mesh,
-        copies=copies,
-        across=tuple(split),
-        parted=tuple(parted),
+        copies=copies_of(param),
+        across=tuple(i for i, dim in split.items() if dim >= leading),
+        parted=tuple(i for i in split if not placements[i].is_replicate()),
     )
 
 
-def summed(total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None, how: str = "SUM") -> Tensor:
+def copies_of(t: Tensor) -> int:
+    """How many ranks of its mesh have the part of a tensor that lies here; 1 where it is not spread."""
+    if not is_spread(t):
+        return 1
+    spread: Any = t
+    mesh, placements = spread.device_mesh, spread.placements
+    return prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
+
+
+def summed(
+    total: Tensor, mesh: Any, dimensions: Iterable[int] | None = None, *, largest: bool = False
+) -> Tensor:
     """Added up over dimensions of a mesh (default all), in place: one collective for each of them.
 
-    how: of torch.distributed.ReduceOp, if not added up.
+    With `largest` it is the largest value instead.
     """
+    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
     for dimension in range(mesh.ndim) if dimensions is None else dimensions:
-        torch.distributed.all_reduce(
-            total, getattr(torch.distributed.ReduceOp, how), group=mesh.get_group(dimension)
-        )
+        torch.distributed.all_reduce(total, op=operation, group=mesh.get_group(dimension))
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ class RowTotals(Packed):
         split = [i for i, slot in enumerate(slots) if slot.place and slot.place.across]
         flags = {i: slots[i].compiled().flags for i in split}
         split = [i for i in split if flags[i].by_rows]
-        self.centred = any(flags[i].centralize != "none" for i in split)
+        self.centred = any(flags[i].means for i in split)
         self.projected = any(flags[i].project for i in split)
-        rows = {i: local_of(slots[i].param).shape[0] for i in split}
+        rows = {i: prod(local_of(slots[i].param).shape[: slots[i].leading]) for i in split}
         super().__init__(slots, rows, {i: place_of_slot(slots[i]).across for i in split})
 
 

@@ -47,7 +47,7 @@ class Statistics(Packed):
     def _largest(self, pack: Tensor, mesh: object, dimensions: tuple[int, ...]) -> Tensor:
         """The maxima over ranks, of which there are several."""
         values = pack.view(-1, OBSERVED)[:, -1]
-        return summed(values.clone(), mesh, dimensions, "MAX") if dimensions else values
+        return summed(values.clone(), mesh, dimensions, largest=True) if dimensions else values
 
     def _note_scale(self, scale: Tensor, found_inf: Tensor | None) -> None:
         there = next(iter(self.parts.values())).device

@@ -37,11 +37,14 @@ class Storage(NamedTuple):
         """Whether states are rounded at random."""
         return "stochastic" in self.states
 
-    def of(self, param: Tensor) -> Storage:
-        """How a parameter is kept where this is asked for: by the whole parameter, not what is here of it."""
+    def of(self, param: Tensor, leading: int = 1) -> Storage:
+        """How a parameter is kept where this is asked for: by the whole parameter, not what is here of it.
+
+        `leading`: dimensions that a row is an index of.
+        """
         master = self.master if param.dtype in HALF else "none"
         states = self.states
-        if not in_bytes(param, self.least):
+        if not in_bytes(param, self.least, leading):
             states = tuple("cast" if kind in CODED else kind for kind in states)
         return Storage(master, states if {*states} - {"cast"} else ())
 
@@ -49,9 +52,9 @@ class Storage(NamedTuple):
 CAST = Storage()
 
 
-def in_bytes(param: Tensor, least: int) -> bool:
+def in_bytes(param: Tensor, least: int, leading: int = 1) -> bool:
     """Whether states of a parameter are kept in bytes where that is asked for."""
-    columns = prod(param.shape[1:])
+    columns = prod(param.shape[leading:])
     if param.ndim >= 2:
         return columns >= FEWEST_COLUMNS and param.numel() >= least
     return param.ndim == 1 and not hasattr(param, "_local_tensor") and param.numel() >= max(FLAT, least)
@@ -62,10 +65,18 @@ def names_of(name: str, kind: str) -> tuple[str, ...]:
     return (f"{name}_codes", f"{name}_scales") if kind in CODED else (name,)
 
 
-def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the scales of a tensor: rows, and blocks of a row; a vector is one row."""
-    rows, columns = (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
-    return rows, -(-columns // BLOCK)
+def scales_shape(shape: Sequence[int], leading: int = 1) -> tuple[int, ...]:
+    """The shape of the scales of a tensor: the dimensions of its rows, and blocks of a row.
+
+    A vector is one row. A stack keeps its dimensions, so that its scales are divided over ranks as it is.
+    """
+    rows, inner = (shape[:leading], shape[leading:]) if len(shape) > 1 else ((1,), shape)
+    return *rows, -(-prod(inner) // BLOCK)
+
+
+def leading_of(scales: Tensor) -> int:
+    """How many dimensions the rows of a tensor are indices of, by its scales."""
+    return scales.ndim - 1
 
 
 def remainder_shape(shape: Sequence[int], master: str) -> tuple[int, ...]:

@@ -60,7 +60,8 @@ def lay_slot(slot: Slot, totals: Tensor | None = None) -> Laid:
     held = ceil(sum(1 if t.element_size() > 1 else 0.25 for t in tensors))
     if slot.scales and layout.columns % vector_of([t.dtype for t in tensors]):
         held = UNALIGNED_BYTES
-    shape = slot.executor.shape(layout, by_rows, held, totals is not None)
+    whole = {"whole": True} if recipe.flags.row_state else {}
+    shape = slot.executor.shape(layout, by_rows, held, totals is not None, **whole)
     alignable = is_aligned(tensors, layout, (param, *tensors[2:]))
     key = Key(
         slot.executor,
@@ -164,7 +165,8 @@ def _row(
 ) -> Array:
     """The slot's row of the table, see kernels/table.py."""
     random = (*slot.words, place.first, place.pitch)
-    of_rows = (0 if t is None else t.data_ptr() for t in (totals, slot.factors))
+    of_row = slot.factors if slot.row_state is None else slot.row_state
+    of_rows = (0 if t is None else t.data_ptr() for t in (totals, of_row))
     geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows, 0)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor
 
 from . import stages
-from .stages import Centralize, Oracle, State
+from .stages import Centralize, MatrixDims, Oracle, State
 
 Direction: TypeAlias = Callable[..., tuple[Tensor | None, State]]
 """A rule proper: ``direction(g, state, *, ...) -> (update, state)``. An update of None takes no
@@ -53,6 +53,8 @@ def oracle(
     * `centralize` (False): True or "gradient" centres what the rule is given, "update" what it
       returns; `centralize_min_ndim` (2): weights of fewer dimensions are not centred.
     * `max_row_norm` (None): the radius c of the ball the rows are projected on at last.
+    * `matrix_dims` (None): which dimensions are the matrix in weights of three or more, whose rows
+      are those of each matrix then.
 
     What the decorator makes is pure, computes in the dtype it is given, raises TypeError for an
     option it does not know and ValueError for a value of `centralize` that is not one.
@@ -98,6 +100,7 @@ def _take_step(
     max_row_norm: float | None = None,
     centralize: Centralize = False,
     centralize_min_ndim: int = 2,
+    matrix_dims: MatrixDims = None,
     **options: Any,
 ) -> tuple[Tensor, State]:
     """The stages in their order. A rule without an update only changes its state.
@@ -110,7 +113,9 @@ def _take_step(
     if decay == "coupled":
         g = stages.coupled_decay(g, param, weight_decay)
     g = stages.l1_subgradient(g, param, l1)
-    g = stages.centralize_at("gradient", g, centralize, centralize_min_ndim)
+    rows = functools.partial(stages.by_rows, matrix_dims=matrix_dims)
+    centred = functools.partial(stages.centralize_at, setting=centralize, min_ndim=centralize_min_ndim)
+    g = rows(functools.partial(centred, "gradient"), g)
 
     numbers = {**options, "lr": lr, "weight_decay": weight_decay}
     if trust and trust.scales == "gradient":
@@ -119,7 +124,7 @@ def _take_step(
     update, new_state = direction(g, state, **options)
     if update is None:
         return param.clone(), new_state
-    update = stages.centralize_at("update", update, centralize, centralize_min_ndim)
+    update = rows(functools.partial(centred, "update"), update)
 
     if trust and trust.scales == "step":
         update = update + weight_decay * param
@@ -129,7 +134,7 @@ def _take_step(
     param = param - lr * update
     if decay == "proximal":
         param = stages.proximal_decay(param, lr, weight_decay)
-    return stages.project_rows(param, max_row_norm), new_state
+    return rows(stages.project_rows, param, max_row_norm), new_state
 
 
 def _signature(direction: Direction, defaults: dict[str, Any]) -> inspect.Signature:

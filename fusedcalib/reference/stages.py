@@ -19,8 +19,33 @@ Oracle: TypeAlias = Callable[..., tuple[Tensor, State]]
 Betas: TypeAlias = tuple[float, float]
 """How much of an average survives a step, for the two averages of a rule."""
 
+MatrixDims: TypeAlias = tuple[int, int] | None
+"""Which dimensions are the matrix of a stack; None where there are no stacks."""
+
 Centralize: TypeAlias = bool | Literal["gradient", "update"]
 """Where centring happens: nowhere (False), on the gradient (True, "gradient"), on the update."""
+
+
+def as_rows(x: Tensor, matrix_dims: MatrixDims = None) -> Tensor:
+    """See a tensor such that a row is one index of dimension 0.
+
+    Args:
+        x: any shape.
+        matrix_dims: None leaves it. (-2, -1), or (1, 2) of three dimensions, says that a tensor of three
+            dimensions or more, ``[..., out, in]``, is a stack of matrices, whose rows make ``[rows, in]``.
+
+    >>> import torch
+    >>> as_rows(torch.zeros(8, 3, 5), (-2, -1)).shape
+    torch.Size([24, 5])
+    """
+    return x.reshape(-1, x.shape[-1]) if matrix_dims and x.ndim > 2 else x
+
+
+def by_rows(
+    stage: Callable[..., Tensor], x: Tensor, *settings: object, matrix_dims: MatrixDims = None
+) -> Tensor:
+    """Apply a stage to the rows of a tensor that may be a stack of matrices, see `as_rows`."""
+    return stage(as_rows(x, matrix_dims), *settings).reshape(x.shape)
 
 
 def centralize(x: Tensor, min_ndim: int = 2) -> Tensor:

@@ -28,6 +28,7 @@ class AdEMAMix(FusedOptimizer, Options):
         fused: bool | None = None,
         centralize: bool | Literal["gradient", "update"] = False,
         centralize_min_ndim: int = 2,
+        matrix_dims: tuple[int, int] | None = None,
         l1: float | Tensor = 0.0,
         max_row_norm: float | Tensor | None = None,
         noise: GradientNoise | WeightNoise | LangevinNoise | dict[str, Any] | None = None,
@@ -67,6 +68,9 @@ class AdEMAMix(FusedOptimizer, Options):
                 ("update"); tensors of one dimension and rows of one element stay as they are. Default False.
             centralize_min_ndim: centre tensors of at least this many dimensions; 4 means convolutions only.
                 Default 2.
+            matrix_dims: with (-2, -1) parameters of three dimensions or more are stacks of matrices, as
+                weights of experts [experts, out, in]: a row, to be centred, shortened or kept in bytes, is
+                one of each matrix. Default None: a row is one index of dimension 0.
             l1: L1 penalty `\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in
                 units of the gradient; with `weight_decay` the elastic net. Default 0.
             max_row_norm: largest Euclidean norm `c` of a row after a step, in units of the parameter, for

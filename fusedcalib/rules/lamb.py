@@ -18,8 +18,8 @@ from ..rule import Rule, Trust, decays_or_always
 
 @jit
 def lamb(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, unbias, correction, eps, _ = h
-    m = state[0] + beta1_rest * (g - state[0])
+    beta1, beta1_rest, beta2, beta2_rest, unbias, correction, eps, _ = h
+    m = beta1 * state[0] + beta1_rest * g
     v = beta2 * state[1] + beta2_rest * g * g
     return divide(unbias * m, sqrt(v) * correction + eps), (m, v)
 
@@ -33,18 +33,26 @@ def weights_and_direction(p, g, direction, state, h, VARIANT: tl.constexpr):
 def trust_ratio(sums, count, h, VARIANT: tl.constexpr):
     both = (sums[0] > 0) & (sums[1] > 0)
     ratio = where(both, divide(sqrt(sums[0]), sqrt(where(both, sums[1], 1.0))), 1.0)
-    return where(ratio > h[6], h[6], ratio)
+    return where(ratio > h[7], h[7], ratio)
 
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     correction = 1 / hostmath.sqrt(1 - beta2**step)
     most = hostmath.where(group["trust_clip"], 1.0, math.inf)
-    averages = 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step)
+    averages = beta1, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step)
     return group["lr"], *averages, correction, group["eps"], most
 
 
 _READ = ("param", "grad", "exp_avg", "exp_avg_sq")
+_RULE = Rule(
+    update=lamb,
+    scalars=_scalars,
+    states={"plain": ("exp_avg", "exp_avg_sq")},
+    nonnegative=frozenset({"exp_avg_sq"}),
+    decay=lambda group: "trusted",
+    trust=Trust(weights_and_direction, trust_ratio, 2, _READ, adapts=decays_or_always),
+)
 
 
 class LAMB(FusedOptimizer, Options):
@@ -91,14 +99,7 @@ class LAMB(FusedOptimizer, Options):
     [1.2322, 2.2322]
     """
 
-    rule = Rule(
-        update=lamb,
-        scalars=_scalars,
-        states={"plain": ("exp_avg", "exp_avg_sq")},
-        nonnegative=frozenset({"exp_avg_sq"}),
-        decay=lambda group: "trusted",
-        trust=Trust(weights_and_direction, trust_ratio, 2, _READ, adapts=decays_or_always),
-    )
+    rule = _RULE
 
     def __init__(
         self,
@@ -111,6 +112,6 @@ class LAMB(FusedOptimizer, Options):
         always_adapt: bool = False,
         **options: Any,
     ) -> None:
-        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        ratio = {"trust_clip": trust_clip, "always_adapt": always_adapt}
-        super().__init__(params, own | ratio, **options)
+        ratio: dict[str, Any] = {"trust_clip": trust_clip, "always_adapt": always_adapt}
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | ratio
+        super().__init__(params, own, **options)

@@ -99,6 +99,8 @@ class LARS(FusedOptimizer, Options):
 
     Raises:
         ValueError: an argument is out of range.
+        RuntimeError: `centralize="update"`, where ranks share rows: their means would be of an update whose
+            length is not known yet.
 
     Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888, 2017,
     Algorithm 1, its momentum in torch.optim's form; arguments and defaults of timm.

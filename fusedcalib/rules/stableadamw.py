@@ -17,15 +17,15 @@ from ..rule import Rule, Trust
 
 @jit
 def stableadamw(p, g, state, h, VARIANT: tl.constexpr):
-    beta1_rest, beta2, beta2_rest, unbias, correction, eps = h
-    m = state[0] + beta1_rest * (g - state[0])
+    beta1, beta1_rest, beta2, beta2_rest, unbias, correction, eps = h
+    m = beta1 * state[0] + beta1_rest * g
     v = beta2 * state[1] + beta2_rest * g * g
     return divide(unbias * m, sqrt(v) * correction + eps), (m, v)
 
 
 @jit
 def by_second_moment(p, g, direction, state, h, VARIANT: tl.constexpr):
-    return (divide(g, maximum(sqrt(state[1]) * h[4], h[5])),)
+    return (divide(g, maximum(sqrt(state[1]) * h[5], h[6])),)
 
 
 @jit
@@ -35,7 +35,7 @@ def slowed(sums, count, h, VARIANT: tl.constexpr):
 
 def _scalars(group: Group, step: float) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
-    averages = 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step)
+    averages = beta1, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step)
     return group["lr"], *averages, 1 / hostmath.sqrt(1 - beta2**step), group["eps"]
 
 

@@ -52,6 +52,17 @@ def set_double(typing, address, i, x):
 
 
 @intrinsic
+def set_number(typing, address, i, x):
+    """Sets the i-th number of the type of x from an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], place_of(builder, args[2].type, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, x), codegen
+
+
+@intrinsic
 def double_at(typing, address):
     """(The double at an address,)."""
     return _reader(types.float64, 1, F64)

@@ -28,14 +28,14 @@ def run_norms(recipe: Recipe, memory: Memory, scaled: Function, normed: Function
 
     # Not with fastmath, which would round what is squared otherwise than the step does.
     @njit(**INNER)
-    def run(addresses, strides, length, h, factor, mean, at, words, places, sums):
+    def run(addresses, strides, length, h, factor, known, at, words, places, sums):
         space, totals = room(), nothing()
         for first in range(0, length, size):
             last, units = min(first + size, length), units_at(places, first // CODED_BLOCK)
             place = filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                found = normed(scaled(values, factor), h, noise_at(place, i - first), mean)
+                found = normed(scaled(values, factor), h, noise_at(place, i - first), known)
                 totals = with_squares(totals, found)
         leave(sums, totals)
 

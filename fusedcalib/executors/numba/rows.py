@@ -11,10 +11,10 @@ from numba import njit
 from ...layout.buckets import GEOMETRY
 from ...layout.recipe import Recipe
 from ..source import Function
-from .memory import Memory, double_at
+from .memory import Memory, double_at, set_number
 from .noise import KEPT, noise_maker
 from .norms import factor_of
-from .runs import ADD_FREELY, NAMES, passes_of
+from .runs import ADD_FREELY, NAMES, passes_of, row_average
 from .values import INNER
 
 
@@ -25,21 +25,35 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
 
     "step" does all of it; "partial" takes its mean from the row's total and leaves its squares there.
     """
-    norms, total, squares, step, project = passes_of(recipe, memory, scaled)
+    norms, total, next_total, squares, step, project = passes_of(recipe, memory, scaled)
     real, flags, split = memory.real, recipe.flags, part in ("partial", "partial squares")
-    trust_of = factor_of(recipe, memory, NAMES)
-    centred, projects, ema = flags.centralize != "none", flags.project, flags.ema
+    trust_of, late = factor_of(recipe, memory, NAMES), flags.centres_trusted
+    means, keeps, projects, ema = flags.means, flags.row_state, flags.project, flags.ema
+    factor_at, row_averaged = memory.factor_at, row_average()
+    centres_gradient, centres_update = flags.centralize == "gradient", flags.centralize == "update"
     room, filled, _ = noise_maker(flags.noise, real)
-    twice = centred and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
+    twice = means and flags.noise == "gradient" and not split  # the sum wants the noise, and the step
     start_of_run = _run_starter(memory)
 
     @njit(**INNER)
     def sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept):
-        found, places = 0.0, about[2]
+        found, places, trust = 0.0, about[2], real(1.0)
+        if late:
+            trust = trust_of(about[3], h)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            found += total(start, strides, length, h, factor, at + run * length, words, kept, places)
+            begin = at + run * length
+            found += total(start, strides, length, h, factor, begin, words, (kept, places), trust)
         return found
+
+    @njit(**INNER)
+    def next_mean(row, addresses, strides, runs, length, h, factor, at, words, about, known):
+        found, beside, first = 0.0, (known[0], about[2]), known[1]
+        for run in range(runs):
+            start = start_of_run(row, addresses, run)
+            begin = at + run * length
+            found += next_total(start, strides, length, h, factor, begin, words, beside, first)
+        return real(found / (runs * length))
 
     @njit(**INNER)
     def finish_row(row, addresses, strides, runs, length, h, at, words, found, places):
@@ -51,19 +65,22 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
     @njit(**INNER)
     def mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, kept):
         mean = real(0.0)
-        if centred and split:
+        if means and split:
             mean = real(double_at(about[0])[0] / about[1])
-        elif centred:
+        elif means:
             found = sum_row(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
             mean = real(found / (runs * length))
         return mean
 
     @njit(**INNER)
     def norms_row(row, addresses, strides, runs, length, h, factor, at, words, about):
-        mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, 0)
+        mean = real(0.0)
+        if not late:
+            mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, 0)
+        known = mean, real(1.0), real(0.0)
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            norms(start, strides, length, h, factor, mean, at + run * length, words, about[2], about[3])
+            norms(start, strides, length, h, factor, known, at + run * length, words, about[2], about[3])
         return 0.0
 
     @njit(**INNER)
@@ -72,12 +89,22 @@ def row_loop(recipe: Recipe, memory: Memory, scaled: Function, part: str) -> Fun
         if twice and runs == 1 and length <= KEPT:
             kept = filled(room(), at, length, h, words)
         mean = mean_of(row, addresses, strides, runs, length, h, factor, at, words, about, kept)
+        state = real(0.0)
+        if keeps:
+            first, mean = mean, real(0.0)
+            if centres_gradient:
+                mean = first
+                known = (kept, first)
+                first = next_mean(row, addresses, strides, runs, length, h, factor, at, words, about, known)
+            state = row_averaged(factor_at(about[4], about[5])[0], first, h)
+            set_number(about[4], about[5], state)
+            if centres_update:
+                known = (kept, state)
+                mean = next_mean(row, addresses, strides, runs, length, h, factor, at, words, about, known)
+        of_row = mean, trust, state
         for run in range(runs):
             start = start_of_run(row, addresses, run)
-            step(
-                *(start, strides, length, h, factor, mean, trust, at + run * length, words, kept, places),
-                about[4],
-            )
+            step(start, strides, length, h, factor, of_row, at + run * length, words, kept, places, about[6])
         found = 0.0
         if projects:
             for run in range(runs):

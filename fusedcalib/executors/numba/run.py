@@ -91,10 +91,8 @@ def kernel_for(
             for r in range(row_block * tall, min((row_block + 1) * tall, rows)):
                 at, begin = origin + r * pitch + begins, shift(addresses, along, r)
                 places = places_of(row, fields, r * blocks + begins // BLOCK)
-                factor, about = (
-                    factor_of(factors, r),
-                    (total_at + 8 * r, pitch, places, norms, totals + t * seen),
-                )
+                about = total_at + 8 * r, pitch, places, norms, factors, r, totals + t * seen
+                factor = factor_of(factors, r)
                 found = on_row(row, begin, strides, runs, length, h, factor, at, words, about)
                 total += found
                 if keeps:
@@ -145,7 +143,9 @@ class NumbaExecutor:
 
     branches = branches
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
         """Tiles of about TILE elements: whole rows where rows matter, stretches elsewhere."""
         if layout.sizes or by_rows or layout.rows > 1:
             return TileShape(max(1, TILE // layout.columns), layout.columns, None)

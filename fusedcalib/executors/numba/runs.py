@@ -91,6 +91,7 @@ class Stages(NamedTuple):
     """Functions of kernels/stages.py for single elements; `normed` is None where no norm is wanted."""
 
     measured: Function
+    measured_next: Function
     normed: Function | None
     stepped: Function
     projected: Function
@@ -110,16 +111,17 @@ def stages_of(recipe: Recipe, memory: Memory) -> Stages:
 
     rule, trust = compiled(recipe.rule.update), recipe.rule.trust
     prepared = compiled(stages.prepared)
-    centred = compiled(stages.centred, prepared=prepared)
+    centred, trusted = compiled(stages.centred, prepared=prepared), compiled(stages.trusted)
     directed = compiled(stages.directed, RULE=rule)
     normed = None
     if trust and recipe.flags.trust != "none":
         squares = compiled(trust.squares)
         normed = compiled(stages.normed, SQUARES=squares, centred=centred, directed=directed)
     return Stages(
-        compiled(stages.measured, RULE=rule, prepared=prepared),
+        compiled(stages.measured, RULE=rule, prepared=prepared, trusted=trusted),
+        compiled(stages.measured_next, RULE=rule, prepared=prepared),
         normed,
-        compiled(stages.stepped, centred=centred, directed=directed),
+        compiled(stages.stepped, centred=centred, directed=directed, trusted=trusted),
         compiled(stages.projected),
         compiled(stages.rounded),
         compiled(stages.averaged),
@@ -127,14 +129,20 @@ def stages_of(recipe: Recipe, memory: Memory) -> Stages:
     )
 
 
+def row_average() -> Function:
+    """`row_averaged` of kernels/stages.py for single elements."""
+    return cast(Function, njit(folded(stages.row_averaged, NAMES, {}), **INNER))
+
+
 class Passes(NamedTuple):
-    """Loops over one run of a row: its sum, that of the squares of parameters, the step, projection.
+    """Loops over one run of a row: its sums, that of the squares of parameters, the step, projection.
 
     `norms` leaves what a rule wants of the whole tensor; None where it wants nothing.
     """
 
     norms: Function | None
     total: Function
+    next_total: Function
     squares: Function
     step: Function
     project: Function
@@ -146,13 +154,14 @@ def passes_of(recipe: Recipe, memory: Memory, scaled: Function) -> Passes:
     A run is walked in blocks: a block's elements are summed in their own type, blocks in double, fast and
     accurate; noise is made a block at a time. `at` is the index of the first element in its tensor.
     """
-    measured, normed, *others = stages_of(recipe, memory)
+    measured, measured_next, normed, *others = stages_of(recipe, memory)
     norms = run_norms(recipe, memory, scaled, normed) if normed else None
-    return Passes(norms, *_sums(recipe, memory, scaled, measured), *_steps(recipe, memory, scaled, *others))
+    total, next_total = (_sum_of(recipe, memory, scaled, one) for one in (measured, measured_next))
+    return Passes(norms, total, next_total, _squares(memory), *_steps(recipe, memory, scaled, *others))
 
 
-def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> tuple[Function, Function]:
-    """What the mean of a row is taken of, and the squares of its parameters, added up."""
+def _sum_of(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) -> Function:
+    """What the mean of a row is taken of, added up; `known`: a factor, a mean or a state, known before."""
     load, real, noise = memory.storage.load, memory.real, recipe.flags.noise
     units_at = memory.storage.units
     size = CODED_BLOCK if memory.coded else BLOCK
@@ -161,7 +170,8 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
     sum_filled, sum_noise = noise_maker(noise if noise == "gradient" else "none", real)[1:]
 
     @njit(**INNER, fastmath=ADD_FREELY)
-    def run_sum(addresses, strides, length, h, factor, at, words, kept, places):
+    def run_sum(addresses, strides, length, h, factor, at, words, about, known):
+        kept, places = about
         total, space = 0.0, room()
         for first in range(0, length, size):
             part, last = real(0.0), min(first + size, length)
@@ -170,9 +180,17 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
                 place = sum_filled(space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = load(addresses, strides, i, units)
-                part += measured(scaled(values, factor), h, sum_noise(place, i - first))
+                part += measured(scaled(values, factor), h, sum_noise(place, i - first), known)
             total += part
         return total
+
+    return cast(Function, run_sum)
+
+
+def _squares(memory: Memory) -> Function:
+    """The squares of the parameters of a row, added up."""
+    load, real, units_at = memory.storage.load, memory.real, memory.storage.units
+    size = CODED_BLOCK if memory.coded else BLOCK
 
     @njit(**INNER, fastmath=ADD_FREELY)
     def run_squares(addresses, strides, length, places):
@@ -185,7 +203,7 @@ def _sums(recipe: Recipe, memory: Memory, scaled: Function, measured: Function) 
             total += part
         return total
 
-    return cast(Function, run_sum), cast(Function, run_squares)
+    return cast(Function, run_squares)
 
 
 def _steps(
@@ -200,6 +218,7 @@ def _steps(
 ) -> tuple[Function, Function]:
     """The step, and the projection of rows that are too long."""
     load, store, flags = memory.storage.load, memory.storage.store, recipe.flags
+    store_step = memory.storage.store_states if flags.still else store
     units_at, byte_room = memory.storage.units, memory.storage.room
     keep, encode = memory.storage.keep, memory.storage.encode
     project, (nothing, taken_in, leave) = flags.project, observer(flags.statistics, observed, memory.real)
@@ -209,7 +228,7 @@ def _steps(
     size, project_size = (CODED_BLOCK, CODED_BLOCK) if memory.coded else (size, BLOCK)
 
     @njit(**INNER)
-    def run_step(addresses, strides, length, h, factor, mean, trust, at, words, kept, places, seen):
+    def run_step(addresses, strides, length, h, factor, known, at, words, kept, places, seen):
         space, bit_space, byte_space, totals = room(), bit_room(), byte_room(), nothing()
         for first in range(0, length, size):
             last, block = min(first + size, length), first // CODED_BLOCK
@@ -219,13 +238,13 @@ def _steps(
             bit_place = bits_filled(bit_space, at + first, last - first, h, words)
             for i in range(first, last):
                 values = scaled(load(addresses, strides, i, units), factor)
-                p, state = stepped(values, h, noise(place, i - first), mean, trust)
+                p, state = stepped(values, h, noise(place, i - first), known)
                 word = bits(bit_place, i - first)
                 p = rounded(p, word)
                 totals = taken_in(totals, values, p)
                 if not project:
                     state = averaged(p, state, h)
-                store(addresses, strides, i, p, state, word)
+                store_step(addresses, strides, i, p, state, word)
                 keep(byte_space, i - first, state)
             encode(byte_space, addresses, first, last - first, places, block)
         leave(seen, totals)

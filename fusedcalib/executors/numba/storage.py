@@ -38,6 +38,7 @@ class Storage(NamedTuple):
     Attributes:
         load: `(addresses, strides, i, units)`: parameter, gradient, states of element i.
         store: `(addresses, strides, i, p, state, bits)`: keeps those that are not in bytes.
+        store_states: the same but for the parameter.
         places: `(row, fields, offset)`: addresses of the scales, so many scales on.
         units: `(places, block)`: by what the levels of a block are multiplied.
         room: `()`: the scratch.
@@ -47,6 +48,7 @@ class Storage(NamedTuple):
 
     load: Function
     store: Function
+    store_states: Function
     places: Function
     units: Function
     room: Function
@@ -92,6 +94,7 @@ def storage_of(kept: Sequence[str], count: int, load: Any, store: Any, stochasti
     return Storage(
         made("addresses, strides, i, units", "v = load(addresses, strides, i)", f"return {_tuple(values)}"),
         made("addresses, strides, i, p, state, bits", *_storing(kinds, beside)),
+        made("addresses, strides, i, p, state, bits", *_storing(kinds, beside, still=True)),
         made(
             "row, fields, offset", f"last = row + 8 * (fields - {len(coded)})", f"return {_tuple(addresses)}"
         ),
@@ -113,10 +116,12 @@ def _value(kind: str, i: int, beside: int, unit: str) -> str:
     }.get(kind, f"v[{i}]")
 
 
-def _storing(kinds: Sequence[str], beside: str) -> list[str]:
+def _storing(kinds: Sequence[str], beside: str, still: bool = False) -> list[str]:
     """The lines that keep new values which are not in bytes; None stands for what is not written."""
     lines, kept, more = [], ["p", "None"], ["p"] if beside else []
-    if beside.startswith("split"):
+    if still:
+        kept, more = ["None", "None"], ["None"] if beside else []
+    elif beside.startswith("split"):
         lines = ["high, low = split(p)"]
         kept[0], more = "high", ["low" if beside == "split16" else "low >> 8"]
     for n, kind in enumerate(kinds[2:]):

@@ -22,9 +22,13 @@ class TritonExecutor:
     decider = DeviceDecider
     branches = branches
 
-    def shape(self, layout: Geometry, by_rows: bool, tensors: int, split: bool) -> TileShape:
+    def shape(
+        self, layout: Geometry, by_rows: bool, tensors: int, split: bool, whole: bool = False
+    ) -> TileShape:
         """The tile of the slot's row class."""
         tile = launch.tile_for(layout.rows, layout.columns, by_rows, tensors, split)
+        if whole and tile.reduction == "pieces":
+            tile = tile._replace(reduction="loop")
         # A looping program walks its whole row: one tile a row in the list.
         columns = layout.columns if tile.reduction in launch.LOOPS else tile.columns
         return TileShape(tile.rows, columns, tile)
@@ -57,12 +61,12 @@ class TritonExecutor:
 
 def _names(part: str, bucket: Bucket) -> tuple[str, ...]:
     """The launches of a part of a step, in their order; with their sums, where rows are whole here."""
-    before = () if bucket.key.split else ("sums",)
+    late = bucket.key.recipe.flags.centres_trusted
     if part == "squares":
-        return (*before, "squares", "totals")
+        return ("squares", "totals") if late or bucket.key.split else ("sums", "squares", "totals")
     if bucket.key.split or part == "statistics":
         return (part,)
-    return ("step", "finish") if bucket.norms else (*before, "step", "finish")
+    return ("step", "finish") if bucket.norms and not late else ("sums", "step", "finish")
 
 
 EXECUTOR = TritonExecutor()

@@ -1,0 +1,1 @@
+"""Optimizers whose step is of whole matrices: Muon."""
