@@ -238,3 +238,14 @@ def test_python_of_the_page_runs():
     for block in blocks:
         exec(block, namespace)
     assert printed == [["grad_norm", "grad_norm/bias", "grad_norm/weight"], "update_rms/weight"]
+
+
+def test_muon_is_refused():
+    model = torch.nn.Linear(4, 4, bias=False)
+    opt = fusedcalib.Muon(model.parameters(), lr=0.1)
+    opt.track("grad_norm")
+    model(torch.ones(1, 4)).sum().backward()
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"moves its matrices in a second one; call track\(\) without names"):
+        opt.step()
+    assert torch.equal(before, model.weight)
