@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .hostmath import is_remote
+from .hostmath import is_on, is_remote
 from .noise import GradientNoise, LangevinNoise, WeightNoise, as_dict, parsed
 from .option import MATRIX_DIMS, Option
+from .ranges import check_ranges
 from .storage import FORMATS, MASTERS, check_storage, format_name, is_format, is_master
 
 CENTRALIZE = (False, True, "gradient", "update")
-# Numbers of rules that may not be negative.
-SIZES = {"lr", "eps", "weight_decay", "clip_exponent", "alpha", "alpha_warmup", "beta3_warmup", "trust_coeff"}
 Backend = Literal["auto", "triton", "numba", "eager"]  # executors/ has the last three, here by preference
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
@@ -79,6 +77,24 @@ OURS = (
         "with (-2, -1) parameters of three dimensions or more are stacks of matrices, as weights of experts "
         "[experts, out, in]: a row, to be centred, shortened or kept in bytes, is one of each matrix.",
         *MATRIX_DIMS,
+    ),
+    Option(
+        "cautious",
+        False,
+        bool,
+        "leave elements of the update out whose sign is not the gradient's, as the rule is given it: they do "
+        "not move in that step, while states go on. Others are not scaled up.",
+        _is_bool,
+        "True or False",
+    ),
+    Option(
+        "cautious_weight_decay",
+        False,
+        bool,
+        r"decay only elements whose update does not point away from zero, :math:`u \theta \ge 0`; where "
+        "decay is decoupled.",
+        _is_bool,
+        "True or False",
     ),
     Option(
         "l1",
@@ -251,31 +267,15 @@ def check_group(cls: type[Any], group: Mapping[str, Any]) -> None:
         raise ValueError(f"{cls.__name__} does not support differentiable=True; {instead}")
     if issubclass(cls, Options):  # torch.optim's own classes check what they are constructed with
         check_ranges(group, cls)
+    if group["cautious_weight_decay"] and is_on(group["weight_decay"]):
+        kind, trust = cls.rule.decay(group), cls.rule.trust
+        if kind not in ("decoupled", "trusted") or (trust and trust.scales == "gradient"):
+            raise ValueError(
+                f"{cls.__name__}: cautious_weight_decay=True needs decoupled weight decay, and here it is "
+                "part of the gradient or comes after the step; use a class with decoupled decay, as AdamW, "
+                "or cautious_weight_decay=False"
+            )
     cls.rule.check(group)
-
-
-def check_ranges(options: Mapping[str, Any], cls: type) -> None:
-    """Raises ValueError for an option out of its range: averaging factors in [0, 1), others at least 0."""
-    for key, value in options.items():
-        if not is_remote(value):
-            _check_range(key, value)
-    signature: inspect.Signature = cls.__signature__  # type: ignore[attr-defined]
-    betas = signature.parameters.get("betas")
-    if betas and isinstance(betas.default, tuple) and len(options["betas"]) != len(betas.default):
-        raise ValueError(f"Invalid betas: {options['betas']}, expected {len(betas.default)} numbers")
-
-
-def _check_range(key: str, value: Any) -> None:
-    """Says it as torch.optim's classes do."""
-    if key == "momentum":
-        if not 0 <= value < 1:
-            raise ValueError(f"Invalid {key} value: {value}, expected a number in [0, 1)")
-    elif key == "betas":
-        for index, beta in enumerate(value):
-            if not is_remote(beta) and not 0 <= beta < 1:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    elif key in SIZES and value is not None and not value >= 0:
-        raise ValueError(f"Invalid {'learning rate' if key == 'lr' else f'{key} value'}: {value}")
 
 
 class Options(Optimizer):

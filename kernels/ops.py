@@ -59,6 +59,12 @@ def minimum(x, y):
 
 
 @jit
+def only_where(condition, x):
+    """x where the condition holds, else 0."""
+    return tl.where(condition, x, 0.0)
+
+
+@jit
 def where(condition, x, y):
     """x where the condition holds, else y."""
     return tl.where(condition, x, y)

@@ -12,7 +12,7 @@ A row mean is taken of `measured(...)` and handed to `stepped(...)`; the norm of
 from typing import Any, NamedTuple
 
 from .language import jit, tl
-from .ops import divide, negative, sign, sqrt, where
+from .ops import divide, negative, only_where, sign, sqrt, where
 from .storage import stochastic, stored, trimmed
 
 
@@ -36,6 +36,8 @@ class Flags(NamedTuple):
     statistics: bool = False  # the step is measured, see observed.py
     row_state: bool = False  # the rule keeps a number for each row, an average of the mean of its squares
     still: bool = False  # the parameter is read at most: a second step of another rule moves it
+    cautious: bool = False  # elements whose update has another sign than the gradient stay
+    cautious_decay: bool = False  # elements whose update points away from zero do not decay
 
     @property
     def random(self) -> bool:
@@ -208,8 +210,13 @@ def directed(values, g, h, known, SPEC: tl.constexpr):
         own = state[:1] + own
     if FLAGS.centralize == "update":
         direction = direction - known[0]
+    if FLAGS.cautious:
+        direction = only_where(direction * g > 0, direction)
     if FLAGS.decay == "trusted" and FLAGS.trust != "gradient":
-        direction = where(h.decay != 0, direction + h.decay * p, direction)
+        decays = h.decay != 0
+        if FLAGS.cautious_decay:
+            decays = decays & (direction * p >= 0)
+        direction = where(decays, direction + h.decay * p, direction)
     return direction, own
 
 
@@ -242,7 +249,10 @@ def stepped(values, h, z, known, SPEC: tl.constexpr):
         step_size = known[1] * step_size
     p = values[0]
     if FLAGS.decay == "decoupled":
-        p = h.decay * p
+        if FLAGS.cautious_decay:
+            p = where(direction * p >= 0, h.decay * p, p)
+        else:
+            p = h.decay * p
     p = p - step_size * direction
     if FLAGS.decay == "proximal":
         p = h.decay * p

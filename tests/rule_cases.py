@@ -14,7 +14,15 @@ import fusedcalib
 from fusedcalib.reference import ORACLES
 
 # Options of every param group that torch.optim does not know, as a group stores their defaults.
-OWN = {"centralize": False, "centralize_min_ndim": 2, "matrix_dims": (), "l1": 0.0, "max_row_norm": math.inf}
+OWN = {
+    "centralize": False,
+    "centralize_min_ndim": 2,
+    "matrix_dims": (),
+    "cautious": False,
+    "cautious_weight_decay": False,
+    "l1": 0.0,
+    "max_row_norm": math.inf,
+}
 # What the oracles know nothing of, as param groups hold it.
 AROUND = {
     "noise": {},

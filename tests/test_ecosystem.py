@@ -142,7 +142,7 @@ executors
 layout
 signature
 options rule
-noise option storage
+noise option storage ranges
 hostmath checkpoints
 kernels
 """

@@ -27,7 +27,12 @@ def rooted(case: Case) -> set[str]:
     recipe = recipe_of(
         case.ours.rule, case.ours([torch.nn.Parameter(torch.ones(1))], **case.options).param_groups[0]
     )
-    behind = {"Adadelta": {"acc_delta"}, "RMSprop": {"momentum_buffer"}, "ADOPT": {"exp_avg"}}
+    behind = {
+        "Adadelta": {"acc_delta"},
+        "RMSprop": {"momentum_buffer"},
+        "ADOPT": {"exp_avg"},
+        "LaProp": {"exp_avg"},
+    }
     states = set(recipe.states) if recipe.flags.decay == "coupled" else behind.get(case.rule, set())
     return {"param", *states}
 

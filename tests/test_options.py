@@ -33,6 +33,8 @@ REFUSED = {
         "(0, 1), expected (-2, -1), or (1, 2) in a stack of three dimensions, or None; transpose parameters "
         "that lie otherwise",
     ),
+    "cautious": (1, "1, expected True or False"),
+    "cautious_weight_decay": (1, "1, expected True or False"),
     "l1": (-1, "-1, expected a finite number >= 0"),
     "max_row_norm": (0, "0, expected a number > 0, or None for no limit"),
     "seed": (2**64, f"{2**64}, expected an int in [0, 2^64)"),

@@ -123,6 +123,9 @@ def test_the_product_of_nadam_has_the_bits_of_torch(default: torch.dtype) -> Non
 
 # What torch has not, and what it has that is about how a step is carried out.
 OWN = {
+    "matrix_dims": None,
+    "cautious": False,
+    "cautious_weight_decay": False,
     "l1": 0.0,
     "max_row_norm": None,
     "centralize": False,

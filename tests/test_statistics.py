@@ -246,6 +246,8 @@ def test_muon_is_refused():
     opt.track("grad_norm")
     model(torch.ones(1, 4)).sum().backward()
     before = model.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"moves its matrices in a second one; call track\(\) without names"):
+    with pytest.raises(
+        RuntimeError, match=r"moves its matrices in a second one; call track\(\) without names"
+    ):
         opt.step()
     assert torch.equal(before, model.weight)

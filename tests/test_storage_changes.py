@@ -187,7 +187,7 @@ def test_a_step_that_fails_takes_conversions_back(before, after, monkeypatch):
     assert_identical(snapshot(optimizer), kept)
     assert [list(entry) for entry in optimizer.state.values()] == order
     step(optimizer, 3)
-    assert optimizer._engine._undo is None  # which would keep what was converted
+    assert optimizer._engine.undo is None  # which would keep what was converted
 
 
 @each_after

@@ -50,6 +50,7 @@ NAMES = {
     "sign": torch.sign,
     "maximum": _over(torch.maximum),
     "minimum": _over(torch.minimum),
+    "only_where": lambda condition, x: torch.where(condition, x, 0.0),
     "stored": _stored,
     "stochastic": stochastic,
     "trimmed": trimmed,

@@ -173,6 +173,8 @@ def recipe_of(rule: Rule, group: Group, needs: Needs = NOTHING) -> Recipe:
         trust=rule.trust.scales if rule.trust and rule.trust.adapts(group) else "none",
         statistics=needs.statistics,
         row_state=rule.row_state is not None,
+        cautious=bool(group["cautious"]),
+        cautious_decay=bool(group["cautious_weight_decay"]) and on["weight_decay"],
     )
     if flags.variant in rule.still:
         flags = flags._replace(still=True)

@@ -20,6 +20,10 @@ def newton_schulz(
         matrix: [rows, columns]; it is scaled to Frobenius norm 1 first.
         coefficients: :math:`(a, b, c)` of each polynomial.
         eps: the least norm it is divided by.
+
+    >>> newton_schulz(torch.diag(torch.tensor([3.0, 4.0])), [(1.5, -0.5, 0.0)] * 8)  # singular values to 1
+    tensor([[1., 0.],
+            [0., 1.]])
     """
     x = matrix / max(float(matrix.norm()), eps)
     for a, b, c in coefficients:

@@ -49,6 +49,7 @@ def oracle(
     * `no_prox` in the place of that, where `decay` is "proximal": False divides the weights by
       :math:`1 + \eta \lambda` after the move, True multiplies as above.
     * `maximize` (False): ascend; the gradient changes sign, the penalties do not.
+    * `cautious`, `cautious_weight_decay` (False): see `stages.cautious`, `stages.cautious_decay`.
     * `l1` (0): :math:`\lambda_1`, part of the gradient for every kind of decay.
     * `centralize` (False): True or "gradient" centres what the rule is given, "update" what it
       returns; `centralize_min_ndim` (2): weights of fewer dimensions are not centred.
@@ -97,6 +98,8 @@ def _take_step(
     weight_decay: float,
     maximize: bool = False,
     l1: float = 0.0,
+    cautious: bool = False,
+    cautious_weight_decay: bool = False,
     max_row_norm: float | None = None,
     centralize: Centralize = False,
     centralize_min_ndim: int = 2,
@@ -126,11 +129,19 @@ def _take_step(
         return param.clone(), new_state
     update = rows(functools.partial(centred, "update"), update)
 
+    if cautious:
+        update = stages.cautious(update, g)
     if trust and trust.scales == "step":
-        update = update + weight_decay * param
+        if cautious_weight_decay:  # with a rate of -1: added, not taken away
+            update = update + (stages.cautious_decay(param, update, -1.0, weight_decay) - param)
+        else:
+            update = update + weight_decay * param
         update = trust.factor(param, g, update, new_state, numbers) * update
     if decay == "decoupled":
-        param = stages.decoupled_decay(param, lr, weight_decay)
+        if cautious_weight_decay:
+            param = stages.cautious_decay(param, update, lr, weight_decay)
+        else:
+            param = stages.decoupled_decay(param, lr, weight_decay)
     param = param - lr * update
     if decay == "proximal":
         param = stages.proximal_decay(param, lr, weight_decay)

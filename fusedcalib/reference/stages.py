@@ -161,6 +161,46 @@ def decoupled_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
     return param * (1 - lr * weight_decay) if weight_decay != 0 else param
 
 
+def cautious(update: Tensor, grad: Tensor) -> Tensor:
+    r"""Leave out of an update what does not agree with the gradient (Cautious Optimizers).
+
+    .. math:: u \odot 1[u \odot g > 0]
+
+    The authors divide it by the share of elements that are left; here it is not.
+
+    Args:
+        update: what the rule returns, any shape.
+        grad: the gradient that it was given, of that shape.
+
+    Source: Liang et al., Cautious Optimizers, 2024 (arXiv 2411.16085), algorithm 1.
+
+    >>> import torch
+    >>> cautious(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([5.0, 5.0, 0.0]))
+    tensor([1., 0., 0.])
+    """
+    return torch.where(update * grad > 0, update, torch.zeros_like(update))
+
+
+def cautious_decay(param: Tensor, update: Tensor, lr: float, weight_decay: float) -> Tensor:
+    r"""Shrink those weights that the update does not move away from zero (Cautious Weight Decay).
+
+    .. math:: w - \eta \lambda\, 1[u \odot w \ge 0] \odot w
+
+    Args:
+        param: weights before the step, any shape.
+        update: what is subtracted from them times the learning rate, of that shape.
+        lr: learning rate :math:`\eta`.
+        weight_decay: :math:`\lambda`, per unit of learning rate.
+
+    Source: Chen et al., Cautious Weight Decay, 2025 (arXiv 2510.12402), algorithm 1.
+
+    >>> import torch
+    >>> cautious_decay(torch.tensor([2.0, 2.0]), torch.tensor([1.0, -1.0]), lr=0.5, weight_decay=0.5)
+    tensor([1.5000, 2.0000])
+    """
+    return torch.where(update * param >= 0, param - lr * weight_decay * param, param)
+
+
 def proximal_decay(param: Tensor, lr: float, weight_decay: float) -> Tensor:
     r"""Shrink the weights by the proximal step of an L2 penalty, after they moved.
 

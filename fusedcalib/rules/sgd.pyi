@@ -25,6 +25,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         centralize: bool | Literal["gradient", "update"] = False,
         centralize_min_ndim: int = 2,
         matrix_dims: tuple[int, int] | None = None,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
         l1: float | Tensor = 0.0,
         max_row_norm: float | Tensor | None = None,
         noise: GradientNoise | WeightNoise | LangevinNoise | dict[str, Any] | None = None,
@@ -61,6 +63,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             matrix_dims: with (-2, -1) parameters of three dimensions or more are stacks of matrices, as
                 weights of experts [experts, out, in]: a row, to be centred, shortened or kept in bytes, is
                 one of each matrix. Default None: a row is one index of dimension 0.
+            cautious: leave elements of the update out whose sign is not the gradient's, as the rule is given
+                it: they do not move in that step, while states go on. Default False.
+            cautious_weight_decay: decay only elements whose update does not point away from zero, `u \theta
+                \ge 0`; where decay is decoupled. Default False.
             l1: L1 penalty `\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in
                 units of the gradient; with `weight_decay` the elastic net. Default 0.
             max_row_norm: largest Euclidean norm `c` of a row after a step, in units of the parameter, for
@@ -112,6 +118,8 @@ class SGDW(SGD):
         centralize: bool | Literal["gradient", "update"] = False,
         centralize_min_ndim: int = 2,
         matrix_dims: tuple[int, int] | None = None,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
         l1: float | Tensor = 0.0,
         max_row_norm: float | Tensor | None = None,
         noise: GradientNoise | WeightNoise | LangevinNoise | dict[str, Any] | None = None,
@@ -148,6 +156,10 @@ class SGDW(SGD):
             matrix_dims: with (-2, -1) parameters of three dimensions or more are stacks of matrices, as
                 weights of experts [experts, out, in]: a row, to be centred, shortened or kept in bytes, is
                 one of each matrix. Default None: a row is one index of dimension 0.
+            cautious: leave elements of the update out whose sign is not the gradient's, as the rule is given
+                it: they do not move in that step, while states go on. Default False.
+            cautious_weight_decay: decay only elements whose update does not point away from zero, `u \theta
+                \ge 0`; where decay is decoupled. Default False.
             l1: L1 penalty `\lambda_1`, added to the gradient times the sign of the parameter (0 at 0), in
                 units of the gradient; with `weight_decay` the elastic net. Default 0.
             max_row_norm: largest Euclidean norm `c` of a row after a step, in units of the parameter, for

@@ -74,6 +74,16 @@ def _sign_in(x):
     return lambda x: one if x > 0 else (minus if x < 0 else zero)
 
 
+def _only_where(condition, x):
+    """Stands for its overload: x, or 0 in its type."""
+
+
+@overload(_only_where, jit_options=cast(Any, INNER))
+def _only_where_in(condition, x):
+    zero = {32: np.float32, 64: np.float64}[x.bitwidth](0)
+    return lambda condition, x: x if condition else zero
+
+
 # The names of kernels/ops.py, for single elements.
 NAMES = {
     "divide": _divide,
@@ -83,6 +93,7 @@ NAMES = {
     "sign": _sign,
     "maximum": _maximum,
     "minimum": _minimum,
+    "only_where": _only_where,
     "where": _where,
 }
 
