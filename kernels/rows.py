@@ -15,6 +15,7 @@ SPEC is a `Spec` of spec.py throughout.
 from .language import constexpr_function, jit, tl
 from .ops import divide, sqrt
 from .stages import averaged, measured, measured_next, projected, rounded, row_averaged
+from .storage import norms_at
 from .table import load_tile, noise_tile, rounding_tile, row_of, rows_of, store_tile, totals_of
 
 # Of a row that one program walks twice, the caches keep what the second walk reads again, and let go first
@@ -32,7 +33,8 @@ def hinted(evict, spec, hints):
 @jit
 def sums_at(base, SPEC: tl.constexpr):
     """Where the sums of a slot lie, fp64 [SUMS + 1]: the last is the number of its elements."""
-    return tl.load(base + len(SPEC.DTYPES) + 12).to(tl.pointer_type(tl.float64))
+    AT: tl.constexpr = norms_at(SPEC)
+    return tl.load(base + AT).to(tl.pointer_type(tl.float64))
 
 
 @jit

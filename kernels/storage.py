@@ -182,6 +182,12 @@ def scales_at(i, spec):
     return spec.FIELDS - sum(coded[i:])
 
 
+@constexpr_function
+def norms_at(spec):
+    """Where a row of the table has the address of sums over the whole tensor: before those of scales."""
+    return scales_at(0, spec) - 1
+
+
 @jit
 def scales_of(x, mask, SPEC: tl.constexpr):
     """The scales [R, C // 64] of the blocks of x [R, C] where the mask is."""

@@ -11,13 +11,13 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
     K + 8, K + 9       the index of its first element there, and from one row to the next
     K + 10             where its rows lie on several ranks: the address of fp64 [rows], sums over those
     K + 11             where its rows have factors, or states: the address of COMPUTE [rows]
-    K + 12             where a rule wants norms of the whole tensor: the address of fp64 sums, see totals.py
-    K + 13 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+    K + 12 ...         only where D > 0: D sizes, K row strides, then K strides for each inner dimension
+    ...                only where a rule wants norms of the whole tensor: the address of sums, see totals.py
     ...                addresses of fp32 scales [rows, blocks] of the states that have such, see storage.py
 
-A slot with D == 0 is dense: all its tensors lie in one storage order and element (row, column) is at
-row * columns + column in each. Otherwise a column is an index over the inner dimensions.
-A tile is int32 (slot, row block, column block). SPEC is a `Spec` of spec.py throughout.
+A slot with D == 0 is dense: all its tensors lie in one storage order, element (row, column) at row * columns
++ column in each. Otherwise a column is an index over the inner dimensions. A tile is int32 (slot, row block,
+column block). SPEC is a `Spec` of spec.py throughout.
 """
 
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from .storage import (
     values_of,
 )
 
-GEOMETRY = 13
+GEOMETRY = 12
 _GEOMETRY = tl.constexpr(GEOMETRY)
 _BLOCK = tl.constexpr(BLOCK)
 _SHARED = tl.constexpr(SHARED)

@@ -125,7 +125,7 @@ class Key(NamedTuple):
     factored: bool  # its rows have factors
 
 
-GEOMETRY = 13  # columns of the table between addresses and strides: see kernels/table.py
+GEOMETRY = 12  # columns of the table between addresses and strides: see kernels/table.py
 
 
 @dataclass(eq=False)

@@ -108,7 +108,7 @@ def build_buckets(
         bucket.statistics = [statistics[index] for index in bucket.indices if index in statistics]
         bucket.norms = [norms[index] for index in bucket.indices if index in norms]
         if bucket.norms:
-            bucket.table[:, len(bucket.key.dtypes) + 12] = [sums.data_ptr() for sums in bucket.norms]
+            bucket.table[:, -1 - len(bucket.slots[0].scales)] = [sums.data_ptr() for sums in bucket.norms]
     return buckets
 
 
@@ -167,11 +167,12 @@ def _row(
     random = (*slot.words, place.first, place.pitch)
     of_row = slot.factors if slot.row_state is None else slot.row_state
     of_rows = (0 if t is None else t.data_ptr() for t in (totals, of_row))
-    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows, 0)
+    geometry = (layout.rows, layout.columns, 0, shape.rows, shape.columns, *random, *of_rows)
     strides = (stride for strides in layout.strides for stride in strides)
     addresses = (t.data_ptr() for t in tensors)
     scales = (t.data_ptr() for t in slot.scales)
-    return np.array([*addresses, *geometry, *layout.sizes, *strides, *scales], dtype=np.int64)
+    norms = [0] * (slot.recipe.flags.trust != "none")  # see TensorTotals
+    return np.array([*addresses, *geometry, *layout.sizes, *strides, *norms, *scales], dtype=np.int64)
 
 
 def _tiles(layout: Geometry, shape: TileShape) -> Array:

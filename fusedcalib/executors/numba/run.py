@@ -15,7 +15,7 @@ import torch
 from llvmlite import binding
 from numba import njit
 
-from ...kernels.storage import BLOCK
+from ...kernels.storage import BLOCK, CODED
 from ...layout.buckets import GEOMETRY, Bucket, TileShape
 from ...layout.geometry import Geometry
 from ...layout.recipe import Recipe
@@ -23,6 +23,7 @@ from ...layout.shards import local_of
 from ..source import Function
 from . import branches
 from .cache import on_disk
+from .elements import whole_at
 from .memory import Memory, fetch_add, geometry_at, memory_of, set_double, tile_at, words_at
 from .observed import SIZE, Partials, as_one
 from .rows import gradients, row_loop, row_squares
@@ -67,6 +68,8 @@ def kernel_for(
     keeps = part in ("sums", "partial")  # what a row comes to, in its place
     seen = SIZE if recipe and recipe.flags.statistics and part in ("step", "partial") else 0
     size = 8 * sums if "squares" in part and recipe else 0  # bytes that a tile leaves of norms
+    trusts = recipe is not None and recipe.flags.trust != "none"
+    coded = sum(kind in CODED for kind in kept)
     shift, spread = memory.shift, memory.spread
     integers, scalars_at, geometry = memory.integers, memory.scalars_at, memory.geometry
 
@@ -78,9 +81,9 @@ def kernel_for(
             addresses = integers(row)
             place = geometry_at(row + geometry)
             rows, columns, scalar_row, tall, wide, stream, key0, key1, origin, pitch = place[:10]
-            total_at, factors, norms = place[10:]
-            if size:
-                norms = totals + t * size
+            total_at, factors, norms = place[10], place[11], totals + t * size
+            if trusts and size == 0:
+                norms = whole_at(row, fields - 1 - coded)
             words = (np.uint64(stream), np.uint64(key0), np.uint64(key1))
             h = scalars_at(scalars, scalar_row)
             begins = column_block * wide

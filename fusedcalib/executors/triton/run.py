@@ -202,7 +202,9 @@ def spec_of(bucket: Bucket) -> launch.Spec:
     spec = launch.Spec(
         DTYPES=tuple(launch.dtype_of(_name(dtype)) for dtype in key.dtypes),
         COMPUTE=launch.dtype_of(_name(bucket.compute)),
-        FIELDS=fields_of(len(key.dtypes), key.inner) + sum(kind in CODED for kind in key.recipe.kept),
+        FIELDS=fields_of(len(key.dtypes), key.inner)
+        + (key.recipe.flags.trust != "none")
+        + sum(kind in CODED for kind in key.recipe.kept),
         COUNT=bucket.shared.count,
         D=key.inner,
         QUADS=key.quads,
