@@ -214,6 +214,7 @@ def test_other_live_sets_and_late_groups():
         ({"momentum": -0.1}, "momentum"),
         ({"lr": -1.0}, "learning rate"),
         ({"capturable": True}, "capturable"),
+        ({"cautious": True}, "cautious=True compares"),
         ({"offload": "states"}, "offload|GPU"),
         ({"noise": fusedcalib.GradientNoise(0.1), "stochastic_rounding": True}, "stochastic_rounding"),
     ],
@@ -222,6 +223,20 @@ def test_other_live_sets_and_late_groups():
 def test_refuses_options(options, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         fusedcalib.Muon(parameters((4, 4)), **options)
+
+
+@pytest.mark.parametrize("centralize", [True, "update"])
+def test_a_stack_is_centred_as_its_matrices_are(centralize):
+    """To the last bit, with matrix_dims; and cautious decay goes by the orthogonalized update."""
+    options = {"lr": 0.1, "backend": "eager", "centralize": centralize, "cautious_weight_decay": True}
+    stack, *matrices = parameters((4, 6, 10), *[(6, 10)] * 4)
+    stack.grad = torch.randn_like(stack)
+    for i, p in enumerate(matrices):
+        p.data.copy_(stack[i])
+        p.grad = stack.grad[i].clone()
+    fusedcalib.Muon([stack], matrix_dims=(-2, -1), **options).step()
+    fusedcalib.Muon(matrices, **options).step()
+    assert torch.equal(stack, torch.stack(list(matrices)))
 
 
 def test_refuses_what_is_no_matrix():

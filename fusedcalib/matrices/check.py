@@ -25,6 +25,11 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError("Muon does not support capturable=True: set it to False")
     if not group["use_muon"]:
         return
+    if group["cautious"]:
+        raise ValueError(
+            "Muon: cautious=True compares each element of an update with its gradient, which the iteration "
+            "has mixed with others; set it to False in groups of matrices (cautious_weight_decay may be True)"
+        )
     _check_choices(group)
     _check_iteration(group)
     random = group["stochastic_rounding"] or not isinstance(group["seed"], int)
