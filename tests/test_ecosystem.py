@@ -136,7 +136,7 @@ __init__
 nn registry release clip
 rules matrices
 optimizer groups limits
-masters norms
+masters norms statistics
 engine members
 executors
 layout

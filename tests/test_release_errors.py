@@ -11,6 +11,7 @@ from release_cases import Run, hooks_of, unchanged
 
 import fusedcalib
 from fusedcalib.engine import part
+from fusedcalib.layout.recipe import Needs
 from fusedcalib.layout.shards import Place
 
 BUCKET = 16_500  # bytes: a matrix of the model, with its bias
@@ -47,7 +48,7 @@ def test_options_that_need_all_gradients(case):
 def test_capturable_and_numbers_on_a_device():
     """Without a GPU capturable is refused first by a step; what is asked of the groups is the same."""
     groups = [{"max_grad_norm": 0.0, "skip_nonfinite": False, "capturable": True}]
-    asked = SimpleNamespace(needs="others")
+    asked = SimpleNamespace(needs=Needs(remote=True))
     with pytest.raises(RuntimeError, match=r"AdamW: group 0: .* capturable=True .*; set capturable=False"):
         part.check_options("AdamW", groups, asked)
     groups[0]["capturable"] = False

@@ -18,7 +18,9 @@ from .static_costs import issue_rate
 
 ON_PAPER = "On paper: no GPU was measured"
 LINES = {"torch_fused": "-", "own_plain": "-", "eager_chain": "--", "own_chain": "--"}  # the same work alike
-MARKS = {"step": "o", "norm": "s", "sums": "^", "finish": "v", "squares": "D", "totals": "."}
+MARKS = dict(
+    zip(("step", "norm", "sums", "finish", "squares", "totals", "statistics"), "os^vD.x", strict=True)
+)
 STEPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5FA8", "#8C6D31")
 INSIDE: Any = {"xytext": (-6, 0), "ha": "right", "va": "center", "color": "white"}
 BESIDE: Any = {"xytext": (6, 0), "ha": "left", "va": "center"}

@@ -34,6 +34,7 @@ NAMES = {
     "sums": "row_sums_kernel",
     "squares": "squares_kernel",
     "totals": "totals_kernel",
+    "statistics": "observed_kernel",
     "step": "step_kernel",
     "finish": "project_kernel",
 }

@@ -41,6 +41,11 @@ class Slot(NamedTuple):
         """What is compiled of its recipe; the same on every rank."""
         return self.recipe.for_tensor(self.param)
 
+    def beside(self) -> tuple[Tensor, ...]:
+        """All that the kernels read and write of it besides parameter and gradient."""
+        of_rows = () if self.row_state is None else (self.row_state,)
+        return (*self.states, *self.scales, *of_rows)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Parameter, gradient, state..., what the parameter has beside it: all of one shape.
 

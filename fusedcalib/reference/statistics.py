@@ -10,6 +10,10 @@ def statistics(before: list[Tensor], grads: list[Tensor], after: list[Tensor]) -
     .. math::
         \lVert g \rVert, \lVert \Delta \rVert, \lVert \theta \rVert, \sqrt{\overline{\Delta^2}},
         -\cos(\Delta, g) \text{ with } \Delta = \theta - \theta_{before}
+
+    >>> found = statistics([torch.zeros(2)], [torch.tensor([3.0, 4.0])], [torch.tensor([-3.0, -4.0])])
+    >>> found["grad_norm"], found["cosine"]
+    (tensor([5., 5.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
     """
 
     def flat(tensors: list[Tensor]) -> list[Tensor]:

@@ -73,7 +73,7 @@ class Together:
         self._captured = False  # whether launches read what a graph has of its own
         self._streams = Streams(self._device)
         slots = [slot for bucket in buckets for slot in bucket.slots]
-        self._offloaded = Users(self._device, (t for slot in slots for t in (*slot.states, *slot.scales)))
+        self._offloaded = Users(self._device, (t for slot in slots for t in slot.beside()))
 
     def prepare(self) -> None:
         """Makes launches ready that are to run next, on this device's current stream."""
