@@ -56,7 +56,7 @@ class VersionCounters:
 
     def to_count(self, slots: list[Slot]) -> list[Tensor]:
         """The tensors whose counters a step must count up: one of those that share one."""
-        states = [t for slot in slots for t in (*slot.states, *slot.scales)]
+        states = [t for slot in slots for t in slot.beside()]
         before = [t._version for t in states]
         anchors = list(self._anchors.values())
         torch.autograd.graph.increment_version(anchors)
