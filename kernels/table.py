@@ -4,8 +4,7 @@ Row of the table (int64), K tensors per slot (parameter, gradient, state...), D 
 
     [0, K)             addresses in bytes; that of the gradient only for the CPU loop: gradients move, so
                        a GPU has their addresses in an array of their own, `grads`
-    K, K + 1           rows, columns of the slot
-    K + 2              its row in the table of scalars
+    K ... K + 2        rows, columns of the slot; its row in the table of scalars
     K + 3, K + 4       rows, columns of its tiles (the CPU loop reads them; a GPU tile is a constant)
     K + 5 ... K + 7    its words of randomness: stream, key (two)
     K + 8, K + 9       the index of its first element there, and from one row to the next
