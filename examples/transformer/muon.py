@@ -74,7 +74,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 left.plot(range(1, len(found["loss"]) + 1), found["loss"], color=colour, lw=1, label=label)
             swept = sorted((r["lr"], r["held_out"]) for r in results["runs"] if r["optimizer"] == optimizer)
             right.scatter(*zip(*swept, strict=True), color=colour, label=name, s=28)
-        left.set(xlabel="step", ylabel="bits/byte", title="training loss, three seeds", ylim=(2.5, 6))
+        left.set(xlabel="step", ylabel="bits/byte", title="training loss, three seeds", ylim=(2.2, 6))
         right.set(xlabel="learning rate", ylabel="bits/byte", title="held-out loss", xscale="log")
         for axes in (left, right):
             axes.legend(frameon=False)
